@@ -1,0 +1,166 @@
+"""The typed configuration of a training run, and the command-line rules that every program here shares.
+
+A config file is plain Python that assigns the fields of `Config` at its top level (configs/stage1.py). The command line
+overrides any of them with `--key=value`. Unknown names and values of the wrong type are refused with one line.
+"""
+
+import ast
+import difflib
+import json
+import runpy
+import sys
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from types import ModuleType
+from typing import get_args, get_origin
+
+
+class InputError(ValueError):
+    """What the user gave is wrong. The message is one line: what, where, and what to do about it."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training run. Empty strings mean "none"; paths are relative to the working directory."""
+
+    # The parts. A path is a weight file (vision, qformer, proj) or folder (llama); a dict is the sizes of a new, random part.
+    vision: str | dict = ""              # "" trains on text alone, without pictures
+    qformer: str | dict = ""             # "": no Q-Former, 4 neighbouring patches make one image token (LLaMA-2 variant)
+    llama: str | dict = ""
+    proj: str = ""                       # "": a new, random projection
+    tokenizer: str = ""                  # tokenizer.model of a new language model; "": the one in the llama folder
+    train: tuple[str, ...] = ("proj",)   # the parts that learn: any of vision, qformer, proj, llama
+    image_size: int = 0                  # pixels; 0: the size that the vision part was trained with
+
+    # The data: a path or {path: weight}. A path is shards (*.tar, {00000..00099}.tar, or a folder of them), a folder
+    # with filter_cap.json, or a .jsonl of conversations. One source is drawn per batch, by weight.
+    data: str | dict = ""
+    heldout_data: str | dict = ""        # "": no evaluation during training
+    prepare: dict = field(default_factory=dict)  # {path: arguments of python that make it}, run where it is missing
+    template: str = ""                   # "", "vicuna" or "llama2": what stands around an image when its caption is learnt
+    end_sym: str = "\n"                  # ends every answer: a text, or the control token "</s>"
+    max_txt_len: int = 32                # answer tokens, end_sym included; a longer answer is cut
+    clean_captions: bool = True          # lower case, no punctuation, at most 50 words (stage 1)
+    chat_share: float = 0.0              # share of the conversations laid out as in chat.py, system text included
+
+    # The optimiser (AdamW) and its learning rate.
+    batch_size: int = 64                 # samples per process and micro-batch
+    grad_accum: int = 1                  # micro-batches per step
+    max_steps: int = 20_000
+    lr: float = 1e-4
+    min_lr: float = 8e-5
+    warmup_lr: float = 1e-6              # the rate of step 0
+    warmup_steps: int = 5000
+    weight_decay: float = 0.05           # on matrices; biases and norms have none
+    betas: tuple[float, ...] = (0.9, 0.999)
+    grad_clip: float = 0.0               # largest gradient norm; 0: no clipping
+
+    # The machine.
+    device: str = ""                     # "": cuda if there is one, else cpu
+    dtype: str = "bfloat16"              # of the frozen parts: float32, bfloat16 or float16. What learns is float32
+    num_workers: int = 2                 # data-loading processes per training process
+    seed: int = 42
+
+    # The run's folder, and what is written to it.
+    out_dir: str = "out/run"
+    log_interval: int = 10               # steps
+    eval_interval: int = 500             # steps
+    eval_samples: int = 128              # held-out samples of which the loss is taken
+    show_samples: int = 2                # sample answers at each evaluation
+    save_interval: int = 500             # steps
+    save_dtype: str = "float32"          # of the trained parts' files; the state for a resume is always float32
+    resume: bool = False                 # go on from out_dir's last checkpoint, if there is one
+
+
+def parse_args(argv: list[str]) -> tuple[list[str], dict[str, str]]:
+    """["a.jpg", "--seed=1"] -> (["a.jpg"], {"seed": "1"}). Raises InputError for an option that has no value."""
+    positional, options = [], {}
+    for arg in argv:
+        if not arg.startswith("--"):
+            positional.append(arg)
+        elif "=" not in arg:
+            raise InputError(f"option {arg}: write it as {arg}=value")
+        else:
+            key, value = arg[2:].split("=", 1)
+            options[key.replace("-", "_")] = value
+    return positional, options
+
+
+def override(config, options: dict, where: str = "command line"):
+    """Return the dataclass `config` with `options` put in, each checked; text is parsed as the field's type asks."""
+    types = {f.name: f.type for f in fields(config)}
+    checked = {}
+    for key, value in options.items():
+        if key not in types:
+            near = difflib.get_close_matches(key, types, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else "the names are: " + ", ".join(types)
+            raise InputError(f"{where}: unknown name {key!r}; {hint}")
+        checked[key] = _typed(key, value, types[key], where)
+    return replace(config, **checked)
+
+
+def _typed(key, value, kind, where):
+    """`value` as type `kind`: an int will do for a float, and a text that is not wanted as one is read as a literal."""
+    kinds = get_args(kind) if get_origin(kind) is not tuple and get_args(kind) else (kind,)
+    if isinstance(value, str) and (str not in kinds or value.startswith("{") and dict in kinds):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            pass
+    for k in kinds:
+        if k is float and type(value) is int:
+            return float(value)
+        if get_origin(k) is tuple:
+            item = get_args(k)[0]
+            value = (value,) if isinstance(value, item) else value
+            if isinstance(value, (tuple, list)) and all(isinstance(v, item) for v in value):
+                return tuple(value)
+        elif type(value) is k:
+            return value
+    wanted = " or ".join(getattr(k, "__name__", str(k)) if get_origin(k) is None else str(k) for k in kinds)
+    raise InputError(f"{where}: {key} = {value!r} is not of type {wanted}")
+
+
+def load_config(path: str, options: dict[str, str]) -> Config:
+    """Read a config file, then the command line's `options` over it.
+
+    Raises InputError for a missing or faulty file, an unknown name, or a value of the wrong type."""
+    if not Path(path).is_file():
+        raise InputError(f"config file {path}: there is no such file")
+    try:
+        names = runpy.run_path(path)
+    except Exception as e:
+        raise InputError(f"config file {path}: {type(e).__name__}: {e}") from e
+    settings = {k: v for k, v in names.items() if not k.startswith("_") and not isinstance(v, ModuleType)}
+    return override(override(Config(), settings, path), options)
+
+
+def read_saved_config(folder: str) -> Config:
+    """The configuration that a run saved in its folder; the paths in it are relative to that folder."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise InputError(f"{folder}: not a run's folder, it has no config.json; give the out_dir of a training run")
+    try:
+        saved = override(Config(), json.loads(path.read_text()), str(path))
+    except json.JSONDecodeError as e:
+        raise InputError(f"{path}: not valid JSON ({e}); the run has to be started again") from e
+    return replace(saved, **{k: str(Path(folder) / v) for k in PATHS if isinstance(v := getattr(saved, k), str) and v})
+
+
+PATHS = ("vision", "qformer", "llama", "proj", "tokenizer")  # the fields that name a weight file
+
+
+def to_json(config) -> str:
+    """A config as JSON text, one field a line."""
+    return json.dumps(asdict(config), indent=1)
+
+
+def run_main(main):
+    """Call `main(argv)`; an InputError becomes one line on stderr and exit status 2."""
+    try:
+        main(sys.argv[1:])
+    except InputError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,33 @@
+"""Stage 2 in the tiny world: stage 1's projection goes on with long, clean descriptions in the chat's template.
+About 3 minutes on 2 CPU cores.
+
+python train.py configs/tiny_stage2.py
+"""
+
+vision = "assets/tiny/vision.safetensors"
+qformer = "assets/tiny/qformer.safetensors"
+llama = "assets/tiny/llama"
+proj = "out/tiny_stage1/proj.safetensors"
+
+data = "data/tiny/stage2"
+heldout_data = "data/tiny/stage2_heldout"
+prepare = {
+    "data/tiny/stage2": "tools/make_scenes.py stage2 data/tiny/stage2 --n=3500",
+    "data/tiny/stage2_heldout": "tools/make_scenes.py stage2 data/tiny/stage2_heldout --n=500 --heldout=True",
+}
+template = "vicuna"
+end_sym = "###"
+max_txt_len = 160
+clean_captions = False
+
+batch_size = 16
+max_steps = 600
+lr = 1e-3
+min_lr = 1e-4
+warmup_steps = 50
+
+dtype = "float32"
+num_workers = 1
+out_dir = "out/tiny_stage2"
+eval_interval = 200
+save_interval = 200

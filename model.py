@@ -1,0 +1,304 @@
+"""MiniGPT-4 (arXiv 2304.10592): a frozen ViT and Q-Former look, one linear layer translates, a frozen LLaMA talks.
+
+    image -> vision -> ln_vision -> qformer -> proj -> (in place of the IMAGE ids) llama -> words
+
+Without a Q-Former (the LLaMA-2 variant) each 4 neighbouring patch tokens are joined into one image token instead.
+
+Axes: B sequences, T tokens, N image tokens of a picture, D width.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from configs.schema import InputError, override
+from llama import IGNORE, IMAGE, KVCache, Llama, LlamaConfig, Tokenizer, read_llama_folder
+from qformer import QFormer, QFormerConfig
+from vision import VisionConfig, VisionTransformer, normalize
+
+PARTS = ("vision", "qformer", "proj", "llama")
+PATCHES_PER_TOKEN = 4  # joined into one image token where there is no Q-Former
+
+
+class MiniGPT4(nn.Module):
+    """The whole model. Each part computes in the dtype of its own weights and casts what it is given."""
+
+    def __init__(self, vision: VisionConfig | None, qformer: QFormerConfig | None, llama: LlamaConfig):
+        super().__init__()
+        self.vision = self.ln_vision = self.qformer = self.proj = None  # a language model alone, unless:
+        if vision:
+            image_width = qformer.width if qformer else PATCHES_PER_TOKEN * vision.width
+            self.vision = VisionTransformer(vision)
+            self.ln_vision = nn.LayerNorm(vision.width, eps=1e-5)
+            self.qformer = QFormer(qformer) if qformer else None
+            self.proj = nn.Linear(image_width, llama.hidden_size)
+            self.image_size = vision.image_size  # pixels; may be set to another multiple of the patch size
+        self.llama = Llama(llama)
+        self.tokenizer: Tokenizer | None = None
+
+    @property
+    def n_image_tokens(self) -> int:
+        """IMAGE ids that stand for one picture in a token sequence."""
+        if self.qformer:
+            return self.qformer.config.n_queries
+        return (self.image_size // self.vision.config.patch_size) ** 2 // PATCHES_PER_TOKEN
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """(pixels of a side, image tokens) of a picture, as data.py needs them; zeros for a language model alone."""
+        return (self.image_size, self.n_image_tokens) if self.vision else (0, 0)
+
+    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+        """Pictures (B, 3, S, S), uint8 or normalised float -> (B, N, d_llama), in proj's dtype."""
+        x = normalize(images) if images.dtype == torch.uint8 else images
+        x = self.vision(cast(x, self.vision))
+        x = self.ln_vision(cast(x, self.ln_vision))
+        if self.qformer:
+            x = self.qformer(cast(x, self.qformer))
+        else:
+            B, _, D = x.shape
+            x = x[:, 1:].reshape(B, -1, PATCHES_PER_TOKEN * D)  # without the class token
+        return self.proj(cast(x, self.proj))
+
+    def embed(self, tokens: torch.Tensor, image_embeds: torch.Tensor | None) -> torch.Tensor:
+        """ids (B, T) with IMAGE where image tokens go -> (B, T, d_llama), filled from image_embeds in reading order."""
+        x = self.llama.embed_tokens(tokens.clamp(min=0))
+        places = tokens == IMAGE
+        given = 0 if image_embeds is None else image_embeds.shape[:-1].numel()
+        if (n := int(places.sum())) != given:
+            raise ValueError(f"{n} IMAGE ids in the tokens, but {given} image tokens were given")
+        return x.masked_scatter(places.unsqueeze(-1), image_embeds.to(x.dtype)) if given else x
+
+    def forward(self, images: torch.Tensor | None, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The mean cross entropy, float32, over all targets of the batch.
+
+        images: all pictures of the batch (any number, 3, S, S), in the order of their places; None without any.
+        tokens: int64 (B, T), padded on the right with any id. targets: int64 (B, T), the same id where it is to be
+        predicted, IGNORE elsewhere; the shift by one is made here."""
+        image_embeds = self.encode_image(images) if images is not None else None
+        hidden = self.llama(self.embed(tokens, image_embeds))
+        targets = targets[:, 1:]
+        predicted = targets != IGNORE
+        logits = self.llama.logits(hidden[:, :-1][predicted])
+        return F.cross_entropy(logits.float(), targets[predicted])
+
+    @torch.no_grad()
+    def generate(self, tokens: list[int], image_embeds: torch.Tensor | None = None, max_new_tokens: int = 300,
+                 temperature: float = 1.0, top_p: float = 0.9, repetition_penalty: float = 1.05,
+                 stop: tuple[list[int], ...] = (), context: int = 2000,
+                 generator: torch.Generator | None = None) -> Iterator[int]:
+        """Yield the ids of the answer to one conversation, one by one, the one that ends it included.
+
+        tokens: ids with IMAGE places; image_embeds: (pictures, N, d_llama). It ends at `</s>`, when the last ids are one
+        of the `stop` sequences, or after max_new_tokens. Of a conversation that would outgrow `context` the beginning
+        is cut off. The repetition penalty looks at `<s>` and the new ids, not at the prompt (as the original's)."""
+        device = self.llama.embed_tokens.weight.device
+        x = self.embed(torch.tensor([tokens], device=device), image_embeds)
+        if context <= max_new_tokens:
+            raise InputError(f"context {context} leaves no room for a prompt beside max_new_tokens {max_new_tokens}")
+        x = x[:, max(0, x.shape[1] + max_new_tokens - context):]
+        cache = KVCache(self.llama.config, 1, x.shape[1] + max_new_tokens, device, x.dtype)
+        ids = [self.tokenizer.bos]
+        for _ in range(max_new_tokens):
+            logits = self.llama.logits(self.llama(x, cache)[0, -1]).float()
+            ids.append(sample(logits, ids, temperature, top_p, repetition_penalty, generator))
+            yield ids[-1]
+            if ids[-1] == self.tokenizer.eos or any(ids[-len(s):] == list(s) for s in stop):
+                return
+            x = self.embed(torch.tensor([ids[-1:]], device=device), None)
+
+    @classmethod
+    def from_files(cls, vision: str | dict | None, qformer: str | dict | None, llama: str | dict,
+                   proj: str | None = None, dtype: str = "bfloat16", device: str = "cpu",
+                   train: tuple[str, ...] = ("proj",), tokenizer: str | None = None) -> "MiniGPT4":
+        """Build the model from weight files; a dict of sizes instead of a path makes that part new, with random weights.
+
+        The parts named in `train` are float32 and have gradients; the others are `dtype` and frozen. Without `vision`
+        it is a language model alone. Raises InputError for files that are missing, broken, or do not fit together."""
+        _check_parts(train, vision, qformer)
+        files = {name: _read_part(name, source) for name, source in
+                 {"vision": vision, "qformer": qformer, "proj": proj, "llama": llama}.items()
+                 if isinstance(source, str) and source}
+        tokenizer = Tokenizer(tokenizer or f"{llama if isinstance(llama, str) else ''}/tokenizer.model")
+        vision_config = _sizes(VisionConfig, "vision", vision, files)
+        qformer_config = _sizes(QFormerConfig, "qformer", qformer, files,
+                                vision_width=vision_config.width if vision_config else 0)
+        if isinstance(llama, dict):
+            override(LlamaConfig(), llama, "llama")  # refuses unknown names
+            llama_config = LlamaConfig.from_dict({"vocab_size": tokenizer.vocab_size} | llama, "llama")
+        else:
+            llama_config = files["llama"].sizes
+        if tokenizer.vocab_size > llama_config.vocab_size:
+            raise InputError(f"{tokenizer.path}: {tokenizer.vocab_size} pieces, but the language model has "
+                             f"{llama_config.vocab_size}; they are not of the same model")
+        with torch.device("meta"):
+            model = cls(vision_config, qformer_config, llama_config)
+        model.tokenizer = tokenizer
+        for name in PARTS:
+            if getattr(model, name) is None:
+                continue
+            if name in files:
+                part_dtype = torch.float32 if name in train else getattr(torch, dtype)
+                _fill(model, name, files[name], part_dtype, device)
+            else:
+                _fill_new(model, name, device)
+            for p in model.part_parameters(name).values():
+                p.requires_grad_(name in train)
+        return model.eval()
+
+    def part_parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """The tensors of a part under the names of its file. `ln_vision` is a part of the Q-Former's file."""
+        prefix = "proj." if name == "proj" else ""
+        tensors = {prefix + k: p for k, p in getattr(self, name).named_parameters()}
+        if name == ("qformer" if self.qformer else "vision"):
+            tensors |= {f"ln_vision.{k}": p for k, p in self.ln_vision.named_parameters()}
+        return tensors
+
+    def save_part(self, name: str, folder: str, dtype: str = "float32"):
+        """Write a part into `folder` in the form that from_files reads, replacing it in one move."""
+        tensors = {k: p.detach().to("cpu", getattr(torch, dtype)) for k, p in self.part_parameters(name).items()}
+        if name != "llama":
+            sizes = asdict(getattr(self, name).config) if name != "proj" else {}
+            save_tensors(tensors, Path(folder) / f"{name}.safetensors", {"config": json.dumps(sizes)})
+            return
+        root = Path(folder) / "llama"
+        root.mkdir(parents=True, exist_ok=True)
+        tensors = {k if k.startswith("lm_head") else f"model.{k}": t for k, t in tensors.items()}
+        save_tensors(tensors, root / "model.safetensors", {"format": "pt"})
+        sizes = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"} | asdict(self.llama.config)
+        (root / "config.json").write_text(json.dumps(sizes, indent=1))
+        if Path(self.tokenizer.path) != root / "tokenizer.model":
+            shutil.copyfile(self.tokenizer.path, root / "tokenizer.model")
+
+
+def cast(x: torch.Tensor, module: nn.Module) -> torch.Tensor:
+    """x in the dtype of the module's weights."""
+    return x.to(next(module.parameters()).dtype)
+
+
+def sample(logits: torch.Tensor, ids: list[int], temperature: float, top_p: float, repetition_penalty: float,
+           generator: torch.Generator | None = None) -> int:
+    """Draw the next id from logits float32 (V,): penalty on `ids`, then temperature, then the nucleus of mass top_p.
+
+    Temperature 0 takes the likeliest. The order and the penalty's form are those of Hugging Face `generate`."""
+    seen = torch.tensor(sorted(set(ids)), device=logits.device)
+    penalised = torch.where(logits[seen] < 0, logits[seen] * repetition_penalty, logits[seen] / repetition_penalty)
+    logits = logits.index_copy(0, seen, penalised)
+    if temperature == 0:
+        return int(logits.argmax())
+    probs, order = (logits / temperature).softmax(-1).sort(descending=True)
+    beyond = probs.cumsum(-1) - probs >= top_p  # the token that passes top_p is kept, the first one always
+    beyond[0] = False
+    probs[beyond] = 0
+    return int(order[torch.multinomial(probs, 1, generator=generator)])
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]):
+    """Write a safetensors file so that `path` holds either the old content or the new, whatever happens meanwhile."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file({k: t.contiguous() for k, t in tensors.items()}, temporary, metadata)
+    with open(temporary, "rb") as f:
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """A safetensors file -> its tensors, memory-mapped, and its metadata. Raises InputError when it cannot be read."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: there is no such weight file")
+    try:
+        with safe_open(path, framework="pt") as f:
+            return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
+    except (SafetensorError, OSError) as e:
+        raise InputError(f"{path}: not a complete safetensors file ({e}); fetch or convert it again") from e
+
+
+def _check_parts(train, vision, qformer):
+    for name in train:
+        if name not in PARTS:
+            raise InputError(f"train: {name!r} is no part of the model; the parts are {', '.join(PARTS)}")
+        if name in ("vision", "proj") and not vision or name == "qformer" and not qformer:
+            raise InputError(f"train: {name} cannot learn, this run has none")
+    if qformer and not vision:
+        raise InputError("qformer: it needs a vision part to look through; give vision as well")
+
+
+class _File(NamedTuple):
+    path: str
+    tensors: dict[str, torch.Tensor]
+    sizes: dict | LlamaConfig
+
+
+def _read_part(name, path):
+    if name == "llama":
+        return _read_llama(path)
+    tensors, metadata = load_tensors(path)
+    if "config" not in metadata:
+        raise InputError(f"{path}: it carries no sizes, so it is not a converted {name} file; run tools/convert.py {name}")
+    return _File(path, tensors, json.loads(metadata["config"]))
+
+
+def _read_llama(folder):
+    sizes, shards = read_llama_folder(folder)
+    tensors = {}
+    for shard in shards:
+        tensors |= load_tensors(shard)[0]
+    tensors = {k.removeprefix("model."): t for k, t in tensors.items() if not k.endswith("rotary_emb.inv_freq")}
+    if sizes.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)  # some files carry the tied tensor twice
+    return _File(folder, tensors, sizes)
+
+
+def _sizes(cls, name, source, files, **derived):
+    """The config of a part: from its file, or, for a new one, from the dict in the run's config."""
+    if not source:
+        return None
+    where, sizes = (files[name].path, files[name].sizes) if name in files else ("the run's config", derived | source)
+    config = override(cls(), sizes, f"{where}: {name}")
+    for k, v in derived.items():
+        if getattr(config, k) != v:
+            raise InputError(f"{where}: {name} needs {k} {getattr(config, k)}, but it is {v} here; they do not fit")
+    return config
+
+
+def _fill(model, name, file, dtype, device):
+    """Give a part, built on the meta device, the tensors of its file: all of them, and no others."""
+    tensors, expected = file.tensors, model.part_parameters(name)
+    if "ln_vision.weight" in expected and name == "vision" and "ln_vision.weight" not in tensors:
+        width = model.vision.config.width  # without a Q-Former, the original leaves this norm as it was made
+        tensors = tensors | {"ln_vision.weight": torch.ones(width), "ln_vision.bias": torch.zeros(width)}
+    problems = {
+        "missing": sorted(expected.keys() - tensors.keys()),
+        "unexpected": sorted(tensors.keys() - expected.keys()),
+        "of another shape": [f"{k} {tuple(tensors[k].shape)} instead of {tuple(p.shape)}" for k, p in expected.items()
+                             if k in tensors and tensors[k].shape != p.shape],
+    }
+    found = [f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+             for what, names in problems.items() if names]
+    if found:
+        hint = "it was trained for another language model or vision side" if name == "proj" else "it is of another model"
+        raise InputError(f"{file.path}: does not fit as {name}: tensors {'; '.join(found)}; {hint}")
+    tensors = {k: t.to(device, dtype) for k, t in tensors.items()}
+    for prefix, module in (("ln_vision.", model.ln_vision), ("proj." if name == "proj" else "", getattr(model, name))):
+        own = {k.removeprefix(prefix): tensors.pop(k) for k in list(tensors) if k.startswith(prefix)}
+        if own:
+            module.load_state_dict(own, assign=True)
+
+
+def _fill_new(model, name, device):
+    """Random weights for a part that is trained from nothing, float32, drawn on the CPU: the same on every device."""
+    part = getattr(model, name).to_empty(device="cpu")
+    part.reset_parameters() if name == "proj" else part.init_weights()
+    part.to(device)
+    if name == ("qformer" if model.qformer else "vision"):
+        model.ln_vision.to_empty(device=device).reset_parameters()

@@ -1,0 +1,176 @@
+"""What several tests share: the golden numbers of the original, with its weights under this program's names."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file
+
+from configs.schema import Config
+from llama import IMAGE, LlamaConfig, Tokenizer
+from model import MiniGPT4
+from qformer import QFormerConfig
+from tools.convert import rename
+from vision import VisionConfig
+
+GOLDEN = Path(__file__).parent / "golden"
+IMAGE_ROW = -200  # in the golden ids: the place of one image token
+torch.set_num_threads(1)  # at these sizes more threads only wait for each other: minutes instead of seconds
+
+
+class Case(NamedTuple):
+    """One batch of three samples: what goes in, and what the original makes of it."""
+
+    config: Config                # template, end_sym and max_txt_len of the case
+    answers: list[str]
+    prompts: list[str]            # the original's, one for each instruction; none in stage 1
+    drawn: int | None             # the prompt that was drawn for this batch
+    ids: list[list[int]]          # without padding, with IMAGE
+    targets: list[list[int]]      # as long as ids
+    loss: float
+    gradients: dict[str, torch.Tensor]  # "weight", "bias" of the projection
+
+
+class Talk(NamedTuple):
+    """A conversation of two turns about the first picture."""
+
+    questions: list[str]
+    answer: str                   # to the first question, as written into the second turn's history
+    ids: list[list[int]]          # of each turn's whole context, with IMAGE
+    said: list[tuple[list[int], str]]  # live: new ids and text of each answer
+
+
+class Golden:
+    """One variant ("qformer" or "noqformer") of a golden folder: its cases, inputs, results, and the model.
+
+    The methods hide that the small set and the full one lay out the same things in two ways."""
+
+    def __init__(self, folder: Path, variant: str):
+        noq = "_noq" if variant == "noqformer" else ""
+        self.folder, self.variant = folder, variant
+        self.cases = json.loads((folder / "cases.json").read_text())
+        self.io = load_file(folder / f"io{noq}.safetensors")
+        weights = load_file(folder / "weights.safetensors")
+        if noq:
+            weights |= load_file(folder / "weights_noq.safetensors")
+        self.weights = {k: t.float() / 64 if t.dtype == torch.int8 else t for k, t in weights.items()}
+        at = folder / "tokenizer" / "tokenizer.model"
+        self.tokenizer = Tokenizer(at if at.is_file() else folder / "tokenizer.model")
+        self.full = (folder / "optim.json").is_file()
+        self.n_image_tokens = 8 if variant == "qformer" else 4
+
+    def model(self) -> MiniGPT4:
+        """The original's model in float32."""
+        sizes = self.cases["config"]
+        image_size = (sizes.get("image_size") or sizes["img_size"])[self.variant]
+        vision = VisionConfig(image_size=image_size, width=64, n_layers=3, n_heads=4, mlp_hidden=int(64 * 4.3637))
+        qformer = QFormerConfig(n_queries=8, width=48, n_layers=4, n_heads=4, ffn_hidden=96, vision_width=64)
+        model = MiniGPT4(vision, qformer if self.variant == "qformer" else None, LlamaConfig.from_dict(sizes["llama"]))
+        tensors = {}
+        for k, t in self.weights.items():
+            if self.variant == "noqformer" and k.startswith(("Qformer.", "query_tokens")):
+                continue
+            if (name := rename(k)) is not None:
+                tensors[name] = t
+        model.load_state_dict(tensors, strict=True)
+        model.tokenizer = self.tokenizer
+        return model.eval().requires_grad_(False)
+
+    @property
+    def images(self) -> torch.Tensor:
+        """Normalised pictures, float32 (3, 3, S, S)."""
+        return self.io["images"].float()
+
+    def case(self, name: str, template: str) -> Case:
+        if self.full:
+            case = self.cases["variants"][self.variant]["loss"][name]
+            inputs, drawn, rows = case, case["prompt_choice_index"], case["sequence_layout_ids"]
+            lengths = [sum(row) for row in case["attention_mask"]]
+        else:
+            case, inputs = self.cases["loss"][self.variant][name], self.cases["loss_inputs"][name]
+            drawn, rows, lengths = inputs["prompt_index"], case["input_ids"], case["attention_len"]
+        # the captions go in as they are here; clean_caption has a test of its own
+        config = Config(template=template, end_sym=inputs["end_sym"], max_txt_len=inputs["max_txt_len"],
+                        clean_captions=False)
+        ids = [[IMAGE if i == IMAGE_ROW else i for i in row[:n]] for row, n in zip(rows, lengths)]
+        targets = [row[:n] for row, n in zip(case["labels"], lengths)]
+        prefix = f"{'loss.' if self.full else ''}{name}.grad.llama_proj."
+        gradients = {k: self.io[prefix + k] for k in ("weight", "bias")}
+        return Case(config, inputs["answer"], inputs["prompt_list"], drawn, ids, targets, case["loss"], gradients)
+
+    def schedules(self) -> dict[str, tuple[Config, list[tuple[int, float]]]]:
+        """name -> (config with that schedule, [(step, learning rate)])."""
+        given = json.loads((self.folder / "optim.json").read_text())["schedules"] if self.full else self.cases["lr"]
+        rates = lambda s: [(r["step"], r["lr"]) for r in s["lr"]] if self.full else s["step_lr"]
+        return {name: (_with_schedule(Config(), s), rates(s)) for name, s in given.items()}
+
+    def adamw(self, name: str, config: Config) -> tuple[Config, list[int], list[float], list[float]]:
+        """"adamw5" or "adamw5_biglr" -> config with its schedule, steps, learning rates, losses (one more: the last)."""
+        if self.full:
+            optim = json.loads((self.folder / "optim.json").read_text())
+            run = optim["adamw"][self.variant + name.removeprefix("adamw5")]
+            schedule = run.get("schedule") or optim["schedules"]["stage2"]
+            steps, rates, losses = ([s[k] for s in run["steps"]] for k in ("step", "lr", "loss_before_step"))
+        else:
+            run = self.cases["adamw"][self.variant][name]
+            schedule, steps, rates, losses = run["schedule"], run["steps"], run["lr"], run["loss_before_step"]
+        return _with_schedule(config, schedule), steps, rates, losses + [run["loss_after"]]
+
+    def pictures(self) -> list[tuple[Path, int, torch.Tensor]]:
+        """(file, pixels of a side, float32 (3, S, S) that the original makes of it)."""
+        if self.full:
+            results = load_file(self.folder / "preproc" / "preproc.safetensors")
+            named = [(*k.split("@"), t) for k, t in results.items() if "resized" not in k]
+            return [(self.folder / "preproc" / name, int(size), t) for name, size, t in named]
+        results = load_file(self.folder / "preproc.safetensors")
+        return [(self.folder / "images" / name, 28, t) for name, t in results.items()]
+
+    def captions(self) -> list[tuple[str, str, list[int]]]:
+        """(web caption, cleaned, ids of the cleaned one and a newline)."""
+        if self.full:
+            return [(c["in"], c["out"], c["ids_of_out_plus_newline"]) for c in self._texts("captions")]
+        return self.cases["captions"]
+
+    def strings(self) -> list[tuple[str, list[int]]]:
+        """(text, ids without BOS)."""
+        if self.full:
+            return [(s["text"], s["ids"]) for s in self._texts("tokenizer")]
+        return self.cases["tokenizer"]["strings"]
+
+    def _texts(self, key):
+        return json.loads((self.folder / "preproc" / "preproc.json").read_text())[key]
+
+    def talk(self, template: str, kind: str = "scripted") -> Talk:
+        """A talk in "vicuna" or "llama2"; the "live" one (full set only) has the model's own answers."""
+        talk, said = self._chat(template), []
+        if not self.full:
+            segments = [talk["turn1_segment_ids"], talk["turn2_segment_ids"]]
+            questions, answer = [talk["question1"], talk["question2"]], talk["answer1"]
+        else:
+            turns = [talk[kind]["turn1"], talk[kind]["turn2"]]
+            segments = [t["segment_ids"] for t in turns]
+            questions, answer = [talk["Q1"], talk["Q2"]], talk["A1_scripted"]
+            if kind == "live":
+                said = [(t["output_ids"][1:], t["answer_text"]) for t in turns]  # without the BOS of generate()
+                answer = said[0][1]
+        return Talk(questions, answer, [[*a, *[IMAGE] * self.n_image_tokens, *b] for a, b in segments], said)
+
+    def _chat(self, template):
+        chats = self.cases["variants"][self.variant]["chat"] if self.full else self.cases["chat"]
+        return chats["vicuna0" if template == "vicuna" else template]
+
+    def greedy(self, template: str) -> dict[str, dict]:
+        """name ("greedy_turn2_rp1.05") -> {"new_tokens": ids, perhaps "eos_token_id", "stop_words_ids"}."""
+        if self.full:
+            runs = self._chat(template)["scripted"]["generation"]
+        else:
+            runs = self.cases["generation"][self.variant]["vicuna0" if template == "vicuna" else template]
+            runs = {k: {"new_tokens": v} for k, v in runs.items() if isinstance(v, list)}
+        return {k: v for k, v in runs.items() if k.startswith("greedy") and "min_length" not in k}
+
+
+def _with_schedule(config, s):
+    return Config(**vars(config) | {"lr": s["init_lr"], "min_lr": s["min_lr"], "warmup_lr": s["warmup_lr"],
+                                    "warmup_steps": s["warmup_steps"],
+                                    "max_steps": s["max_epoch"] * s["iters_per_epoch"]})

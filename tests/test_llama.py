@@ -1,0 +1,319 @@
+"""The language model against Hugging Face's LlamaForCausalLM, at small size in float32 with the same random weights."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from configs.schema import InputError
+from llama import KVCache
+from model import MiniGPT4, sample
+from tests.common import GOLDEN
+
+SIZES = {"vocab_size": 640, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
+         "num_attention_heads": 4}
+SHAPES = {
+    "multi_head": {},
+    "grouped_query": {"num_key_value_heads": 2},
+    "one_key_head": {"num_key_value_heads": 1},
+    "tied": {"tie_word_embeddings": True},
+    "rope_theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+    "rms_norm_eps": {"rms_norm_eps": 1e-2},
+    "head_dim": {"head_dim": 20},
+    "mixed": {"num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True, "rms_norm_eps": 1e-5,
+              "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+}
+TOKENS = torch.randint(3, 600, (2, 40), generator=torch.Generator().manual_seed(7))
+
+
+def make_folder(folder, **changes):
+    """A Hugging Face LLaMA with large random weights, so that a wrong attention shows, saved into `folder`."""
+    shard = {"max_shard_size": changes.pop("max_shard_size")} if "max_shard_size" in changes else {}
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SIZES | {"initializer_range": 0.2} | changes)
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    for name, p in theirs.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(p, 0.5, 1.5)
+    theirs.save_pretrained(folder, **shard)
+    shutil.copy(GOLDEN / "tokenizer" / "tokenizer.model", folder)
+    return theirs
+
+
+def load(folder, dtype="float32", train=()):
+    return MiniGPT4.from_files(vision=None, qformer=None, llama=str(folder), dtype=dtype, train=train)
+
+
+@torch.no_grad()
+def logits(model, tokens=TOKENS):
+    return model.llama.logits(model.llama(model.llama.embed_tokens(tokens)))
+
+
+@torch.no_grad()
+def their_logits(theirs):
+    return theirs(TOKENS).logits
+
+
+def close(got, want, tolerance):
+    torch.testing.assert_close(got, want, atol=tolerance, rtol=0)
+
+
+# ---- parity --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_equal_transformers(tmp_path, shape):
+    theirs = make_folder(tmp_path, **SHAPES[shape])
+    want = their_logits(theirs)
+    assert want.std() > 0.5  # of a size at which the tolerance means something
+    close(logits(load(tmp_path)), want, 2e-5)
+
+
+def test_each_size_changes_the_logits(tmp_path):
+    """Holds off a parity that is blind: a reader that ignores rope_theta or rms_norm_eps would then agree as well."""
+    plain = their_logits(make_folder(tmp_path))
+    for shape in ("rope_theta", "rms_norm_eps", "tied"):
+        assert (their_logits(make_folder(tmp_path, **SHAPES[shape])) - plain).abs().max() > 0.05, shape
+
+
+@pytest.mark.parametrize("shape", ["multi_head", "mixed"])
+def test_cached_decoding_equals_the_full_forward(tmp_path, shape):
+    make_folder(tmp_path, **SHAPES[shape])
+    model = load(tmp_path)
+    want, prompt = logits(model), 7
+    cache = KVCache(model.llama.config, len(TOKENS), TOKENS.shape[1], "cpu", torch.float32)
+    with torch.no_grad():
+        x = model.llama.embed_tokens(TOKENS)
+        close(model.llama.logits(model.llama(x[:, :prompt], cache)), want[:, :prompt], 2e-5)
+        for t in range(prompt, TOKENS.shape[1]):
+            assert cache.length == t
+            close(model.llama.logits(model.llama(x[:, t:t + 1], cache)), want[:, t:t + 1], 2e-5)
+
+
+def test_cache_refuses_several_tokens_behind_a_prompt(tmp_path):
+    make_folder(tmp_path)
+    model = load(tmp_path)
+    cache = KVCache(model.llama.config, 2, 20, "cpu", torch.float32)
+    x = model.llama.embed_tokens(TOKENS)
+    model.llama(x[:, :5], cache)
+    with pytest.raises(AssertionError, match="one token at a time"):
+        model.llama(x[:, 5:8], cache)
+
+
+def test_greedy_generation_equals_transformers(tmp_path):
+    theirs = make_folder(tmp_path, **SHAPES["grouped_query"])
+    prompt = TOKENS[:1]
+    want = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=25,
+                           pad_token_id=0)[0, prompt.shape[1]:]
+    got = load(tmp_path).generate(prompt[0].tolist(), max_new_tokens=25, temperature=0, repetition_penalty=1.0)
+    assert list(got) == want.tolist()
+
+
+def test_a_conversation_beyond_the_context_loses_its_beginning(tmp_path):
+    """Of the prompt remains what leaves room for the answer."""
+    make_folder(tmp_path)
+    model, prompt = load(tmp_path), TOKENS[0].tolist()
+    answer = lambda ids, context: list(model.generate(ids, max_new_tokens=10, temperature=0, context=context))
+    assert answer(prompt, 30) == answer(prompt[-20:], 2000) != answer(prompt, 2000)
+    assert answer(prompt, 50) == answer(prompt, 2000)  # it just fits
+
+
+def test_bfloat16_is_near(tmp_path):
+    theirs = make_folder(tmp_path, **SHAPES["mixed"])
+    model = load(tmp_path, "bfloat16")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    want = their_logits(theirs)
+    got = logits(model)
+    assert got.dtype == torch.bfloat16
+    theirs_off = (their_logits(theirs.to(torch.bfloat16)).float() - want).norm() / want.norm()
+    ours_off = (got.float() - want).norm() / want.norm()
+    assert ours_off < 0.05 and ours_off < 1.5 * theirs_off
+
+
+def test_frozen_unless_named(tmp_path):
+    """Named in `train`, the part has gradients and is float32 whatever dtype is asked for the others."""
+    make_folder(tmp_path)
+    assert not any(p.requires_grad for p in load(tmp_path).parameters())
+    trained = load(tmp_path, "bfloat16", train=("llama",))
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in trained.parameters())
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
+
+
+def test_sharded_folder_is_read_by_its_index(tmp_path):
+    """A stray file beside the shards, such as Meta's own `consolidated`, is not read."""
+    theirs = make_folder(tmp_path, max_shard_size="60KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    save_file({"tok_embeddings.weight": torch.zeros(1)}, tmp_path / "consolidated.safetensors")
+    close(logits(load(tmp_path)), their_logits(theirs), 2e-5)
+
+
+def test_missing_shard_is_named(tmp_path):
+    make_folder(tmp_path, max_shard_size="60KB")
+    shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(InputError, match=shard.name):
+        load(tmp_path)
+
+
+def test_rotary_buffers_of_old_files_are_ignored(tmp_path):
+    theirs = make_folder(tmp_path)
+    change_tensors(tmp_path, lambda t: t | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)})
+    close(logits(load(tmp_path)), their_logits(theirs), 2e-5)
+
+
+def test_tied_tensor_that_is_stored_twice_is_ignored(tmp_path):
+    theirs = make_folder(tmp_path, tie_word_embeddings=True)
+    change_tensors(tmp_path, lambda t: t | {"lm_head.weight": torch.zeros_like(t["model.embed_tokens.weight"])})
+    close(logits(load(tmp_path)), their_logits(theirs), 2e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_saved_part_loads_again_here_and_in_transformers(tmp_path, shape):
+    theirs = make_folder(tmp_path / "in", **SHAPES[shape])
+    want = their_logits(theirs)
+    load(tmp_path / "in").save_part("llama", str(tmp_path))
+    close(logits(load(tmp_path / "llama")), want, 2e-5)
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "llama", dtype=torch.float32).eval()
+    close(their_logits(again), want, 2e-5)
+
+
+def test_old_config_json_has_rope_theta_at_the_top(tmp_path):
+    """Folders written before transformers 5 have no rope_parameters, and no head_dim or num_key_value_heads either."""
+    theirs = make_folder(tmp_path, **SHAPES["rope_theta"])
+    keep = (*SIZES, "rms_norm_eps", "model_type")
+    change_config(tmp_path, lambda c: {k: c[k] for k in keep} | {"rope_theta": 500.0, "rope_scaling": None})
+    close(logits(load(tmp_path)), their_logits(theirs), 2e-5)
+
+
+def change_tensors(folder, change):
+    save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors", {"format": "pt"})
+
+
+def change_config(folder, change):
+    path = folder / "config.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
+Q = "layers.1.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize("fault, change", {
+    f"missing ({Q})": lambda t: {k: v for k, v in t.items() if k != f"model.{Q}"},
+    "unexpected (layers.0.extra.weight)": lambda t: t | {"model.layers.0.extra.weight": torch.zeros(2)},
+    f"of another shape ({Q} (48, 47) instead of (48, 48))": lambda t: t | {f"model.{Q}": torch.zeros(48, 47)},
+}.items())
+def test_misfitting_tensors_are_named(tmp_path, fault, change):
+    make_folder(tmp_path)
+    change_tensors(tmp_path, change)
+    with pytest.raises(InputError) as error:
+        load(tmp_path)
+    assert fault in str(error.value) and str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.model", "model.safetensors"])
+def test_missing_files_are_named(tmp_path, name):
+    make_folder(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(InputError, match=name.replace("model.safetensors", "safetensors")) as error:
+        load(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.model", "model.safetensors"])
+def test_cut_off_files_are_named(tmp_path, name):
+    """As a download that was broken off leaves them."""
+    make_folder(tmp_path)
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[:len(content) // 2])
+    with pytest.raises(InputError, match=name):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("named, change", [
+    ("linear", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}),
+    ("llama3", {"rope_parameters": None, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}),
+    ("dynamic", {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}),
+    ("qwen2", {"model_type": "qwen2"}),
+    ("sliding_window", {"model_type": "mistral", "sliding_window": 4096}),
+    ("biases", {"attention_bias": True}),
+    ("biases", {"mlp_bias": True}),
+    ("activation", {"hidden_act": "gelu"}),
+    ("not of the same model", {"vocab_size": 599}),
+])
+def test_models_that_it_cannot_compute_are_refused(tmp_path, named, change):
+    make_folder(tmp_path)
+    change_config(tmp_path, lambda c: c | change)
+    with pytest.raises(InputError, match=named):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("key", SIZES)
+def test_sizes_missing_from_config_json_are_named(tmp_path, key):
+    make_folder(tmp_path)
+    change_config(tmp_path, lambda c: {k: v for k, v in c.items() if k != key})
+    with pytest.raises(InputError, match=f"config.json: {key} missing"):
+        load(tmp_path)
+
+
+# ---- drawing a token -----------------------------------------------------------------------------------------------
+
+
+def random_logits(seed, n=50, scale=2.0):
+    return torch.randn(n, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def test_temperature_zero_takes_the_likeliest():
+    for seed in range(20):
+        assert sample(random_logits(seed), [1], 0, 0.9, 1.0) == random_logits(seed).argmax()
+
+
+def test_repetition_penalty_equals_transformers():
+    """On scores of both signs, and once for an id that was seen twice."""
+    penalise, changed = transformers.RepetitionPenaltyLogitsProcessor(1.5), 0
+    for seed in range(100):
+        scores = random_logits(seed) + (seed % 3 - 1) * 5  # all below zero, mixed, all above
+        ids = [1, *scores.topk(2).indices.tolist(), int(scores.argmax())]
+        want = penalise(torch.tensor([ids]), scores[None].clone())[0].argmax()
+        before = scores.clone()
+        assert sample(scores, ids, 0, 0.9, 1.5) == want
+        assert torch.equal(scores, before)  # the caller's logits stay as they were
+        changed += int(want != scores.argmax())
+    assert 10 < changed
+
+
+def test_top_p_keeps_the_nucleus_and_nothing_else():
+    scores = torch.tensor([0.15, 0.5, 0.05, 0.3]).log()
+    draws = lambda top_p: {sample(scores, [0], 1.0, top_p, 1.0, generator) for _ in range(400)}
+    generator = torch.Generator().manual_seed(0)
+    assert draws(0.45) == {1}  # the token that passes top_p is kept
+    assert draws(0.7) == {1, 3}
+    assert draws(0.9) == {0, 1, 3}
+    assert draws(1.0) == {0, 1, 2, 3}
+
+
+def test_drawn_shares_equal_those_of_transformers():
+    """Penalty, temperature and nucleus together, in the order of `generate`: the shares of 5000 draws."""
+    scores, ids, n = random_logits(3, n=8, scale=1.5), [1, 4, 5], 5000
+    chain = transformers.LogitsProcessorList([
+        transformers.RepetitionPenaltyLogitsProcessor(1.3), transformers.TemperatureLogitsWarper(0.7),
+        transformers.TopPLogitsWarper(0.8)])
+    want = chain(torch.tensor([ids]), scores[None].clone())[0].softmax(-1)
+    assert 1 < (want > 0).sum() < 8
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.tensor([sample(scores, ids, 0.7, 0.8, 1.3, generator) for _ in range(n)]).bincount(minlength=8) / n
+    assert torch.equal(drawn > 0, want > 0)
+    close(drawn, want, 0.03)
+
+
+def test_seeded_draws_repeat(tmp_path):
+    make_folder(tmp_path)
+    model = load(tmp_path)
+    answer = lambda seed: list(model.generate([1, 300, 301], max_new_tokens=20, temperature=1.0,
+                                              generator=torch.Generator().manual_seed(seed)))
+    assert answer(1) == answer(1)
+    assert answer(1) != answer(2)

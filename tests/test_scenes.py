@@ -1,0 +1,121 @@
+"""The tiny world: its texts are true of the scene, and training never shows a held-out combination."""
+
+import json
+import random
+import sys
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+import make_scenes as world  # noqa: E402
+from configs.schema import InputError  # noqa: E402
+
+
+def draws(n, heldout=False):
+    for i in range(n):
+        rng = random.Random(f"test {i}")
+        yield world.random_scene(rng, heldout), rng
+
+
+def test_training_and_held_out_combinations_are_disjoint():
+    train = {frozenset(scene.pairs) for scene, _ in draws(5000)}
+    heldout = {frozenset(scene.pairs) for scene, _ in draws(1000, heldout=True)}
+    assert not train & heldout
+    assert {len(pairs) for pairs in heldout} == {1, 2, 3}
+
+
+def test_a_scene_survives_json_and_is_drawn_alike_from_the_same_seed():
+    for scene, _ in draws(20):
+        again = world.Scene.from_dict(json.loads(json.dumps(scene.to_dict())))
+        assert again == scene
+        first, second = (world.draw(s, random.Random(7)) for s in (scene, again))
+        assert first.size == (128, 128) and first.mode == "RGB" and first.tobytes() == second.tobytes()
+
+
+def test_every_fact_is_told():
+    for scene, rng in draws(1000):
+        for text in (world.told(scene, rng), world.dense_caption(scene), world.description(scene, rng)):
+            for obj in scene.objects:
+                texture = {"plain": "", "striped": "strip", "dotted": "dot"}[obj.texture]
+                place = world.CELLS[obj.cell].split(" the ")[1]
+                facts = (obj.size, obj.color, texture, obj.shape, place, scene.background)
+                assert all(fact in text for fact in facts), text
+
+
+def test_captions_and_descriptions_name_no_wrong_object():
+    for scene, rng in draws(1000):
+        assert world.named_objects(world.noisy_caption(scene, rng)) <= scene.pairs
+        assert world.named_objects(world.description(scene, rng)) == scene.pairs
+
+
+def test_descriptions_are_short_and_never_repeat_four_words():
+    for scene, rng in draws(3000):
+        text = world.description(scene, rng)
+        assert not world.repeats(text) and len(text.split()) <= 62, text
+    alike = tuple(world.Object("large", color, "striped", "star", cell)
+                  for cell, color in enumerate(("red", "blue", "green")))
+    assert not world.repeats(world.description(world.Scene(alike, "gray"), random.Random(0)))
+    assert world.repeats("A star at the top. A star at the top.")
+
+
+def test_a_rhyme_is_right_only_with_the_right_objects_and_rhyming_ends():
+    for scene, rng in draws(300):
+        text = world.rhyme(scene, rng)
+        assert world.rhyme_is_right(scene, text), text
+        obj = scene.objects[0]
+        shape = next(s for s in world.SHAPES if (obj.color, s) not in scene.pairs)
+        other = replace(scene, objects=(replace(obj, shape=shape), *scene.objects[1:]))
+        assert not world.rhyme_is_right(other, text)
+        assert not world.rhyme_is_right(scene, text[:-1] + " again.")
+
+
+def test_true_answers_are_right_and_altered_ones_wrong():
+    swaps = {"one": "two", "two": "three", "three": "one", "Yes": "No", "No": "Yes", "small": "large",
+             "large": "small", "plain": "dotted", "striped": "plain", "dotted": "striped", "gray": "pink"}
+    for names in (list(world.COLORS), list(world.SHAPES), list(world.BACKGROUNDS)):
+        swaps |= dict(zip(names, names[1:] + names[:1]))
+    swaps |= {"top": "bottom", "bottom": "top", "left": "right", "right": "left", "center": "left"}
+    for scene, rng in draws(2000):
+        question, truth, kind = world.qa(scene, rng)
+        assert world.answer_is_right(scene, question, kind, truth.lower().rstrip("."), truth)
+        wrong = " ".join(swaps.get(word, word) for word in truth.replace(".", "").replace(",", "").split())
+        assert not world.answer_is_right(scene, question, kind, wrong, truth), (question, wrong)
+        assert not world.answer_is_right(scene, question, kind, "", truth)
+
+
+def test_shards_have_the_members_of_img2dataset(tmp_path):
+    world.main(["stage1", str(tmp_path / "shards"), "--n=3"])
+    with tarfile.open(tmp_path / "shards" / "00000.tar") as tar:
+        endings = ("jpg", "txt", "json")
+        assert tar.getnames() == [f"00000000{i}.{ending}" for i in range(3) for ending in endings]
+        assert Image.open(tar.extractfile("000000001.jpg")).size == (128, 128)
+        caption = json.load(tar.extractfile("000000001.json"))["caption"]
+        assert tar.extractfile("000000001.txt").read().decode() == caption
+
+
+def test_text_and_its_tokenizer(tmp_path):
+    world.main(["text", str(tmp_path / "text"), "--n=3000"])
+    lines = [json.loads(line) for line in (tmp_path / "text" / "train.jsonl").read_text().splitlines()]
+    first = next(line["conversation"][0]["user"] for line in lines if "conversation" in line)
+    assert first.startswith("<Img> ") and first.count(" </Img> ") == 1
+    assert all(line["text"].endswith("\n") for line in lines if "text" in line)
+    model = tmp_path / "tokenizer.model"
+    world.main(["tokenizer", str(model), f"--text={tmp_path / 'text' / 'train.jsonl'}"])
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    assert all(len(tokenizer.encode(word)) == 1 for word in (*world.COLORS, *world.SHAPES, "striped"))
+    assert tokenizer.encode("a star.###", out_type=str)[-2:] == [".", "###"]
+    assert tokenizer.decode(tokenizer.encode("A star.\n~é~")) == "A star.\n~é~"
+
+
+def test_existing_data_is_never_overwritten(tmp_path):
+    world.main(["test", str(tmp_path / "test"), "--n=2"])
+    scenes = [world.Scene.from_dict(d) for d in json.loads((tmp_path / "test" / "scenes.json").read_text())]
+    assert all(world.is_heldout(scene) for scene in scenes) and not list(tmp_path.glob("*.part"))
+    with pytest.raises(InputError, match="exists already"):
+        world.main(["test", str(tmp_path / "test"), "--n=2"])

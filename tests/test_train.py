@@ -1,0 +1,252 @@
+"""The training loop: what learns, exact resume, processes and accumulation that change nothing, the run's folder."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from configs.schema import Config, InputError, load_config, read_saved_config
+from model import MiniGPT4
+from tests.common import GOLDEN
+from tools import make_scenes
+
+ROOT = Path(__file__).resolve().parent.parent
+ENV = os.environ | {"OMP_NUM_THREADS": "1"}  # the runs below are too small for more
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> dict:
+    """The paths of a micro model with random weights, and of stage-1 and stage-2 data for it."""
+    root = tmp_path_factory.mktemp("world")
+    torch.manual_seed(0)
+    model = MiniGPT4.from_files(
+        dict(image_size=32, patch_size=8, width=16, n_layers=2, n_heads=2, mlp_hidden=32),
+        dict(n_queries=4, width=16, n_layers=2, n_heads=2, ffn_hidden=32),
+        dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2),
+        tokenizer=str(GOLDEN / "tokenizer" / "tokenizer.model"))
+    for part in ("vision", "qformer", "llama"):
+        model.save_part(part, root)
+    make_scenes.main(["stage1", str(root / "stage1"), "--n=64"])
+    make_scenes.main(["stage2", str(root / "stage2"), "--n=24"])
+    return {"vision": f"{root}/vision.safetensors", "qformer": f"{root}/qformer.safetensors", "llama": f"{root}/llama",
+            "data": f"{root}/stage1", "stage2": f"{root}/stage2"}
+
+
+def micro(world, out, **changes) -> Config:
+    parts = {k: v for k, v in world.items() if k != "stage2"}
+    settings = dict(dtype="float32", batch_size=4, max_steps=6, warmup_steps=2, lr=0.01, min_lr=0.001, num_workers=0,
+                    log_interval=1, save_interval=2, eval_interval=100, device="cpu", out_dir=str(out))
+    return Config(**parts | settings | changes)
+
+
+def run(config: Config) -> list[dict]:
+    """Train in this process; the lines of log.jsonl."""
+    train.train(config, torch.device("cpu"))
+    return [json.loads(line) for line in (Path(config.out_dir) / "log.jsonl").read_text().splitlines()]
+
+
+def weights(out) -> dict:
+    return load_file(Path(out) / "state.safetensors")
+
+
+def same(a, b):
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def command(config: Config, tmp_path, *options) -> list[str]:
+    """The command line that runs `config` in a process of its own."""
+    path = tmp_path / f"{Path(config.out_dir).name}.py"
+    path.write_text("".join(f"{k} = {v!r}\n" for k, v in vars(config).items()))
+    return [str(ROOT / "train.py"), str(path), *options]
+
+
+def test_only_the_projection_learns(world, tmp_path):
+    config = micro(world, tmp_path)
+    model = train.build(config, torch.device("cpu"))
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {"proj.weight", "proj.bias"}
+    before = {k: t.clone() for k, t in model.state_dict().items()}
+    run(config)
+    after = load_file(tmp_path / "proj.safetensors")
+    assert not torch.equal(after["proj.weight"], before["proj.weight"])
+    assert set(p.name for p in tmp_path.glob("*.safetensors")) == {"proj.safetensors", "state.safetensors"}
+
+
+def test_the_loss_falls(world, tmp_path):
+    log = run(micro(world, tmp_path, max_steps=60, save_interval=60))
+    assert sum(r["loss"] for r in log[-5:]) / 5 < log[0]["loss"] - 0.3
+
+
+def test_every_part_can_learn_and_is_saved(world, tmp_path):
+    config = micro(world, tmp_path, train=("vision", "qformer", "proj", "llama"), max_steps=2)
+    run(config)
+    saved = read_saved_config(str(tmp_path))
+    assert all(str(tmp_path) in getattr(saved, part) for part in config.train)
+    trained = MiniGPT4.from_files(saved.vision, saved.qformer, saved.llama, saved.proj, "float32")
+    frozen = MiniGPT4.from_files(config.vision, config.qformer, config.llama, None, "float32")
+    for part in ("vision", "qformer", "llama"):
+        a, b = trained.part_parameters(part), frozen.part_parameters(part)
+        assert all(not torch.equal(a[k], b[k]) for k in a if "k_proj" not in k and "key.bias" not in k), part
+
+
+def test_a_run_can_go_on_from_stage_1_to_stage_2_by_its_folder(world, tmp_path):
+    run(micro(world, tmp_path / "one"))
+    stage2 = micro(world, tmp_path / "two", data=world["stage2"], proj=f"{tmp_path}/one/proj.safetensors",
+                   template="vicuna", end_sym="###", max_txt_len=160, clean_captions=False, max_steps=2)
+    run(stage2)
+    moved = tmp_path / "elsewhere"
+    saved = read_saved_config(str(tmp_path / "two"))
+    assert Path(saved.proj).resolve() == (tmp_path / "two" / "proj.safetensors").resolve()
+    assert Path(saved.llama).resolve() == Path(world["llama"]).resolve() and not moved.exists()
+
+
+def test_accumulation_is_the_same_as_a_larger_batch(world, tmp_path):
+    large = run(micro(world, tmp_path / "large", batch_size=8))
+    small = run(micro(world, tmp_path / "small", batch_size=2, grad_accum=4))
+    for a, b in zip(large, small):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+    a, b = weights(tmp_path / "large"), weights(tmp_path / "small")
+    torch.testing.assert_close(a["weight.proj.proj.weight"], b["weight.proj.proj.weight"], atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_16_bit_training_is_near_float32(world, tmp_path, dtype):
+    half = run(micro(world, tmp_path / "half", dtype=dtype))
+    full = run(micro(world, tmp_path / "full"))
+    assert all(a["loss"] == pytest.approx(b["loss"], rel=0.02) for a, b in zip(half, full))
+
+
+def test_two_processes_give_the_curve_of_one(world, tmp_path):
+    one = micro(world, tmp_path / "one", batch_size=8, max_steps=50, save_interval=50)
+    two = replace(one, batch_size=4, out_dir=str(tmp_path / "two"))
+    subprocess.run([sys.executable, *command(one, tmp_path)], check=True, env=ENV, capture_output=True)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29513"]
+    subprocess.run([*torchrun, *command(two, tmp_path)], check=True, env=ENV, capture_output=True)
+    curves = [[json.loads(line)["loss"] for line in (tmp_path / out / "log.jsonl").read_text().splitlines()]
+              for out in ("one", "two")]
+    assert len(curves[0]) == len(curves[1]) == 50
+    assert max(abs(a - b) / a for a, b in zip(*curves)) < 1e-3
+
+
+def test_a_run_killed_at_any_moment_ends_with_the_same_weights(world, tmp_path):
+    unbroken = micro(world, tmp_path / "unbroken", max_steps=40, num_workers=1, save_interval=5)
+    broken = replace(unbroken, out_dir=str(tmp_path / "broken"))
+    subprocess.run([sys.executable, *command(unbroken, tmp_path)], check=True, env=ENV, capture_output=True)
+    log = tmp_path / "broken" / "log.jsonl"
+    for lines in (3, 13, 27):  # before the first checkpoint, and between others
+        process = subprocess.Popen([sys.executable, *command(broken, tmp_path, "--resume=True")], env=ENV,
+                                   stderr=subprocess.DEVNULL)
+        while process.poll() is None and (not log.is_file() or len(log.read_text().splitlines()) < lines):
+            time.sleep(0.002)
+        assert process.poll() is None, "it ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run([sys.executable, *command(broken, tmp_path, "--resume=True")], check=True, env=ENV, capture_output=True)
+    same(weights(tmp_path / "broken"), weights(tmp_path / "unbroken"))
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps == list(range(1, 41))
+
+
+def test_a_kill_while_saving_leaves_the_last_checkpoint(world, tmp_path, monkeypatch):
+    config = micro(world, tmp_path / "broken", max_steps=6, save_interval=3)
+    replace_file, calls = os.replace, []
+
+    def die_at_the_second_state(source, target):
+        if str(target).endswith("state.safetensors"):
+            calls.append(target)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+        replace_file(source, target)
+
+    monkeypatch.setattr(os, "replace", die_at_the_second_state)
+    with pytest.raises(KeyboardInterrupt):
+        run(config)
+    monkeypatch.undo()
+    run(replace(config, resume=True))
+    run(replace(config, out_dir=str(tmp_path / "unbroken")))
+    same(weights(tmp_path / "broken"), weights(tmp_path / "unbroken"))
+
+
+def test_an_earlier_run_is_never_overwritten(world, tmp_path):
+    config = micro(world, tmp_path, max_steps=2)
+    run(config)
+    with pytest.raises(InputError, match="--resume=True"):
+        run(config)
+
+
+def test_a_state_of_another_model_is_refused(world, tmp_path):
+    run(micro(world, tmp_path, max_steps=2))
+    with pytest.raises(InputError, match="other parts"):
+        run(micro(world, tmp_path, max_steps=4, resume=True, train=("proj", "qformer")))
+
+
+def test_heldout_loss_and_sample_answers_are_logged(world, tmp_path):
+    log = run(micro(world, tmp_path, heldout_data=world["stage2"], eval_interval=3, eval_samples=10, show_samples=1))
+    rows = [r for r in log if "heldout_loss" in r]
+    assert [r["step"] for r in rows] == [3, 6] and all(r["heldout_loss"] > 0 and r["samples"] for r in rows)
+
+
+def test_missing_data_is_made_on_first_use(world, tmp_path):
+    path = str(tmp_path / "data")
+    config = micro(world, tmp_path / "out", data=path, max_steps=2,
+                   prepare={path: f"{ROOT}/tools/make_scenes.py stage1 {path} --n=8"})
+    run(config)
+    assert Path(path, "00000.tar").is_file()
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem not in ("schema", "__init__")))
+def test_every_config_is_valid(name):
+    config = load_config(str(ROOT / "configs" / f"{name}.py"), {})
+    assert config.llama and config.data and config.warmup_steps <= config.max_steps
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"learning_rate": "1"}, "'learning_rate'"), ({"bath_size": "4"}, "did you mean batch_size"),
+    ({"batch_size": "many"}, "batch_size = 'many' is not of type int"), ({"lr": "True"}, "lr = True"),
+    ({"resume": "yes"}, "resume = 'yes' is not of type bool"), ({"train": "7"}, "train = 7")])
+def test_wrong_options_are_refused(options, words):
+    with pytest.raises(InputError, match=words):
+        load_config(str(ROOT / "configs" / "stage1.py"), options)
+
+
+def test_options_are_parsed_as_their_type():
+    config = load_config(str(ROOT / "configs" / "stage1.py"),
+                         {"lr": "1", "resume": "True", "data": "{'a': 1}", "betas": "(0.5, 0.6)", "out_dir": "7"})
+    assert (config.lr, config.resume, config.data, config.betas, config.out_dir) == (1.0, True, {"a": 1}, (0.5, 0.6), "7")
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(vision="nowhere.safetensors"), "nowhere.safetensors: there is no such weight file"),
+    (dict(llama="nowhere"), "nowhere: not a LLaMA folder"),
+    (dict(data="nowhere"), "data nowhere: no samples"),
+    (dict(train=("head",)), "'head' is no part"),
+])
+def test_wrong_paths_and_parts_are_refused(world, tmp_path, changes, words):
+    with pytest.raises(InputError, match=words):
+        run(micro(world, tmp_path, **changes))
+
+
+def test_a_projection_of_another_language_model_is_refused(world, tmp_path):
+    other = MiniGPT4.from_files(world["vision"], world["qformer"], dict(
+        hidden_size=16, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4),
+        tokenizer=str(GOLDEN / "tokenizer" / "tokenizer.model"))
+    other.save_part("proj", tmp_path)
+    with pytest.raises(InputError, match="another language model"):
+        run(micro(world, tmp_path / "out", proj=f"{tmp_path}/proj.safetensors"))
+
+
+@pytest.mark.parametrize("arguments", [["train.py"], ["train.py", "configs/none.py"], ["train.py", "configs/stage1.py"],
+                                       ["train.py", "configs/stage1.py", "--stpes=3"], ["chat.py", "none.jpg"],
+                                       ["chat.py", "--ckpt=nowhere"], ["chat.py", "--prompt"]])
+def test_mistakes_give_one_line_and_status_2(arguments):
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=ENV, capture_output=True, text=True)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and len(errors) == 1 and "Traceback" not in done.stderr

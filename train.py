@@ -1,0 +1,274 @@
+"""Train MiniGPT-4: both stages, and every part of the tiny world, from one config file.
+
+    python train.py configs/tiny_stage1.py                              one process, a laptop
+    torchrun --nproc-per-node 4 train.py configs/stage1.py              the paper's stage 1
+    python train.py configs/stage2.py --max_steps=400 --resume=True     any field of the config can be overridden
+
+The run's folder (out_dir) then holds the trained parts (proj.safetensors), config.json, log.jsonl, and state.safetensors,
+from which a killed run goes on. Stage 1 and stage 2 are the same loop over different data.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import replace
+from math import cos, pi
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from configs.schema import PATHS, Config, InputError, load_config, parse_args, run_main, to_json
+from data import Batch, collate, open_samples, stop_sequences, training_batches
+from llama import IGNORE
+from model import MiniGPT4, load_tensors, save_tensors
+
+
+def learning_rate(step: int, config: Config) -> float:
+    """Linear from warmup_lr to lr, then a cosine to min_lr. Quirk kept: the cosine counts the warm-up steps too."""
+    if step < config.warmup_steps:
+        return config.warmup_lr + (config.lr - config.warmup_lr) * step / config.warmup_steps
+    return config.min_lr + (config.lr - config.min_lr) * (1 + cos(pi * step / config.max_steps)) / 2
+
+
+def make_optimizer(parameters: dict[str, torch.nn.Parameter], config: Config) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices, none on biases and norms."""
+    matrices = [p for p in parameters.values() if p.dim() > 1]
+    vectors = [p for p in parameters.values() if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=1e-8)
+
+
+# ---- the run's folder ----------------------------------------------------------------------------------------------
+
+
+def start_folder(config: Config):
+    """Make out_dir, with a config.json that leads chat.py to all parts. An earlier run in it is never overwritten."""
+    out = Path(config.out_dir)
+    if (out / "state.safetensors").is_file() and not config.resume:
+        raise InputError(f"{out} already holds a run; go on with it by --resume=True, or choose another --out_dir")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"out_dir {out}: cannot be made ({e}); choose another --out_dir") from e
+    own = {name: str(out / ("llama" if name == "llama" else f"{name}.safetensors")) for name in config.train}
+    own |= {"tokenizer": ""} if "llama" in config.train else {}
+    places = {k: own.get(k, getattr(config, k)) for k in PATHS}
+    relative = {k: os.path.relpath(v, out) if isinstance(v, str) and v else v for k, v in places.items()}
+    temporary = out / ".config.json.tmp"
+    temporary.write_text(to_json(replace(config, **relative)))
+    os.replace(temporary, out / "config.json")
+
+
+def save_checkpoint(model: MiniGPT4, optimizer, scaler, parameters: dict, step: int, config: Config):
+    """Write the trained parts, then all that a resume needs: float32 weights, AdamW's moments, the step."""
+    for name in config.train:
+        model.save_part(name, config.out_dir, config.save_dtype)
+    tensors = {f"weight.{k}": p.detach() for k, p in parameters.items()}
+    for k, p in parameters.items():
+        tensors |= {f"{m}.{k}": optimizer.state[p][m] for m in ("exp_avg", "exp_avg_sq", "step")}
+    metadata = {"step": str(step), "scaler": json.dumps(scaler.state_dict())}
+    save_tensors(tensors, Path(config.out_dir) / "state.safetensors", metadata)
+
+
+def load_checkpoint(optimizer, scaler, parameters: dict, config: Config, device) -> int:
+    """Put a run's last state back; returns the number of steps done, 0 when there is no state yet."""
+    path = Path(config.out_dir) / "state.safetensors"
+    if not path.is_file():
+        return 0
+    tensors, metadata = load_tensors(path)
+    misfits = [k for k, p in parameters.items() if tensors.get(f"weight.{k}", torch.empty(0)).shape != p.shape]
+    if misfits or len(tensors) != 4 * len(parameters):
+        raise InputError(f"{path}: was saved by a run of other parts or sizes; give that run's config or another --out_dir")
+    for k, p in parameters.items():
+        p.data.copy_(tensors[f"weight.{k}"])
+        optimizer.state[p] = {m: tensors[f"{m}.{k}"].clone().to("cpu" if m == "step" else device)
+                              for m in ("exp_avg", "exp_avg_sq", "step")}
+    scaler.load_state_dict(json.loads(metadata["scaler"]))
+    return int(metadata["step"])
+
+
+class Log:
+    """log.jsonl, one JSON object a line. On resume, lines of steps that are done again are taken out."""
+
+    def __init__(self, config: Config, step: int):
+        path, kept = Path(config.out_dir) / "log.jsonl", []
+        if path.is_file() and step:
+            for line in path.read_text().splitlines():
+                try:
+                    kept += [line + "\n"] if json.loads(line)["step"] <= step else []
+                except ValueError:  # the line at which the run was killed
+                    pass
+        self.file = open(path, "w", buffering=1)
+        self.file.writelines(kept)
+
+    def write(self, **values):
+        self.file.write(json.dumps(values) + "\n")
+
+
+# ---- evaluation during training ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def heldout_loss(model: MiniGPT4, samples, config: Config, device) -> float:
+    """The mean loss per answer token over the first eval_samples held-out samples."""
+    total, count = 0.0, 0
+    keys = [(0, i, i) for i in range(min(config.eval_samples, len(samples.sources[0])))]
+    for at in range(0, len(keys), config.batch_size):
+        batch = to_device(collate([samples[k] for k in keys[at:at + config.batch_size]]), device)
+        n = count_targets(batch)
+        total, count = total + model(*batch).item() * n, count + n
+    return total / count
+
+
+def show_answers(model: MiniGPT4, samples, config: Config, device) -> list[dict]:
+    """Greedy answers to the first held-out samples, each beside the text of the data."""
+    shown = []
+    for i in range(min(config.show_samples, len(samples.sources[0]))):
+        images, ids, targets = samples[0, i, i]
+        start = next(at for at, t in enumerate(targets) if t != IGNORE)
+        embeds = model.encode_image(torch.stack(images).to(device)) if images else None
+        answer = model.generate(ids[:start], embeds, config.max_txt_len, temperature=0,
+                                stop=stop_sequences(model.tokenizer, config.end_sym))
+        wanted = [t for t in targets if t != IGNORE]
+        shown.append({"answer": model.tokenizer.decode(list(answer)), "data": model.tokenizer.decode(wanted)})
+    return shown
+
+
+def to_device(batch: Batch, device) -> Batch:
+    """The batch on the device, copied while the CPU goes on."""
+    return Batch(*(t if t is None else t.to(device, non_blocking=True) for t in batch))
+
+
+def count_targets(batch: Batch) -> int:
+    """Answer tokens of a batch, those that its loss is the mean of."""
+    return int((batch.targets[:, 1:] != IGNORE).sum())
+
+
+# ---- the loop ------------------------------------------------------------------------------------------------------
+
+
+def prepare_data(config: Config, rank: int):
+    """Make what the config's `prepare` names and is missing, by its command; only rank 0 does, the others wait."""
+    for path, command in config.prepare.items():
+        if rank == 0 and not Path(path).exists():
+            print(f"{path} is missing; making it: python {command}", file=sys.stderr)
+            done = subprocess.run([sys.executable, *shlex.split(command)])
+            if done.returncode:
+                raise InputError(f"{path} could not be made: the command above failed")
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def build(config: Config, device) -> MiniGPT4:
+    """The model of a config."""
+    torch.manual_seed(config.seed)
+    model = MiniGPT4.from_files(config.vision, config.qformer, config.llama, config.proj, config.dtype, device,
+                                train=config.train, tokenizer=config.tokenizer)
+    if config.image_size:
+        model.image_size = config.image_size
+    return model
+
+
+def train_step(wrapped, batches: list[Batch], optimizer, scaler, parameters: dict, config: Config, lr: float) -> torch.Tensor:
+    """One step of AdamW over the micro-batches. The loss is the mean over all answer tokens of all ranks, and so is the
+    gradient: each micro-batch counts by its number of answer tokens."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    total = torch.tensor(float(sum(count_targets(b) for b in batches)))
+    if world > 1:
+        dist.all_reduce(total)
+    loss_sum = torch.zeros((), device=batches[0].tokens.device)
+    for i, batch in enumerate(batches):
+        last = i == len(batches) - 1
+        with nullcontext() if last or world == 1 else wrapped.no_sync():
+            loss = wrapped(*batch) * (count_targets(batch) / total.item())
+            scaler.scale(loss * world).backward()  # DistributedDataParallel takes the mean over ranks
+        loss_sum += loss.detach()
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    if config.grad_clip:
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(parameters.values(), config.grad_clip)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return loss_sum
+
+
+def train(config: Config, device, rank: int = 0, world: int = 1):
+    """Run the config from its first or its last saved step to max_steps."""
+    prepare_data(config, rank)
+    model = build(config, device)
+    make_samples = lambda data: open_samples(data, config, model.tokenizer, *model.image_shape)
+    samples, weights = make_samples(config.data)
+    heldout = make_samples(config.heldout_data)[0] if config.heldout_data and rank == 0 else None
+    if rank == 0:
+        start_folder(config)
+    parameters = {f"{name}.{k}": p for name in config.train for k, p in model.part_parameters(name).items()}
+    optimizer = make_optimizer(parameters, config)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
+    done = load_checkpoint(optimizer, scaler, parameters, config, device) if config.resume else 0
+    log = Log(config, done) if rank == 0 else None
+    wrapped = DistributedDataParallel(model, init_sync=False) if world > 1 else model  # all ranks start alike, by seed
+    batches = training_batches(samples, weights, config, rank, world, start=done * config.grad_accum)
+
+    bar = tqdm(total=config.max_steps, initial=done, disable=rank > 0, unit="step", dynamic_ncols=True)
+    since, n_images, n_tokens = time.perf_counter(), 0, 0
+    for step in range(done, config.max_steps):
+        micro = [to_device(next(batches), device) for _ in range(config.grad_accum)]
+        n_images += sum(len(b.tokens) for b in micro) * world
+        n_tokens += sum(b.tokens.numel() for b in micro) * world
+        lr = learning_rate(step, config)
+        loss = train_step(wrapped, micro, optimizer, scaler, parameters, config, lr)
+        finished = step + 1
+        if finished % config.log_interval == 0 or finished == config.max_steps:
+            if world > 1:
+                dist.all_reduce(loss)
+            if rank == 0:
+                seconds = time.perf_counter() - since
+                rates = {"images_per_s": round(n_images / seconds, 1), "tokens_per_s": round(n_tokens / seconds)}
+                log.write(step=finished, loss=loss.item(), lr=lr, **rates)
+                bar.set_postfix(loss=f"{loss.item():.3f}", lr=f"{lr:.1e}", **rates)
+            since, n_images, n_tokens = time.perf_counter(), 0, 0
+        bar.update()
+        if rank == 0 and heldout and (finished % config.eval_interval == 0 or finished == config.max_steps):
+            shown = show_answers(model, heldout, config, device)
+            log.write(step=finished, heldout_loss=(value := heldout_loss(model, heldout, config, device)), samples=shown)
+            bar.write(f"step {finished}: held-out loss {value:.4f}", file=sys.stderr)
+            for s in shown:
+                bar.write(f"  answer: {s['answer']!r}\n  data:   {s['data']!r}", file=sys.stderr)
+        if rank == 0 and (finished % config.save_interval == 0 or finished == config.max_steps):
+            save_checkpoint(model, optimizer, scaler, parameters, finished, config)
+    bar.close()
+
+
+def main(argv: list[str]):
+    """`CONFIG [--key=value ...]`; under torchrun, one process per device."""
+    positional, options = parse_args(argv)
+    if len(positional) != 1:
+        raise InputError("usage: python train.py CONFIG [--key=value ...], for instance configs/tiny_stage1.py")
+    config = load_config(positional[0], options)
+    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    kind = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        if (rank := dist.get_rank() if world > 1 else 0) == 0:
+            print(to_json(config), file=sys.stderr)
+        train(config, device, rank, world)
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,178 @@
+"""EVA-ViT, the eyes of MiniGPT-4, and the one image transform that training, chat and tests share.
+
+The vision tower of BLIP-2 (arXiv 2301.12597): EVA-CLIP ViT-g/14 (arXiv 2211.07636) without its last block and its final
+norm. A plain pre-norm vision transformer with learned absolute positions. Module and tensor names are those of the
+official `eva_vit_g.pth`.
+
+Axes: B images, N tokens (class token + patches), D width, H heads.
+
+Quirks kept: queries and values have a bias, keys have none; the resize is straight to a square, without a crop.
+"""
+
+import io
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import nn
+
+from configs.schema import InputError
+
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def load_image(source: str | bytes, image_size: int) -> torch.Tensor:
+    """Read a picture from a path or from its encoded bytes -> uint8 (3, image_size, image_size), RGB.
+
+    Any mode and size that PIL opens: EXIF rotation is applied, 16-bit grey is scaled to 8 bits, transparency is laid on
+    white. Raises InputError for a file that is missing or is no picture."""
+    name = source if isinstance(source, str) else "picture"
+    try:
+        with Image.open(source if isinstance(source, str) else io.BytesIO(source)) as image:
+            image.draft("RGB", (2 * image_size, 2 * image_size))  # large JPEGs are decoded near the size needed
+            return preprocess(to_rgb(ImageOps.exif_transpose(image)), image_size)
+    except FileNotFoundError as e:
+        raise InputError(f"{name}: there is no such picture") from e
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise InputError(f"{name}: cannot be read as a picture ({e}); give a JPEG, PNG or other image file") from e
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL mode -> RGB, as an eye would see it on white paper."""
+    if image.mode.startswith("I") or image.mode == "F":
+        pixels = np.asarray(image, dtype=np.float32)
+        image = Image.fromarray((pixels * (255 / max(65535 if image.mode != "F" else 255, pixels.max()))).astype(np.uint8))
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def preprocess(image: Image.Image, image_size: int) -> torch.Tensor:
+    """RGB picture -> uint8 (3, image_size, image_size) by PIL's bicubic resize, both sides alike."""
+    image = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def normalize(images: torch.Tensor) -> torch.Tensor:
+    """uint8 (B, 3, S, S), 0..255 -> float32 (B, 3, S, S) with CLIP's mean and standard deviation taken out."""
+    mean = torch.tensor(IMAGE_MEAN, device=images.device).view(3, 1, 1)
+    std = torch.tensor(IMAGE_STD, device=images.device).view(3, 1, 1)
+    return (images.float() / 255 - mean) / std
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Sizes of the tower; the defaults are EVA-ViT-g/14 as BLIP-2 uses it."""
+
+    image_size: int = 224    # pixels, both sides
+    patch_size: int = 14     # pixels
+    width: int = 1408
+    n_layers: int = 39       # the official file has a 40th block, which is not used
+    n_heads: int = 16
+    mlp_hidden: int = 6144   # int(1408 * 4.3637)
+    norm_eps: float = 1e-6
+
+    @property
+    def n_tokens(self) -> int:
+        return (self.image_size // self.patch_size) ** 2 + 1
+
+
+class Attention(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.n_heads = config.n_heads
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(config.width))
+        self.v_bias = nn.Parameter(torch.zeros(config.width))
+        self.proj = nn.Linear(config.width, config.width)
+
+    def forward(self, x):
+        B, N, D = x.shape
+        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        qkv = F.linear(x, self.qkv.weight, bias)
+        q, k, v = qkv.view(B, N, 3, self.n_heads, D // self.n_heads).permute(2, 0, 3, 1, 4)  # each (B, H, N, D/H)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(y.transpose(1, 2).reshape(B, N, D))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.width, config.mlp_hidden)
+        self.fc2 = nn.Linear(config.mlp_hidden, config.width)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.attn = Attention(config)
+        self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        x = x + self.mlp(self.norm2(x))
+        return x
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.proj = nn.Conv2d(3, config.width, kernel_size=config.patch_size, stride=config.patch_size)
+
+    def forward(self, images):
+        return self.proj(images).flatten(2).transpose(1, 2)  # (B, 3, S, S) -> (B, patches in reading order, D)
+
+
+class VisionTransformer(nn.Module):
+    """images (B, 3, S, S), normalised, in the weights' dtype -> (B, 1 + (S / patch_size)^2, D), class token first.
+
+    S may be any multiple of patch_size: the positions are interpolated when it is not the size of training."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.config = config
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.n_tokens, config.width))
+        self.patch_embed = PatchEmbed(config)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+
+    def forward(self, images):
+        x = self.patch_embed(images)
+        x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
+        x = x + self.positions(x.shape[1])
+        for block in self.blocks:
+            x = block(x)
+        return x  # all tokens, and no final norm
+
+    def positions(self, n_tokens):
+        """pos_embed (1, n_tokens, D), its square grid of patches resized bicubically where n_tokens differs."""
+        if n_tokens == self.pos_embed.shape[1]:
+            return self.pos_embed
+        cls, patches = self.pos_embed[:, :1], self.pos_embed[:, 1:]
+        old, new = math.isqrt(patches.shape[1]), math.isqrt(n_tokens - 1)
+        grid = patches.float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
+        grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+        return torch.cat((cls, grid.flatten(2).transpose(1, 2).to(cls.dtype)), dim=1)
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Random weights for training from nothing: normal 0.02, residual outputs smaller with depth."""
+        for name, p in self.named_parameters():
+            if p.dim() > 1:
+                deep = name.endswith(("attn.proj.weight", "fc2.weight"))
+                nn.init.trunc_normal_(p, std=0.02 / math.sqrt(2 * len(self.blocks)) if deep else 0.02)
+            elif not name.endswith("norm1.weight") and not name.endswith("norm2.weight"):
+                p.zero_()
+            else:
+                p.fill_(1)
