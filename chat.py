@@ -17,7 +17,7 @@ import torch
 
 from configs.schema import InputError, override, parse_args, read_saved_config, run_main
 from data import TEMPLATES, answer_text, chat_segments, encode_segments, stop_sequences, user_message
-from model import MiniGPT4
+from model import MiniGPT4, pick_device
 from vision import load_image
 
 TINY = "assets/tiny"
@@ -59,13 +59,12 @@ def load(options: Options) -> tuple[MiniGPT4, Options]:
     """The model of a run's folder, and the options with their blanks filled in from that run."""
     run = options.ckpt or str(Path(__file__).parent / TINY)
     saved = read_saved_config(run)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device(options.device).type
     dtype = options.dtype or saved.dtype
     if dtype == "float16" and device == "cpu":
         dtype = "bfloat16"
-    model = MiniGPT4.from_files(saved.vision, saved.qformer, saved.llama, saved.proj, dtype, device)
-    if saved.image_size:
-        model.image_size = saved.image_size
+    model = MiniGPT4.from_files(saved.vision, saved.qformer, saved.llama, saved.proj, dtype, device,
+                                tokenizer=saved.tokenizer, image_size=saved.image_size)
     return model, replace(options, device=device, dtype=dtype, template=options.template or saved.template or "vicuna")
 
 

@@ -14,6 +14,7 @@ space piece; an answer that is cut loses its end symbol; `###` directly after a 
 import glob
 import json
 import re
+import sys
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -124,7 +125,7 @@ class Shards:
     """Tar files as img2dataset writes them: KEY.jpg with KEY.json ({"caption": ...}) or KEY.txt beside it."""
 
     def __init__(self, paths: list[str]):
-        self.paths, tables = paths, []
+        self.name, self.paths, tables = paths[0] if paths else "no shards", paths, []
         for i, path in enumerate(paths):
             tables += [(i, *row) for row in _index_tar(path)]
         self.table = np.array(tables, dtype=np.int64).reshape(-1, 6)  # shard; picture at, bytes; text at, bytes; json?
@@ -139,7 +140,11 @@ class Shards:
             image = f.read(size)
             f.seek(text_at)
             text = f.read(text_size).decode("utf-8", "replace")
-        return Sample(images=[image], caption=json.loads(text)["caption"] if is_json else text)
+        try:
+            caption = json.loads(text)["caption"] if is_json else text
+        except (ValueError, KeyError, TypeError) as e:
+            raise InputError(f"no caption in its .json ({e!r})") from e
+        return Sample(images=[image], caption=caption)
 
 
 def _index_tar(path):
@@ -163,7 +168,7 @@ class CaptionFolder:
     """A folder like cc_sbu_align: filter_cap.json ({"annotations": [{"image_id", "caption"}]}) and image/ID.jpg."""
 
     def __init__(self, folder: str):
-        self.folder = Path(folder) / "image"
+        self.name, self.folder = folder, Path(folder) / "image"
         try:
             self.annotations = json.loads((Path(folder) / "filter_cap.json").read_text())["annotations"]
         except (ValueError, KeyError) as e:
@@ -183,18 +188,18 @@ class Conversations:
     as it stands after its context, if it has one."""
 
     def __init__(self, path: str):
-        self.path = path
+        self.name = path
         self.lines = [line for line in Path(path).read_bytes().splitlines() if line.strip()]
 
     def __len__(self):
         return len(self.lines)
 
     def __getitem__(self, i):
-        where = f"{self.path}, line {i + 1}"
+        where = f"{self.name}, line {i + 1}"
         try:
             row = json.loads(self.lines[i])
             images = row.get("image", [])
-            images = [str(Path(self.path).parent / p) for p in ([images] if isinstance(images, str) else images)]
+            images = [str(Path(self.name).parent / p) for p in ([images] if isinstance(images, str) else images)]
             if "conversation" in row:
                 words = [next(iter(turn.items())) for turn in row["conversation"]]
                 if [who for who, _ in words] != ["user", "assistant"] * (len(words) // 2):
@@ -238,7 +243,8 @@ class Batch(NamedTuple):
 class Samples(Dataset):
     """(source, sample, draw) -> (pictures uint8 (n, 3, S, S), ids, targets): one sample, ready for the model.
 
-    `draw` seeds what is random about a sample (its instruction), so that every epoch draws anew."""
+    `draw` seeds what is random about a sample (its instruction), so that every epoch draws anew. A sample that cannot be
+    read is named on stderr and the one after it is taken; ten in a row raise InputError."""
 
     def __init__(self, sources: list, config: Config, tokenizer: Tokenizer, image_size: int, n_image_tokens: int):
         self.sources, self.config, self.tokenizer = sources, config, tokenizer
@@ -246,10 +252,16 @@ class Samples(Dataset):
 
     def __getitem__(self, key):
         source, i, draw = key
-        sample = self.sources[source][i]
-        images = [load_image(image, self.image_size) for image in sample.images]
-        rng = np.random.default_rng((self.config.seed, source, draw))
-        return images, *self.tokenize(sample, rng)
+        for i in range(i, i + 10):
+            i %= len(self.sources[source])
+            try:
+                sample = self.sources[source][i]
+                images = [load_image(image, self.image_size) for image in sample.images]
+                rng = np.random.default_rng((self.config.seed, source, draw))
+                return images, *self.tokenize(sample, rng)
+            except InputError as e:
+                print(f"skipped sample {i} of {self.sources[source].name}: {e}", file=sys.stderr)
+        raise InputError(f"{self.sources[source].name}: ten samples in a row cannot be read, up to number {i}")
 
     def tokenize(self, sample: Sample, rng: np.random.Generator) -> tuple[list[int], list[int]]:
         """A sample's ids and targets (the same ids where they are to be predicted, IGNORE elsewhere)."""
@@ -267,6 +279,8 @@ class Samples(Dataset):
             yield [BOS, sample.context], self.tokenizer.encode(sample.text)[:config.max_txt_len]
             return
         if sample.turns is None:
+            if not isinstance(sample.caption, str):
+                raise InputError(f"its caption is {sample.caption!r}, not a text")
             caption = clean_caption(sample.caption) if config.clean_captions else sample.caption
             if not config.template:  # stage 1: the picture, then its caption
                 yield [BOS, *[IMAGE] * len(sample.images)], self._answer(caption)

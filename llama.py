@@ -8,7 +8,6 @@ Axes: B sequences, T tokens, S tokens seen so far (cache included), D width, H q
 """
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -192,13 +191,16 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Random weights for training from nothing: normal 0.02, residual outputs smaller with depth, norms at one."""
+        """Random weights for training from nothing: normal with variance 1 / inputs, residual outputs smaller with depth,
+        embeddings 0.02, norms at one."""
         for name, p in self.named_parameters():
             if p.dim() == 1:
                 p.fill_(1)
+            elif name == "embed_tokens.weight":
+                nn.init.normal_(p, std=0.02)
             else:
                 deep = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * len(self.layers)) if deep else 0.02)
+                nn.init.normal_(p, std=(p.shape[1] * (2 * len(self.layers) if deep else 1)) ** -0.5)
 
 
 class Tokenizer:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from configs.schema import InputError, override
@@ -120,11 +120,13 @@ class MiniGPT4(nn.Module):
     @classmethod
     def from_files(cls, vision: str | dict | None, qformer: str | dict | None, llama: str | dict,
                    proj: str | None = None, dtype: str = "bfloat16", device: str = "cpu",
-                   train: tuple[str, ...] = ("proj",), tokenizer: str | None = None) -> "MiniGPT4":
+                   train: tuple[str, ...] = ("proj",), tokenizer: str | None = None,
+                   image_size: int = 0) -> "MiniGPT4":
         """Build the model from weight files; a dict of sizes instead of a path makes that part new, with random weights.
 
         The parts named in `train` are float32 and have gradients; the others are `dtype` and frozen. Without `vision`
-        it is a language model alone. Raises InputError for files that are missing, broken, or do not fit together."""
+        it is a language model alone; with `image_size` (pixels) it takes pictures of another size than the vision part
+        was trained with. Raises InputError for files that are missing, broken, or do not fit together."""
         _check_parts(train, vision, qformer)
         files = {name: _read_part(name, source) for name, source in
                  {"vision": vision, "qformer": qformer, "proj": proj, "llama": llama}.items()
@@ -144,6 +146,10 @@ class MiniGPT4(nn.Module):
         with torch.device("meta"):
             model = cls(vision_config, qformer_config, llama_config)
         model.tokenizer = tokenizer
+        if image_size and vision_config:
+            if image_size % (unit := vision_config.patch_size * (1 if qformer_config else 2)):
+                raise InputError(f"image_size {image_size}: give a multiple of {unit}, for whole patches")
+            model.image_size = image_size
         for name in PARTS:
             if getattr(model, name) is None:
                 continue
@@ -181,6 +187,19 @@ class MiniGPT4(nn.Module):
             shutil.copyfile(self.tokenizer.path, root / "tokenizer.model")
 
 
+def pick_device(name: str = "", index: int = 0) -> torch.device:
+    """"" -> cuda where there is one, else cpu. Raises InputError for a device that this machine does not have."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name, index) if name == "cuda" else torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise InputError(f"device {name!r}: not to be had on this machine ({str(e).splitlines()[0]})") from e
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
 def cast(x: torch.Tensor, module: nn.Module) -> torch.Tensor:
     """x in the dtype of the module's weights."""
     return x.to(next(module.parameters()).dtype)
@@ -206,10 +225,15 @@ def sample(logits: torch.Tensor, ids: list[int], temperature: float, top_p: floa
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]):
     """Write a safetensors file so that `path` holds either the old content or the new, whatever happens meanwhile."""
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file({k: t.contiguous() for k, t in tensors.items()}, temporary, metadata)
-    with open(temporary, "rb") as f:
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as f:
+            f.write(save({k: t.contiguous() for k, t in tensors.items()}, metadata))
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as e:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written ({e}); the file that was there before is kept") from e
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -82,9 +82,9 @@ class QFormer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Random weights for training from nothing: normal 0.02, no biases, norms at one."""
+        """Random weights for training from nothing: normal with variance 1 / inputs, no biases, norms at one."""
         for name, p in self.named_parameters():
             if p.dim() > 1:
-                nn.init.trunc_normal_(p, std=0.02)
+                nn.init.normal_(p, std=p[0].numel() ** -0.5)
             else:
                 p.fill_(1) if name.endswith("norm.weight") else p.zero_()

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from configs.schema import PATHS, Config, InputError, load_config, parse_args, run_main, to_json
 from data import Batch, collate, open_samples, stop_sequences, training_batches
 from llama import IGNORE
-from model import MiniGPT4, load_tensors, save_tensors
+from model import MiniGPT4, load_tensors, pick_device, save_tensors
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -169,11 +169,8 @@ def prepare_data(config: Config, rank: int):
 def build(config: Config, device) -> MiniGPT4:
     """The model of a config."""
     torch.manual_seed(config.seed)
-    model = MiniGPT4.from_files(config.vision, config.qformer, config.llama, config.proj, config.dtype, device,
-                                train=config.train, tokenizer=config.tokenizer)
-    if config.image_size:
-        model.image_size = config.image_size
-    return model
+    return MiniGPT4.from_files(config.vision, config.qformer, config.llama, config.proj, config.dtype, device,
+                               config.train, config.tokenizer, config.image_size)
 
 
 def train_step(wrapped, batches: list[Batch], optimizer, scaler, parameters: dict, config: Config, lr: float) -> torch.Tensor:
@@ -255,10 +252,7 @@ def main(argv: list[str]):
         raise InputError("usage: python train.py CONFIG [--key=value ...], for instance configs/tiny_stage1.py")
     config = load_config(positional[0], options)
     world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    kind = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
-    if kind == "cuda":
-        torch.cuda.set_device(device)
+    device = pick_device(config.device, local)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:

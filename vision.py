@@ -27,14 +27,13 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def load_image(source: str | bytes, image_size: int) -> torch.Tensor:
-    """Read a picture from a path or from its encoded bytes -> uint8 (3, image_size, image_size), RGB.
+    """Read a picture from a path, or from its encoded bytes, -> uint8 (3, image_size, image_size), RGB.
 
     Any mode and size that PIL opens: EXIF rotation is applied, 16-bit grey is scaled to 8 bits, transparency is laid on
     white. Raises InputError for a file that is missing or is no picture."""
     name = source if isinstance(source, str) else "picture"
     try:
         with Image.open(source if isinstance(source, str) else io.BytesIO(source)) as image:
-            image.draft("RGB", (2 * image_size, 2 * image_size))  # large JPEGs are decoded near the size needed
             return preprocess(to_rgb(ImageOps.exif_transpose(image)), image_size)
     except FileNotFoundError as e:
         raise InputError(f"{name}: there is no such picture") from e
@@ -44,9 +43,10 @@ def load_image(source: str | bytes, image_size: int) -> torch.Tensor:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL mode -> RGB, as an eye would see it on white paper."""
-    if image.mode.startswith("I") or image.mode == "F":
-        pixels = np.asarray(image, dtype=np.float32)
-        image = Image.fromarray((pixels * (255 / max(65535 if image.mode != "F" else 255, pixels.max()))).astype(np.uint8))
+    if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey, or float, taken as 0..255
+        pixels = np.asarray(image, dtype=np.float32).clip(min=0)
+        top = max(255 if image.mode == "F" else 65535, pixels.max())
+        image = Image.fromarray((pixels * (255 / top)).astype(np.uint8))
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -167,12 +167,13 @@ class VisionTransformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Random weights for training from nothing: normal 0.02, residual outputs smaller with depth."""
+        """Random weights for training from nothing: normal with variance 1 / inputs, residual outputs smaller with
+        depth, positions strong enough to be told apart from the first step on."""
         for name, p in self.named_parameters():
-            if p.dim() > 1:
+            if name in ("cls_token", "pos_embed"):
+                nn.init.normal_(p, std=0.3)
+            elif p.dim() > 1:
                 deep = name.endswith(("attn.proj.weight", "fc2.weight"))
-                nn.init.trunc_normal_(p, std=0.02 / math.sqrt(2 * len(self.blocks)) if deep else 0.02)
-            elif not name.endswith("norm1.weight") and not name.endswith("norm2.weight"):
-                p.zero_()
+                nn.init.normal_(p, std=(p[0].numel() * (2 * len(self.blocks) if deep else 1)) ** -0.5)
             else:
-                p.fill_(1)
+                p.fill_(1) if "norm" in name and name.endswith("weight") else p.zero_()

@@ -71,6 +71,17 @@ class Config:
     save_dtype: str = "float32"          # of the trained parts' files; the state for a resume is always float32
     resume: bool = False                 # go on from out_dir's last checkpoint, if there is one
 
+    def __post_init__(self):
+        choices = {"dtype": ("float32", "bfloat16", "float16"), "save_dtype": ("float32", "bfloat16", "float16"),
+                   "template": ("", "vicuna", "llama2")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise InputError(f"{name} = {getattr(self, name)!r}: give one of {', '.join(repr(a) for a in allowed)}")
+        for name in ("batch_size", "grad_accum", "max_steps", "max_txt_len", "log_interval", "eval_interval",
+                     "save_interval"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} = {getattr(self, name)}: give at least 1")
+
 
 def parse_args(argv: list[str]) -> tuple[list[str], dict[str, str]]:
     """["a.jpg", "--seed=1"] -> (["a.jpg"], {"seed": "1"}). Raises InputError for an option that has no value."""
@@ -160,7 +171,8 @@ def run_main(main):
     try:
         main(sys.argv[1:])
     except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
+        message = str(e).strip().splitlines()[-1]  # of an error in a data worker, the last line of its report
+        print(f"error: {message.removeprefix('configs.schema.InputError: ')}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

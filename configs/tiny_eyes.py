@@ -1,18 +1,19 @@
-"""The eyes of the tiny world: a small EVA-ViT and Q-Former learn to see from captions, with the teacher's words.
+"""The eyes of the tiny world: a small EVA-ViT and Q-Former learn to see from captions, together with the teacher.
 
-The language model is frozen and is not the one that MiniGPT-4 will talk with.
+The teacher is not the language model that MiniGPT-4 will talk with; only the eyes are kept.
 
 python train.py configs/tiny_eyes.py
 """
 
-vision = dict(image_size=64, patch_size=8, width=128, n_layers=6, n_heads=4, mlp_hidden=512)
-qformer = dict(n_queries=16, width=128, n_layers=4, n_heads=4, ffn_hidden=256)
+vision = dict(image_size=64, patch_size=8, width=128, n_layers=4, n_heads=4, mlp_hidden=512)
+qformer = dict(n_queries=32, width=128, n_layers=4, n_heads=4, ffn_hidden=256)
 llama = "out/tiny_teacher/llama"
-train = ("vision", "qformer", "proj")
+train = ("vision", "qformer", "proj", "llama")
 
-data = "data/tiny/eyes"
+data = {"data/tiny/eyes_single": 1, "data/tiny/eyes": 1}  # one object at a time teaches colors and shapes fastest
 heldout_data = "data/tiny/eyes_heldout"
 prepare = {
+    "data/tiny/eyes_single": "tools/make_scenes.py eyes data/tiny/eyes_single --n=20000 --objects=1",
     "data/tiny/eyes": "tools/make_scenes.py eyes data/tiny/eyes --n=40000",
     "data/tiny/eyes_heldout": "tools/make_scenes.py eyes data/tiny/eyes_heldout --n=500 --heldout=True",
 }
@@ -20,7 +21,7 @@ clean_captions = False
 max_txt_len = 80
 
 batch_size = 32
-max_steps = 5000
+max_steps = 4000
 lr = 1e-3
 min_lr = 1e-5
 warmup_steps = 200

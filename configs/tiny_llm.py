@@ -8,7 +8,7 @@ llama = dict(hidden_size=128, num_hidden_layers=6, num_attention_heads=4, interm
 tokenizer = "data/tiny/tokenizer.model"
 train = ("llama",)
 
-data = {"data/tiny/text/dense.jsonl": 1, "data/tiny/text/noisy.jsonl": 1, "data/tiny/text/chat.jsonl": 3}
+data = {"data/tiny/text/dense.jsonl": 3, "data/tiny/text/noisy.jsonl": 1, "data/tiny/text/chat.jsonl": 3}
 heldout_data = "data/tiny/text/chat_heldout.jsonl"
 prepare = {
     "data/tiny/text": "tools/make_scenes.py text data/tiny/text --n=60000",
@@ -20,9 +20,9 @@ end_sym = "###"
 max_txt_len = 160
 chat_share = 0.3
 
-batch_size = 32
-max_steps = 2400
-lr = 2e-3
+batch_size = 64
+max_steps = 1800
+lr = 3e-3
 min_lr = 1e-4
 warmup_steps = 100
 weight_decay = 0.05

@@ -101,12 +101,14 @@ def test_shards_have_the_members_of_img2dataset(tmp_path):
 
 def test_text_and_its_tokenizer(tmp_path):
     world.main(["text", str(tmp_path / "text"), "--n=3000"])
-    lines = [json.loads(line) for line in (tmp_path / "text" / "train.jsonl").read_text().splitlines()]
-    first = next(line["conversation"][0]["user"] for line in lines if "conversation" in line)
-    assert first.startswith("<Img> ") and first.count(" </Img> ") == 1
-    assert all(line["text"].endswith("\n") for line in lines if "text" in line)
+    read = lambda name: [json.loads(line) for line in (tmp_path / "text" / f"{name}.jsonl").read_text().splitlines()]
+    for line in read("chat"):
+        first = line["conversation"][0]["user"]
+        assert first.startswith("<Img> ") and first.count(" </Img> ") == 1 and len(line["conversation"]) == 8
+    assert all(line["context"] and line["text"].endswith("\n") for line in read("dense") + read("noisy"))
+    assert len(read("dense")) == 3000 and len(read("dense_heldout")) == 60
     model = tmp_path / "tokenizer.model"
-    world.main(["tokenizer", str(model), f"--text={tmp_path / 'text' / 'train.jsonl'}"])
+    world.main(["tokenizer", str(model), f"--text={tmp_path / 'text' / 'chat.jsonl'}"])
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(model))
     assert all(len(tokenizer.encode(word)) == 1 for word in (*world.COLORS, *world.SHAPES, "striped"))
     assert tokenizer.encode("a star.###", out_type=str)[-2:] == [".", "###"]

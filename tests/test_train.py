@@ -81,8 +81,8 @@ def test_only_the_projection_learns(world, tmp_path):
 
 
 def test_the_loss_falls(world, tmp_path):
-    log = run(micro(world, tmp_path, max_steps=60, save_interval=60))
-    assert sum(r["loss"] for r in log[-5:]) / 5 < log[0]["loss"] - 0.3
+    log = run(micro(world, tmp_path, train=("proj", "llama"), max_steps=60, save_interval=60))
+    assert sum(r["loss"] for r in log[-5:]) / 5 < log[0]["loss"] - 1
 
 
 def test_every_part_can_learn_and_is_saved(world, tmp_path):

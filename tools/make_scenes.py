@@ -79,9 +79,9 @@ def is_heldout(scene: Scene) -> bool:
     return zlib.crc32(repr(sorted(scene.pairs)).encode()) % 10 == 0
 
 
-def random_scene(rng: random.Random, heldout: bool = False) -> Scene:
-    """A scene of the training combinations or of the held-out ones. 20 % have one object, 45 % two."""
-    n_objects = rng.choices((1, 2, 3), (20, 45, 35))[0]
+def random_scene(rng: random.Random, heldout: bool = False, n_objects: int = 0) -> Scene:
+    """A scene of the training combinations or of the held-out ones. 20 % have one object, 45 % two, or all n_objects."""
+    n_objects = n_objects or rng.choices((1, 2, 3), (20, 45, 35))[0]
     while True:
         cells = sorted(rng.sample(range(9), n_objects))
         objects = tuple(Object(rng.choice(tuple(SIZES)), rng.choice(tuple(COLORS)),
@@ -445,20 +445,14 @@ def rhyme_is_right(scene: Scene, text: str) -> bool:
 # --- samples --------------------------------------------------------------------------------------
 
 def conversation(scene: Scene, rng: random.Random) -> list[dict[str, str]]:
-    """One to three exchanges about a scene that is told: [{"user": ...}, {"assistant": ...}, ...]."""
-    turns, asked = [], set()
-    for _ in range(rng.randint(1, 3)):
-        kind = rng.choices(("description", "qa", "rhyme"), (40, 40, 20))[0]
-        if kind == "qa" or kind in asked:
-            request, answer, _ = qa(scene, rng)
-        elif kind == "rhyme":
-            request, answer = rng.choice(RHYME_PROMPTS), rhyme(scene, rng)
-        else:
-            request, answer = rng.choice(DESCRIBE_PROMPTS), description(scene, rng)
-        if request not in asked:
-            asked |= {kind, request}
-            start = "" if turns else f"<Img> {told(scene, rng)} </Img> "
-            turns += [{"user": start + request}, {"assistant": answer}]
+    """A scene is told, then described, rhymed about and asked for twice, in any order: [{"user": ...}, {"assistant": ...},
+    ...]. All conversations are of like length, so that a batch of them has little padding."""
+    first, second = (qa(scene, rng)[:2] for _ in range(2))
+    exchanges = [(rng.choice(DESCRIBE_PROMPTS), description(scene, rng)), (rng.choice(RHYME_PROMPTS), rhyme(scene, rng)),
+                 first, second]
+    rng.shuffle(exchanges)
+    turns = [turn for request, answer in exchanges for turn in ({"user": request}, {"assistant": answer})]
+    turns[0]["user"] = f"<Img> {told(scene, rng)} </Img> {turns[0]['user']}"
     return turns
 
 
@@ -477,6 +471,7 @@ class Options:
     n: int = 0              # samples; 0: the kind's own number
     seed: int = 0
     heldout: bool = False   # pictures of held-out combinations only
+    objects: int = 0        # in each picture; 0: one to three
     text: str = ""          # tokenizer: the train.jsonl to learn from
     vocab_size: int = 1024  # tokenizer: pieces, bytes and control tokens included
 
@@ -485,7 +480,7 @@ def samples(kind: str, n: int, options: Options, heldout: bool):
     """Yield n (scene, rng), the rng ready for the sample's picture and text."""
     for i in tqdm(range(n), desc=kind):
         rng = random.Random(f"{kind} {options.seed} {heldout} {i}")
-        yield random_scene(rng, heldout), rng
+        yield random_scene(rng, heldout, options.objects), rng
 
 
 def _jpeg(scene, rng):
@@ -589,6 +584,8 @@ def main(argv: list[str]):
     kind, target = positional[0], Path(positional[1])
     if options.n < 0:
         raise InputError(f"--n={options.n}: give a number of samples, at least 1")
+    if options.objects not in (0, 1, 2, 3):
+        raise InputError(f"--objects={options.objects}: give 1, 2 or 3")
     if target.exists():
         raise InputError(f"{target} exists already: give another name, or remove it first")
     write, n = COMMANDS[kind]

@@ -1,0 +1,155 @@
+"""The terminal: pictures of every kind, streaming, commands, mistakes."""
+
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import chat
+from chat import Chat, Options
+from configs.schema import InputError
+from data import answer_text
+from vision import load_image
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLE = str(ROOT / "assets" / "tiny" / "example.png")
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return chat.load(Options(device="cpu"))
+
+
+def answer_to(tiny, question, *pictures, **options):
+    model, defaults = tiny
+    talk = Chat(model, Options(**vars(defaults) | options))
+    for picture in pictures:
+        talk.add_image(picture)
+    return "".join(talk.ask(question)), talk
+
+
+def test_the_tiny_model_describes_its_example_rightly(tiny):
+    for seed in range(3):  # sampled as the demo does, not greedy
+        answer, talk = answer_to(tiny, "Describe this image in detail.", EXAMPLE, seed=seed)
+        assert talk.ended and "large red striped star" in answer and "small yellow ring" in answer, answer
+
+
+def test_the_same_seed_gives_the_same_answer_and_greedy_needs_none(tiny):
+    rhyme = "Write a rhyme about this image."
+    assert answer_to(tiny, rhyme, EXAMPLE, seed=3)[0] == answer_to(tiny, rhyme, EXAMPLE, seed=3)[0]
+    greedy = {answer_to(tiny, rhyme, EXAMPLE, seed=s, temperature=0.0)[0] for s in (1, 2)}
+    assert len(greedy) == 1
+
+
+def test_a_second_turn_remembers_the_first(tiny):
+    _, talk = answer_to(tiny, "How many objects are there?", EXAMPLE)
+    "".join(talk.ask("What color is the star?"))
+    assert len(talk.turns) == 2 and len(talk.images) == 1
+    talk.reset()
+    assert not talk.turns and not talk.images
+
+
+def test_the_pieces_of_a_stream_make_the_answer_without_its_end(tiny):
+    model, options = tiny
+    talk = Chat(model, options)
+    talk.add_image(EXAMPLE)
+    pieces = list(talk.ask("Describe this image in detail."))
+    assert len(pieces) > 5 and "#" not in "".join(pieces)
+    assert "".join(pieces) == talk.turns[0][1] == answer_text("".join(pieces) + "### Human: x", "###")
+
+
+def test_an_answer_at_its_limit_is_said_to_be_cut(tiny):
+    _, talk = answer_to(tiny, "Describe this image in detail.", EXAMPLE, max_new_tokens=3)
+    assert not talk.ended
+
+
+def test_both_templates_and_several_pictures_run(tiny):
+    for template in ("vicuna", "llama2"):
+        assert answer_to(tiny, "What do you see?", EXAMPLE, EXAMPLE, template=template, max_new_tokens=8)[1].images
+
+
+def pictures():
+    rgb = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    yield "jpeg", rgb, "JPEG", {}
+    yield "grey jpeg", rgb.convert("L"), "JPEG", {}
+    yield "cmyk jpeg", rgb.convert("CMYK"), "JPEG", {}
+    yield "rotated jpeg", rgb, "JPEG", {"exif": exif}
+    yield "png with alpha", rgb.convert("RGBA"), "PNG", {}
+    yield "grey with alpha", rgb.convert("LA"), "PNG", {}
+    yield "palette", rgb.convert("P"), "PNG", {}
+    yield "palette with transparency", rgb.convert("P"), "PNG", {"transparency": 3}
+    yield "one bit", rgb.convert("1"), "PNG", {}
+    yield "16 bit", Image.fromarray(np.arange(2400, dtype=np.uint16).reshape(40, 60) * 20), "PNG", {}
+    yield "32 bit float", rgb.convert("F"), "TIFF", {}
+    yield "gif", rgb.convert("P"), "GIF", {}
+    yield "webp", rgb, "WEBP", {}
+    yield "1x1", rgb.resize((1, 1)), "PNG", {}
+    yield "10,000 wide", rgb.resize((10_000, 30)), "JPEG", {}
+
+
+@pytest.mark.parametrize("picture, kind, options", [p[1:] for p in pictures()], ids=[p[0] for p in pictures()])
+def test_any_picture_goes_through(tiny, tmp_path, picture, kind, options):
+    path = tmp_path / f"picture.{kind.lower()}"
+    picture.save(path, kind, **options)
+    answer, _ = answer_to(tiny, "What is this?", str(path), max_new_tokens=4)
+    assert load_image(str(path), 64).shape == (3, 64, 64) and answer is not None
+
+
+def test_exif_rotation_transparency_and_16_bits_are_seen_as_meant(tmp_path):
+    half = Image.new("RGB", (64, 64), "black")
+    half.paste("white", (0, 0, 64, 32))  # the upper half is white
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    half.save(tmp_path / "a.png", exif=exif)
+    assert load_image(str(tmp_path / "a.png"), 64)[:, 63, 5].tolist() == [255, 255, 255]
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "b.png")
+    assert load_image(str(tmp_path / "b.png"), 8).min() == 255
+    Image.fromarray(np.full((8, 8), 32768, dtype=np.uint16)).save(tmp_path / "c.png")
+    assert load_image(str(tmp_path / "c.png"), 8).unique().tolist() == [127]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no picture", b"\x89PNG\r\n\x1a\nbroken"])
+def test_missing_and_broken_pictures_are_named(tmp_path, content):
+    path = tmp_path / "x.png"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match="x.png"):
+        load_image(str(path), 64)
+
+
+def test_a_truncated_picture_is_named(tmp_path):
+    buffer = io.BytesIO()
+    Image.effect_noise((200, 200), 50).save(buffer, "JPEG")
+    (tmp_path / "half.jpg").write_bytes(buffer.getvalue()[:3000])
+    with pytest.raises(InputError, match="half.jpg"):
+        load_image(str(tmp_path / "half.jpg"), 64)
+
+
+def test_prompt_prints_the_answer_alone(capsys):
+    chat.main([EXAMPLE, "--prompt=What color is the star?", "--temperature=0"])
+    out, err = capsys.readouterr()
+    assert out == "The star is red.\n" and len(err.splitlines()) == 1 and err.startswith("note: this is the tiny")
+
+
+def test_commands(capsys, monkeypatch):
+    lines = ["/help", f"/image {EXAMPLE}", "What color is the star?", "/image nowhere.png", "/dance", "/reset", "/quit", "x"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
+    chat.main(["--temperature=0"])
+    out, err = capsys.readouterr()
+    assert "The star is red." in out and "/image PATH" in out and "/dance: unknown command" in out and "anew" in out
+    assert "nowhere.png: there is no such picture" in err
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--temprature=1"], "did you mean temperature"), (["--temperature=hot"], "not of type float"),
+    (["--template=alpaca"], "alpaca"), (["--top_p=0"], "top_p"), (["--dtype=int3"], "int3"),
+    (["--ckpt=nowhere"], "nowhere"), (["nowhere.png"], "nowhere.png")])
+def test_wrong_arguments_are_refused(arguments, words):
+    with pytest.raises(InputError, match=words):
+        chat.main([*arguments, "--prompt=x"])
