@@ -1,6 +1,6 @@
 """Talk with MiniGPT-4 about pictures, in the terminal.
 
-    python chat.py photo.jpg                                        a conversation; /help lists what can be typed
+    python chat.py photo.jpg                                        a conversation; /help lists the commands
     python chat.py photo.jpg --prompt="What is in this picture?"    one answer on stdout, then exit
     python chat.py a.jpg b.jpg --ckpt=out/stage2 --temperature=0    several pictures, a trained run, greedy
     python chat.py                                                  a picture can come later, by /image PATH
@@ -21,8 +21,9 @@ from model import MiniGPT4, pick_device
 from vision import load_image
 
 TINY = "assets/tiny"
-TINY_NOTE = ("note: this is the tiny demonstration model. It knows only drawings of one to three colored shapes, like "
-             "assets/tiny/example.png, and will name shapes in any photograph. For a real one see the README, then --ckpt=RUN.")
+TINY_NOTE = ("note: this is the tiny demonstration model. It knows only drawings of one to three colored "
+             "shapes, like assets/tiny/example.png, and will name shapes in any photograph. For a real one "
+             "see the README, then --ckpt=RUN.")
 HELP = """\
 /image PATH   show a picture; your next words are about it, and about those before
 /reset        forget the conversation and its pictures
@@ -46,9 +47,10 @@ class Options:
     dtype: str = ""                   # "": the run's own, but never float16 on a CPU
 
     def __post_init__(self):
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0 or self.max_new_tokens < 1:
-            raise InputError("sampling: temperature is at least 0, top_p in (0, 1], repetition_penalty above 0, "
-                             "max_new_tokens at least 1")
+        if (self.temperature < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0
+                or self.max_new_tokens < 1):
+            raise InputError("sampling: temperature is at least 0, top_p in (0, 1], repetition_penalty "
+                             "above 0, max_new_tokens at least 1")
         if self.dtype not in ("", "float32", "bfloat16", "float16"):
             raise InputError(f"dtype {self.dtype!r}: give float32, bfloat16 or float16")
         if self.template and self.template not in TEMPLATES:
@@ -65,7 +67,8 @@ def load(options: Options) -> tuple[MiniGPT4, Options]:
         dtype = "bfloat16"
     model = MiniGPT4.from_files(saved.vision, saved.qformer, saved.llama, saved.proj, dtype, device,
                                 tokenizer=saved.tokenizer, image_size=saved.image_size)
-    return model, replace(options, device=device, dtype=dtype, template=options.template or saved.template or "vicuna")
+    template = options.template or saved.template or "vicuna"
+    return model, replace(options, device=device, dtype=dtype, template=template)
 
 
 class Chat:
@@ -95,7 +98,7 @@ class Chat:
         self.new_images += 1
 
     def ask(self, text: str) -> Iterator[str]:
-        """Yield the answer piece by piece as it is generated; the turn is remembered, also when stopped half-way."""
+        """Yield the answer piece by piece; the turn is remembered, also when it is stopped half-way."""
         o, model, end = self.options, self.model, self.template.end
         message = user_message(text, self.new_images)
         segments = chat_segments([*self.turns, (message, None)], self.template)

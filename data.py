@@ -1,14 +1,15 @@
 """Image-text data: sources on disk, the prompt templates, and the batches that the model is trained on.
 
-A sequence is a plain list of ids in which IMAGE (-1) stands once for each image token; training and chat build theirs
-here and nowhere else. Sequences are padded on the right, so causal attention needs no mask.
+A sequence is a plain list of ids in which IMAGE (-1) stands once for each image token; training and chat
+build theirs here and nowhere else. Sequences are padded on the right, so causal attention needs no mask.
 
-The order of the samples is a function of the seed and the step alone: worker processes only fetch what it names, ranks
-take disjoint slices of the same global batch, and a resumed run continues at its step. So the loss curve does not depend
-on how many workers or processes there are.
+The order of the samples is a function of the seed and the step alone: worker processes only fetch what it
+names, ranks take disjoint slices of the same global batch, and a resumed run continues at its step. So the
+loss curve does not depend on how many workers or processes there are.
 
-Quirks kept from the original: each text segment and each answer is tokenised on its own and so gets its own leading
-space piece; an answer that is cut loses its end symbol; `###` directly after a text is other ids than after a space.
+Quirks kept from the original: each text segment and each answer is tokenised on its own and so gets its own
+leading space piece; an answer that is cut loses its end symbol; `###` directly after a text is other ids than
+after a space.
 """
 
 import glob
@@ -29,10 +30,10 @@ from configs.schema import Config, InputError
 from llama import IGNORE, IMAGE, Tokenizer
 from vision import load_image
 
-# ---- prompts -------------------------------------------------------------------------------------------------------
+# ---- prompts -----------------------------------------------------------------------------------------------
 
-SYSTEM = ("Give the following image: <Img>ImageContent</Img>. You will be able to see the image once I provide it to "
-          "you. Please answer my questions.")
+SYSTEM = ("Give the following image: <Img>ImageContent</Img>. You will be able to see the image once I "
+          "provide it to you. Please answer my questions.")
 INSTRUCTIONS = (  # one is drawn for each sample of stage 2
     "Describe this image in detail.",
     "Take a look at this image and describe what you notice.",
@@ -44,7 +45,7 @@ BOS, EOS = 1, 2
 
 @dataclass(frozen=True)
 class Template:
-    """How a conversation is written down. Segments are texts, BOS for a control token, IMAGE for a picture."""
+    """How a conversation is written down. A segment is a text, BOS (a control token) or IMAGE (a picture)."""
 
     training: tuple[str, str]         # around the user's message in stage 2
     chat_start: tuple[str | int, ...]  # before the first message in chat
@@ -54,7 +55,8 @@ class Template:
 
 
 TEMPLATES = {
-    "vicuna": Template(("###Human: ", " ###Assistant: "), (SYSTEM, "###"), ("Human: ",), "###Assistant: ", "###"),
+    "vicuna": Template(("###Human: ", " ###Assistant: "), (SYSTEM, "###"), ("Human: ",),
+                       "###Assistant: ", "###"),
     "llama2": Template(("[INST] ", " [/INST] "), (SYSTEM,), (BOS, "[INST] "), " [/INST] ", "</s>"),
 }
 
@@ -79,12 +81,13 @@ def encode_segments(segments: list[str | int], tokenizer: Tokenizer, n_image_tok
 
 
 def chat_segments(turns: list[tuple[list[str | int], str | None]], template: Template) -> list[str | int]:
-    """A conversation as chat lays it out: turns of (user message, answer), the last answer None -> segments."""
+    """Turns of (user message, answer), the last answer None -> segments, laid out as in chat."""
     segments = [BOS, *template.chat_start]
     for message, answer in turns:
         segments += [*template.user, *message, template.assistant]
         if answer is not None:
-            segments += [answer, template.end.replace("</s>", "")]  # the original writes no </s> into the history
+            end = template.end.replace("</s>", "")  # the original writes no </s> into the history
+            segments += [answer, end]
     return segments
 
 
@@ -108,7 +111,7 @@ def clean_caption(text: str, max_words: int = 50) -> str:
     return " ".join(text.split(" ")[:max_words])
 
 
-# ---- sources: random access to samples on disk ---------------------------------------------------------------------
+# ---- sources: random access to samples on disk -------------------------------------------------------------
 
 
 class Sample(NamedTuple):
@@ -128,7 +131,8 @@ class Shards:
         self.name, self.paths, tables = paths[0] if paths else "no shards", paths, []
         for i, path in enumerate(paths):
             tables += [(i, *row) for row in _index_tar(path)]
-        self.table = np.array(tables, dtype=np.int64).reshape(-1, 6)  # shard; picture at, bytes; text at, bytes; json?
+        # columns: shard; picture at, bytes; text at, bytes; json?
+        self.table = np.array(tables, dtype=np.int64).reshape(-1, 6)
 
     def __len__(self):
         return len(self.table)
@@ -156,7 +160,8 @@ def _index_tar(path):
                 key, _, kind = m.name.rpartition(".")
                 members.setdefault(key, {})[kind.lower()] = (m.offset_data, m.size)
     except (OSError, tarfile.TarError) as e:
-        raise InputError(f"{path}: not a readable tar file ({e}); fetch it again or take it out of `data`") from e
+        raise InputError(f"{path}: not a readable tar file ({e}); fetch it again or take it out of "
+                         "`data`") from e
     for files in members.values():
         image = next((files[k] for k in ("jpg", "jpeg", "png", "webp") if k in files), None)
         text = files.get("json") or files.get("txt")
@@ -165,14 +170,15 @@ def _index_tar(path):
 
 
 class CaptionFolder:
-    """A folder like cc_sbu_align: filter_cap.json ({"annotations": [{"image_id", "caption"}]}) and image/ID.jpg."""
+    """Like cc_sbu_align: image/ID.jpg, and filter_cap.json ({"annotations": [{"image_id", "caption"}]})."""
 
     def __init__(self, folder: str):
         self.name, self.folder = folder, Path(folder) / "image"
         try:
             self.annotations = json.loads((Path(folder) / "filter_cap.json").read_text())["annotations"]
         except (ValueError, KeyError) as e:
-            raise InputError(f"{folder}/filter_cap.json: no JSON with `annotations` ({e}); fetch it again") from e
+            raise InputError(f"{folder}/filter_cap.json: no JSON with `annotations` ({e}); "
+                             "fetch it again") from e
 
     def __len__(self):
         return len(self.annotations)
@@ -183,9 +189,9 @@ class CaptionFolder:
 
 
 class Conversations:
-    """A .jsonl: {"conversation": [{"user": ...}, {"assistant": ...}, ...], "image": path or paths}, the image optional
-    and relative to the file; {"image": path, "caption": ...}; or {"text": ..., "context": ...}, the text to be learnt
-    as it stands after its context, if it has one."""
+    """A .jsonl: {"conversation": [{"user": ...}, {"assistant": ...}, ...], "image": path or paths}, the image
+    optional and relative to the file; {"image": path, "caption": ...}; or {"text": ..., "context": ...}, the
+    text to be learnt as it stands after its context, if it has one."""
 
     def __init__(self, path: str):
         self.name = path
@@ -199,11 +205,13 @@ class Conversations:
         try:
             row = json.loads(self.lines[i])
             images = row.get("image", [])
-            images = [str(Path(self.name).parent / p) for p in ([images] if isinstance(images, str) else images)]
+            images = [images] if isinstance(images, str) else images
+            images = [str(Path(self.name).parent / p) for p in images]
             if "conversation" in row:
                 words = [next(iter(turn.items())) for turn in row["conversation"]]
                 if [who for who, _ in words] != ["user", "assistant"] * (len(words) // 2):
-                    raise InputError(f"{where}: a conversation alternates user and assistant, the assistant last")
+                    raise InputError(f"{where}: a conversation alternates user and assistant, "
+                                     "the assistant last")
                 texts = [text for _, text in words]
                 return Sample(images=images, turns=list(zip(texts[::2], texts[1::2])))
             return Sample(images, row.get("caption"), text=row.get("text"), context=row.get("context", ""))
@@ -229,11 +237,11 @@ def open_source(path: str) -> Shards | CaptionFolder | Conversations:
     return source
 
 
-# ---- batches -------------------------------------------------------------------------------------------------------
+# ---- batches -----------------------------------------------------------------------------------------------
 
 
 class Batch(NamedTuple):
-    """images uint8 (pictures of the batch, 3, S, S) or None; tokens, targets int64 (B, T), padded on the right."""
+    """images uint8 (pictures, 3, S, S) or None; tokens, targets int64 (B, T), padded on the right."""
 
     images: torch.Tensor | None
     tokens: torch.Tensor
@@ -243,10 +251,11 @@ class Batch(NamedTuple):
 class Samples(Dataset):
     """(source, sample, draw) -> (pictures uint8 (n, 3, S, S), ids, targets): one sample, ready for the model.
 
-    `draw` seeds what is random about a sample (its instruction), so that every epoch draws anew. A sample that cannot be
-    read is named on stderr and the one after it is taken; ten in a row raise InputError."""
+    `draw` seeds what is random about a sample (its instruction), so that every epoch draws anew. A sample
+    that cannot be read is named on stderr and the one after it is taken; ten in a row raise InputError."""
 
-    def __init__(self, sources: list, config: Config, tokenizer: Tokenizer, image_size: int, n_image_tokens: int):
+    def __init__(self, sources: list, config: Config, tokenizer: Tokenizer, image_size: int,
+                 n_image_tokens: int):
         self.sources, self.config, self.tokenizer = sources, config, tokenizer
         self.image_size, self.n_image_tokens = image_size, n_image_tokens
 
@@ -261,7 +270,8 @@ class Samples(Dataset):
                 return images, *self.tokenize(sample, rng)
             except InputError as e:
                 print(f"skipped sample {i} of {self.sources[source].name}: {e}", file=sys.stderr)
-        raise InputError(f"{self.sources[source].name}: ten samples in a row cannot be read, up to number {i}")
+        raise InputError(f"{self.sources[source].name}: ten samples in a row cannot be read, "
+                         f"up to number {i}")
 
     def tokenize(self, sample: Sample, rng: np.random.Generator) -> tuple[list[int], list[int]]:
         """A sample's ids and targets (the same ids where they are to be predicted, IGNORE elsewhere)."""
@@ -309,8 +319,8 @@ class Samples(Dataset):
 class Batches(Sampler):
     """Which samples make up each batch: lists of (source, sample, draw), without end.
 
-    A global batch of world x batch_size samples comes from one source, drawn by weight; rank r takes its r-th slice.
-    Each source is gone through in a new order each epoch, every sample once."""
+    A global batch of world x batch_size samples comes from one source, drawn by weight; rank r takes its r-th
+    slice. Each source is gone through in a new order each epoch, every sample once."""
 
     def __init__(self, lengths: list[int], weights: list[float], batch_size: int, seed: int, rank: int = 0,
                  world: int = 1, start: int = 0):
@@ -330,7 +340,8 @@ class Batches(Sampler):
             for draw in range(first, first + self.batch_size):
                 epoch, place = divmod(draw, self.lengths[source])
                 if orders.get(source, (None,))[0] != epoch:
-                    order = np.random.default_rng((self.seed, source, epoch)).permutation(self.lengths[source])
+                    epoch_rng = np.random.default_rng((self.seed, source, epoch))
+                    order = epoch_rng.permutation(self.lengths[source])
                     orders[source] = epoch, order
                 keys.append((source, int(orders[source][1][place]), draw))
             yield keys
@@ -348,7 +359,8 @@ def collate(samples: list) -> Batch:
     return Batch(torch.stack(images) if images else None, tokens, targets)
 
 
-def open_samples(data: str | dict, config: Config, tokenizer: Tokenizer, image_size: int, n_image_tokens: int):
+def open_samples(data: str | dict, config: Config, tokenizer: Tokenizer, image_size: int,
+                 n_image_tokens: int):
     """The config's `data` or `heldout_data` -> (Samples, weight of each source)."""
     weights = {data: 1.0} if isinstance(data, str) else data
     sources = [open_source(path) for path in weights]

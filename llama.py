@@ -1,10 +1,11 @@
 """LLaMA (arXiv 2302.13971) with its KV cache and tokenizer: the voice of MiniGPT-4.
 
-One decoder for LLaMA 1 and 2, Vicuna and every model of that architecture: RMSNorm, rotary positions, SwiGLU, no biases,
-grouped-query attention, tied or separate output embeddings, as the folder's `config.json` says. Module and tensor names
-are Hugging Face's without the leading `model.`.
+One decoder for LLaMA 1 and 2, Vicuna and every model of that architecture: RMSNorm, rotary positions, SwiGLU,
+no biases, grouped-query attention, tied or separate output embeddings, as the folder's `config.json` says.
+Module and tensor names are Hugging Face's without the leading `model.`.
 
-Axes: B sequences, T tokens, S tokens seen so far (cache included), D width, H query heads, K key/value heads, V vocabulary.
+Axes: B sequences, T tokens, S tokens seen so far (cache included), D width, H query heads, K key/value heads,
+V vocabulary.
 """
 
 import json
@@ -41,18 +42,22 @@ class LlamaConfig:
     def from_dict(cls, sizes: dict, where: str = "config.json") -> "LlamaConfig":
         """From the content of a Hugging Face config.json, old (`rope_theta`) or new (`rope_parameters`).
 
-        Raises InputError for a model that this file cannot compute: another architecture, scaled rotary positions."""
+        Raises InputError for what this file cannot compute: another architecture, scaled rotary positions."""
         rope = sizes.get("rope_parameters") or sizes.get("rope_scaling") or {}
         if rope.get("rope_type", rope.get("type", "default")) != "default":
             raise InputError(f"{where}: rotary scaling {rope} is not supported; take a model without it")
         if sizes.get("model_type", "llama") not in ("llama", "mistral") or sizes.get("sliding_window"):
-            raise InputError(f"{where}: {sizes.get('model_type')} (sliding_window {sizes.get('sliding_window')}) is not "
-                             "a LLaMA; take a model of that architecture")
+            raise InputError(f"{where}: {sizes.get('model_type')} (sliding_window "
+                             f"{sizes.get('sliding_window')}) is not a LLaMA; take a model of that "
+                             "architecture")
         if sizes.get("attention_bias") or sizes.get("mlp_bias") or sizes.get("hidden_act", "silu") != "silu":
-            raise InputError(f"{where}: biases or an activation other than silu are not LLaMA's; take another model")
-        needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+            raise InputError(f"{where}: biases or an activation other than silu are not LLaMA's; "
+                             "take another model")
+        needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                  "num_attention_heads")
         if wrong := [k for k in needed if not isinstance(sizes.get(k), int)]:
-            raise InputError(f"{where}: no whole number for {', '.join(wrong)}; it must be the config.json of a LLaMA")
+            raise InputError(f"{where}: no whole number for {', '.join(wrong)}; it must be the config.json "
+                             "of a LLaMA")
         heads = sizes["num_attention_heads"]
         return cls(
             vocab_size=sizes["vocab_size"],
@@ -81,7 +86,7 @@ class RMSNorm(nn.Module):
 
 
 def rotary_angles(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """positions (T,) -> cos, sin float32 (T, head_dim), both halves alike (the half-split layout of Hugging Face)."""
+    """positions (T,) -> cos, sin float32 (T, head_dim), halves alike (Hugging Face's half-split layout)."""
     inv_freq = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
     angles = torch.outer(positions.float(), inv_freq).repeat(1, 2)
     return angles.cos(), angles.sin()
@@ -159,9 +164,10 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """Embeddings (B, T, D) in the weights' dtype -> hidden states (B, T, D) after the final norm; `logits` reads them out.
+    """Embeddings (B, T, D) in the weights' dtype -> hidden states (B, T, D) after the final norm.
 
-    The model takes embeddings, not ids, because image tokens have no id: `embed_tokens` makes those of the text."""
+    The model takes embeddings, not ids, because image tokens have no id: `embed_tokens` makes those of the
+    text. `logits` reads the hidden states out."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -178,7 +184,8 @@ class Llama(nn.Module):
         T, seen = x.shape[1], cache.length if cache is not None else 0
         assert seen == 0 or T == 1, "after the prompt, the cache takes one token at a time"
         positions = torch.arange(seen, seen + T, device=x.device)
-        cos, sin = (t.to(x.dtype) for t in rotary_angles(positions, self.config.head_dim, self.config.rope_theta))
+        angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        cos, sin = (t.to(x.dtype) for t in angles)
         for block in self.layers:
             x = block(x, cos, sin, cache)
         if cache is not None:
@@ -191,8 +198,8 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Random weights for training from nothing: normal with variance 1 / inputs, residual outputs smaller with depth,
-        embeddings 0.02, norms at one."""
+        """Random weights for training from nothing: normal with variance 1 / inputs, residual outputs smaller
+        with depth, embeddings 0.02, norms at one."""
         for name, p in self.named_parameters():
             if p.dim() == 1:
                 p.fill_(1)
@@ -204,30 +211,32 @@ class Llama(nn.Module):
 
 
 class Tokenizer:
-    """A sentencepiece `tokenizer.model`. `<s>` and `</s>` are ids 1 and 2; typed as letters they are plain text."""
+    """A sentencepiece `tokenizer.model`. `<s>` and `</s>` are ids 1 and 2; typed as letters, plain text."""
 
     def __init__(self, path: str):
         try:
             self.sp = SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as e:
-            raise InputError(f"{path}: no sentencepiece model; it belongs to the LLaMA folder as tokenizer.model") from e
+            raise InputError(f"{path}: no sentencepiece model; it belongs to the LLaMA folder as "
+                             "tokenizer.model") from e
         self.path = str(path)
         self.bos, self.eos, self.vocab_size = self.sp.bos_id(), self.sp.eos_id(), self.sp.vocab_size()
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
-        """"a dog" -> [263, 11203]. The text gets sentencepiece's own leading space piece; bos puts `<s>` before it."""
+        """"a dog" -> [263, 11203]. Sentencepiece adds its leading space piece; bos puts `<s>` before it."""
         return [self.bos] * bos + self.sp.encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        """[263, 11203] -> "a dog". The leading space piece is taken off again; control tokens give no text."""
+        """[263, 11203] -> "a dog". The leading space piece is dropped again; control tokens give no text."""
         return self.sp.decode(ids)
 
 
 def read_llama_folder(folder: str) -> tuple[LlamaConfig, list[Path]]:
-    """The sizes and the safetensors files of a Hugging Face folder. Raises InputError where something is missing."""
+    """The sizes and safetensors files of a Hugging Face folder. Raises InputError if something is missing."""
     root, index = Path(folder), Path(folder) / "model.safetensors.index.json"
     if not (root / "config.json").is_file():
-        raise InputError(f"{folder}: not a LLaMA folder, it has no config.json; see the README on getting the weights")
+        raise InputError(f"{folder}: not a LLaMA folder, it has no config.json; see the README on getting "
+                         "the weights")
     config = LlamaConfig.from_dict(_read_json(root / "config.json"), f"{folder}/config.json")
     shards = sorted(root.glob("*.safetensors"))
     if index.is_file():

@@ -1,8 +1,8 @@
-"""MiniGPT-4 (arXiv 2304.10592): a frozen ViT and Q-Former look, one linear layer translates, a frozen LLaMA talks.
+"""MiniGPT-4 (arXiv 2304.10592): frozen ViT and Q-Former look, a linear layer translates, frozen LLaMA talks.
 
     image -> vision -> ln_vision -> qformer -> proj -> (in place of the IMAGE ids) llama -> words
 
-Without a Q-Former (the LLaMA-2 variant) each 4 neighbouring patch tokens are joined into one image token instead.
+Without a Q-Former (LLaMA-2 variant) each 4 neighbouring patch tokens are joined into one image token.
 
 Axes: B sequences, T tokens, N image tokens of a picture, D width.
 """
@@ -55,7 +55,7 @@ class MiniGPT4(nn.Module):
 
     @property
     def image_shape(self) -> tuple[int, int]:
-        """(pixels of a side, image tokens) of a picture, as data.py needs them; zeros for a language model alone."""
+        """(pixels of a side, image tokens) of a picture, for data.py; zeros for a language model alone."""
         return (self.image_size, self.n_image_tokens) if self.vision else (0, 0)
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
@@ -71,7 +71,7 @@ class MiniGPT4(nn.Module):
         return self.proj(cast(x, self.proj))
 
     def embed(self, tokens: torch.Tensor, image_embeds: torch.Tensor | None) -> torch.Tensor:
-        """ids (B, T) with IMAGE where image tokens go -> (B, T, d_llama), filled from image_embeds in reading order."""
+        """ids (B, T) -> (B, T, d_llama), the places of IMAGE filled from image_embeds in reading order."""
         x = self.llama.embed_tokens(tokens.clamp(min=0))
         places = tokens == IMAGE
         given = 0 if image_embeds is None else image_embeds.shape[:-1].numel()
@@ -79,12 +79,13 @@ class MiniGPT4(nn.Module):
             raise ValueError(f"{n} IMAGE ids in the tokens, but {given} image tokens were given")
         return x.masked_scatter(places.unsqueeze(-1), image_embeds.to(x.dtype)) if given else x
 
-    def forward(self, images: torch.Tensor | None, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor | None, tokens: torch.Tensor,
+                targets: torch.Tensor) -> torch.Tensor:
         """The mean cross entropy, float32, over all targets of the batch.
 
-        images: all pictures of the batch (any number, 3, S, S), in the order of their places; None without any.
-        tokens: int64 (B, T), padded on the right with any id. targets: int64 (B, T), the same id where it is to be
-        predicted, IGNORE elsewhere; the shift by one is made here."""
+        images: all pictures of the batch (any number, 3, S, S) in the order of their places, None if none.
+        tokens: int64 (B, T), padded on the right with any id. targets: int64 (B, T), the same id where it is
+        to be predicted, IGNORE elsewhere; the shift by one is made here."""
         image_embeds = self.encode_image(images) if images is not None else None
         hidden = self.llama(self.embed(tokens, image_embeds))
         targets = targets[:, 1:]
@@ -99,13 +100,15 @@ class MiniGPT4(nn.Module):
                  generator: torch.Generator | None = None) -> Iterator[int]:
         """Yield the ids of the answer to one conversation, one by one, the one that ends it included.
 
-        tokens: ids with IMAGE places; image_embeds: (pictures, N, d_llama). It ends at `</s>`, when the last ids are one
-        of the `stop` sequences, or after max_new_tokens. Of a conversation that would outgrow `context` the beginning
-        is cut off. The repetition penalty looks at `<s>` and the new ids, not at the prompt (as the original's)."""
+        tokens: ids with IMAGE places; image_embeds: (pictures, N, d_llama). It ends at `</s>`, when the last
+        ids are one of the `stop` sequences, or after max_new_tokens. Of a conversation that would outgrow
+        `context` the beginning is cut off. The repetition penalty looks at `<s>` and the new ids, not at the
+        prompt (as the original's)."""
         device = self.llama.embed_tokens.weight.device
         x = self.embed(torch.tensor([tokens], device=device), image_embeds)
         if context <= max_new_tokens:
-            raise InputError(f"context {context} leaves no room for a prompt beside max_new_tokens {max_new_tokens}")
+            raise InputError(f"context {context} leaves no room for a prompt beside max_new_tokens "
+                             f"{max_new_tokens}")
         x = x[:, max(0, x.shape[1] + max_new_tokens - context):]
         cache = KVCache(self.llama.config, 1, x.shape[1] + max_new_tokens, device, x.dtype)
         ids = [self.tokenizer.bos]
@@ -122,11 +125,12 @@ class MiniGPT4(nn.Module):
                    proj: str | None = None, dtype: str = "bfloat16", device: str = "cpu",
                    train: tuple[str, ...] = ("proj",), tokenizer: str | None = None,
                    image_size: int = 0) -> "MiniGPT4":
-        """Build the model from weight files; a dict of sizes instead of a path makes that part new, with random weights.
+        """Build the model from weight files; a dict of sizes in place of a path makes a new, random part.
 
-        The parts named in `train` are float32 and have gradients; the others are `dtype` and frozen. Without `vision`
-        it is a language model alone; with `image_size` (pixels) it takes pictures of another size than the vision part
-        was trained with. Raises InputError for files that are missing, broken, or do not fit together."""
+        The parts named in `train` are float32 and have gradients; the others are `dtype` and frozen. Without
+        `vision` it is a language model alone; with `image_size` (pixels) it takes pictures of another size
+        than the vision part was trained with. Raises InputError for files that are missing, broken, or do not
+        fit together."""
         _check_parts(train, vision, qformer)
         files = {name: _read_part(name, source) for name, source in
                  {"vision": vision, "qformer": qformer, "proj": proj, "llama": llama}.items()
@@ -172,7 +176,8 @@ class MiniGPT4(nn.Module):
 
     def save_part(self, name: str, folder: str, dtype: str = "float32"):
         """Write a part into `folder` in the form that from_files reads, replacing it in one move."""
-        tensors = {k: p.detach().to("cpu", getattr(torch, dtype)) for k, p in self.part_parameters(name).items()}
+        parameters = self.part_parameters(name)
+        tensors = {k: p.detach().to("cpu", getattr(torch, dtype)) for k, p in parameters.items()}
         if name != "llama":
             sizes = asdict(getattr(self, name).config) if name != "proj" else {}
             save_tensors(tensors, Path(folder) / f"{name}.safetensors", {"config": json.dumps(sizes)})
@@ -188,7 +193,7 @@ class MiniGPT4(nn.Module):
 
 
 def pick_device(name: str = "", index: int = 0) -> torch.device:
-    """"" -> cuda where there is one, else cpu. Raises InputError for a device that this machine does not have."""
+    """"" -> cuda if there is one, else cpu. Raises InputError for a device that this machine lacks."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name, index) if name == "cuda" else torch.device(name)
@@ -207,11 +212,12 @@ def cast(x: torch.Tensor, module: nn.Module) -> torch.Tensor:
 
 def sample(logits: torch.Tensor, ids: list[int], temperature: float, top_p: float, repetition_penalty: float,
            generator: torch.Generator | None = None) -> int:
-    """Draw the next id from logits float32 (V,): penalty on `ids`, then temperature, then the nucleus of mass top_p.
+    """Draw the next id from logits float32 (V,): penalty on `ids`, temperature, then nucleus of mass top_p.
 
-    Temperature 0 takes the likeliest. The order and the penalty's form are those of Hugging Face `generate`."""
+    Temperature 0 takes the likeliest. The order and the penalty's form are Hugging Face `generate`'s."""
     seen = torch.tensor(sorted(set(ids)), device=logits.device)
-    penalised = torch.where(logits[seen] < 0, logits[seen] * repetition_penalty, logits[seen] / repetition_penalty)
+    scores = logits[seen]
+    penalised = torch.where(scores < 0, scores * repetition_penalty, scores / repetition_penalty)
     logits = logits.index_copy(0, seen, penalised)
     if temperature == 0:
         return int(logits.argmax())
@@ -223,7 +229,7 @@ def sample(logits: torch.Tensor, ids: list[int], temperature: float, top_p: floa
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]):
-    """Write a safetensors file so that `path` holds either the old content or the new, whatever happens meanwhile."""
+    """Write a safetensors file so that `path` holds the old content or the new, whatever happens."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as f:
@@ -237,7 +243,7 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[st
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """A safetensors file -> its tensors, memory-mapped, and its metadata. Raises InputError when it cannot be read."""
+    """A safetensors file -> its tensors, memory-mapped, and metadata. Raises InputError if unreadable."""
     if not Path(path).is_file():
         raise InputError(f"{path}: there is no such weight file")
     try:
@@ -268,7 +274,8 @@ def _read_part(name, path):
         return _read_llama(path)
     tensors, metadata = load_tensors(path)
     if "config" not in metadata:
-        raise InputError(f"{path}: it carries no sizes, so it is not a converted {name} file; run tools/convert.py {name}")
+        raise InputError(f"{path}: it carries no sizes, so it is not a converted {name} file; "
+                         f"run tools/convert.py {name}")
     return _File(path, tensors, json.loads(metadata["config"]))
 
 
@@ -277,7 +284,8 @@ def _read_llama(folder):
     tensors = {}
     for shard in shards:
         tensors |= load_tensors(shard)[0]
-    tensors = {k.removeprefix("model."): t for k, t in tensors.items() if not k.endswith("rotary_emb.inv_freq")}
+    tensors = {k.removeprefix("model."): t for k, t in tensors.items()
+               if not k.endswith("rotary_emb.inv_freq")}
     if sizes.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)  # some files carry the tied tensor twice
     return _File(folder, tensors, sizes)
@@ -287,11 +295,15 @@ def _sizes(cls, name, source, files, **derived):
     """The config of a part: from its file, or, for a new one, from the dict in the run's config."""
     if not source:
         return None
-    where, sizes = (files[name].path, files[name].sizes) if name in files else ("the run's config", derived | source)
+    if name in files:
+        where, sizes = files[name].path, files[name].sizes
+    else:
+        where, sizes = "the run's config", derived | source
     config = override(cls(), sizes, f"{where}: {name}")
     for k, v in derived.items():
         if getattr(config, k) != v:
-            raise InputError(f"{where}: {name} needs {k} {getattr(config, k)}, but it is {v} here; they do not fit")
+            raise InputError(f"{where}: {name} needs {k} {getattr(config, k)}, but it is {v} here; "
+                             "they do not fit")
     return config
 
 
@@ -304,23 +316,25 @@ def _fill(model, name, file, dtype, device):
     problems = {
         "missing": sorted(expected.keys() - tensors.keys()),
         "unexpected": sorted(tensors.keys() - expected.keys()),
-        "of another shape": [f"{k} {tuple(tensors[k].shape)} instead of {tuple(p.shape)}" for k, p in expected.items()
-                             if k in tensors and tensors[k].shape != p.shape],
+        "of another shape": [f"{k} {tuple(tensors[k].shape)} instead of {tuple(p.shape)}"
+                             for k, p in expected.items() if k in tensors and tensors[k].shape != p.shape],
     }
     found = [f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
              for what, names in problems.items() if names]
     if found:
-        hint = "it was trained for another language model or vision side" if name == "proj" else "it is of another model"
+        hint = ("it was trained for another language model or vision side" if name == "proj"
+                else "it is of another model")
         raise InputError(f"{file.path}: does not fit as {name}: tensors {'; '.join(found)}; {hint}")
     tensors = {k: t.to(device, dtype) for k, t in tensors.items()}
-    for prefix, module in (("ln_vision.", model.ln_vision), ("proj." if name == "proj" else "", getattr(model, name))):
+    own_prefix = "proj." if name == "proj" else ""
+    for prefix, module in (("ln_vision.", model.ln_vision), (own_prefix, getattr(model, name))):
         own = {k.removeprefix(prefix): tensors.pop(k) for k in list(tensors) if k.startswith(prefix)}
         if own:
             module.load_state_dict(own, assign=True)
 
 
 def _fill_new(model, name, device):
-    """Random weights for a part that is trained from nothing, float32, drawn on the CPU: the same on every device."""
+    """Random float32 weights for a part trained from nothing, drawn on the CPU: the same on every device."""
     part = getattr(model, name).to_empty(device="cpu")
     part.reset_parameters() if name == "proj" else part.init_weights()
     part.to(device)

@@ -1,7 +1,7 @@
 """The Q-Former of BLIP-2 (arXiv 2301.12597), query path only: a few learned queries look at the picture.
 
-A BERT-base encoder, post-norm, whose input is not text but learned query tokens; every second layer also attends to the
-image tokens. Its text branch is not needed here.
+A BERT-base encoder, post-norm, whose input is not text but learned query tokens; every second layer also
+attends to the image tokens. Its text branch is not needed here.
 
 Axes: B images, Q queries, N image tokens, D width, H heads.
 """
@@ -28,7 +28,7 @@ class QFormerConfig:
 
 
 class Attention(nn.Module):
-    """Attention from x (B, Q, D) to context (B, N, context_width), then output projection, residual and LayerNorm."""
+    """Attention from x (B, Q, D) to context (B, N, context_width), then projection, residual, LayerNorm."""
 
     def __init__(self, config: QFormerConfig, context_width: int):
         super().__init__()
@@ -41,7 +41,8 @@ class Attention(nn.Module):
 
     def forward(self, x, context):
         B, Q, D = x.shape
-        heads = lambda t: t.view(B, -1, self.n_heads, D // self.n_heads).transpose(1, 2)  # (B, H, Q or N, D/H)
+        # (B, Q or N, D) -> (B, H, Q or N, D/H)
+        heads = lambda t: t.view(B, -1, self.n_heads, D // self.n_heads).transpose(1, 2)
         q, k, v = heads(self.query(x)), heads(self.key(context)), heads(self.value(context))
         y = F.scaled_dot_product_attention(q, k, v)
         return self.norm(x + self.out(y.transpose(1, 2).reshape(B, Q, D)))
@@ -82,7 +83,7 @@ class QFormer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Random weights for training from nothing: normal with variance 1 / inputs, no biases, norms at one."""
+        """Random weights to train from nothing: normal with variance 1 / inputs, no biases, norms at one."""
         for name, p in self.named_parameters():
             if p.dim() > 1:
                 nn.init.normal_(p, std=p[0].numel() ** -0.5)

@@ -2,10 +2,10 @@
 
     python train.py configs/tiny_stage1.py                              one process, a laptop
     torchrun --nproc-per-node 4 train.py configs/stage1.py              the paper's stage 1
-    python train.py configs/stage2.py --max_steps=400 --resume=True     any field of the config can be overridden
+    python train.py configs/stage2.py --max_steps=400 --resume=True     any config field can be overridden
 
-The run's folder (out_dir) then holds the trained parts (proj.safetensors), config.json, log.jsonl, and state.safetensors,
-from which a killed run goes on. Stage 1 and stage 2 are the same loop over different data.
+The run's folder (out_dir) then holds the trained parts (proj.safetensors), config.json, log.jsonl, and
+state.safetensors, from which a killed run goes on. Stage 1 and stage 2 are the same loop over different data.
 """
 
 import json
@@ -31,7 +31,7 @@ from model import MiniGPT4, load_tensors, pick_device, save_tensors
 
 
 def learning_rate(step: int, config: Config) -> float:
-    """Linear from warmup_lr to lr, then a cosine to min_lr. Quirk kept: the cosine counts the warm-up steps too."""
+    """Linear from warmup_lr to lr, then a cosine to min_lr. Quirk kept: the cosine counts the warm-up too."""
     if step < config.warmup_steps:
         return config.warmup_lr + (config.lr - config.warmup_lr) * step / config.warmup_steps
     return config.min_lr + (config.lr - config.min_lr) * (1 + cos(pi * step / config.max_steps)) / 2
@@ -41,18 +41,20 @@ def make_optimizer(parameters: dict[str, torch.nn.Parameter], config: Config) ->
     """AdamW with weight decay on matrices, none on biases and norms."""
     matrices = [p for p in parameters.values() if p.dim() > 1]
     vectors = [p for p in parameters.values() if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay},
+              {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=1e-8)
 
 
-# ---- the run's folder ----------------------------------------------------------------------------------------------
+# ---- the run's folder --------------------------------------------------------------------------------------
 
 
 def start_folder(config: Config):
-    """Make out_dir, with a config.json that leads chat.py to all parts. An earlier run in it is never overwritten."""
+    """Make out_dir, with a config.json that leads chat.py to all parts. Never overwrites an earlier run."""
     out = Path(config.out_dir)
     if (out / "state.safetensors").is_file() and not config.resume:
-        raise InputError(f"{out} already holds a run; go on with it by --resume=True, or choose another --out_dir")
+        raise InputError(f"{out} already holds a run; go on with it by --resume=True, or choose another "
+                         "--out_dir")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -83,9 +85,11 @@ def load_checkpoint(optimizer, scaler, parameters: dict, config: Config, device)
     if not path.is_file():
         return 0
     tensors, metadata = load_tensors(path)
-    misfits = [k for k, p in parameters.items() if tensors.get(f"weight.{k}", torch.empty(0)).shape != p.shape]
+    misfits = [k for k, p in parameters.items()
+               if tensors.get(f"weight.{k}", torch.empty(0)).shape != p.shape]
     if misfits or len(tensors) != 4 * len(parameters):
-        raise InputError(f"{path}: was saved by a run of other parts or sizes; give that run's config or another --out_dir")
+        raise InputError(f"{path}: was saved by a run of other parts or sizes; give that run's config or "
+                         "another --out_dir")
     for k, p in parameters.items():
         p.data.copy_(tensors[f"weight.{k}"])
         optimizer.state[p] = {m: tensors[f"{m}.{k}"].clone().to("cpu" if m == "step" else device)
@@ -112,7 +116,7 @@ class Log:
         self.file.write(json.dumps(values) + "\n")
 
 
-# ---- evaluation during training ------------------------------------------------------------------------------------
+# ---- evaluation during training ----------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -151,11 +155,11 @@ def count_targets(batch: Batch) -> int:
     return int((batch.targets[:, 1:] != IGNORE).sum())
 
 
-# ---- the loop ------------------------------------------------------------------------------------------------------
+# ---- the loop ----------------------------------------------------------------------------------------------
 
 
 def prepare_data(config: Config, rank: int):
-    """Make what the config's `prepare` names and is missing, by its command; only rank 0 does, the others wait."""
+    """Make what `prepare` names and is missing, by its command; rank 0 does it, the others wait."""
     for path, command in config.prepare.items():
         if rank == 0 and not Path(path).exists():
             print(f"{path} is missing; making it: python {command}", file=sys.stderr)
@@ -173,9 +177,10 @@ def build(config: Config, device) -> MiniGPT4:
                                config.train, config.tokenizer, config.image_size)
 
 
-def train_step(wrapped, batches: list[Batch], optimizer, scaler, parameters: dict, config: Config, lr: float) -> torch.Tensor:
-    """One step of AdamW over the micro-batches. The loss is the mean over all answer tokens of all ranks, and so is the
-    gradient: each micro-batch counts by its number of answer tokens."""
+def train_step(wrapped, batches: list[Batch], optimizer, scaler, parameters: dict, config: Config,
+               lr: float) -> torch.Tensor:
+    """One step of AdamW over the micro-batches. The loss is the mean over all answer tokens of all ranks, and
+    so is the gradient: each micro-batch counts by its number of answer tokens."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     total = torch.tensor(float(sum(count_targets(b) for b in batches)))
     if world > 1:
@@ -212,7 +217,8 @@ def train(config: Config, device, rank: int = 0, world: int = 1):
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
     done = load_checkpoint(optimizer, scaler, parameters, config, device) if config.resume else 0
     log = Log(config, done) if rank == 0 else None
-    wrapped = DistributedDataParallel(model, init_sync=False) if world > 1 else model  # all ranks start alike, by seed
+    # without init_sync, since all ranks start alike, by seed
+    wrapped = DistributedDataParallel(model, init_sync=False) if world > 1 else model
     batches = training_batches(samples, weights, config, rank, world, start=done * config.grad_accum)
 
     bar = tqdm(total=config.max_steps, initial=done, disable=rank > 0, unit="step", dynamic_ncols=True)
@@ -229,14 +235,16 @@ def train(config: Config, device, rank: int = 0, world: int = 1):
                 dist.all_reduce(loss)
             if rank == 0:
                 seconds = time.perf_counter() - since
-                rates = {"images_per_s": round(n_images / seconds, 1), "tokens_per_s": round(n_tokens / seconds)}
+                rates = {"images_per_s": round(n_images / seconds, 1),
+                         "tokens_per_s": round(n_tokens / seconds)}
                 log.write(step=finished, loss=loss.item(), lr=lr, **rates)
                 bar.set_postfix(loss=f"{loss.item():.3f}", lr=f"{lr:.1e}", **rates)
             since, n_images, n_tokens = time.perf_counter(), 0, 0
         bar.update()
         if rank == 0 and heldout and (finished % config.eval_interval == 0 or finished == config.max_steps):
             shown = show_answers(model, heldout, config, device)
-            log.write(step=finished, heldout_loss=(value := heldout_loss(model, heldout, config, device)), samples=shown)
+            value = heldout_loss(model, heldout, config, device)
+            log.write(step=finished, heldout_loss=value, samples=shown)
             bar.write(f"step {finished}: held-out loss {value:.4f}", file=sys.stderr)
             for s in shown:
                 bar.write(f"  answer: {s['answer']!r}\n  data:   {s['data']!r}", file=sys.stderr)
@@ -249,7 +257,8 @@ def main(argv: list[str]):
     """`CONFIG [--key=value ...]`; under torchrun, one process per device."""
     positional, options = parse_args(argv)
     if len(positional) != 1:
-        raise InputError("usage: python train.py CONFIG [--key=value ...], for instance configs/tiny_stage1.py")
+        raise InputError("usage: python train.py CONFIG [--key=value ...], for instance "
+                         "configs/tiny_stage1.py")
     config = load_config(positional[0], options)
     world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     device = pick_device(config.device, local)

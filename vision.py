@@ -1,12 +1,12 @@
 """EVA-ViT, the eyes of MiniGPT-4, and the one image transform that training, chat and tests share.
 
-The vision tower of BLIP-2 (arXiv 2301.12597): EVA-CLIP ViT-g/14 (arXiv 2211.07636) without its last block and its final
-norm. A plain pre-norm vision transformer with learned absolute positions. Module and tensor names are those of the
-official `eva_vit_g.pth`.
+The vision tower of BLIP-2 (arXiv 2301.12597): EVA-CLIP ViT-g/14 (arXiv 2211.07636) without its last block and
+its final norm. A plain pre-norm vision transformer with learned absolute positions. Module and tensor names
+are those of the official `eva_vit_g.pth`.
 
 Axes: B images, N tokens (class token + patches), D width, H heads.
 
-Quirks kept: queries and values have a bias, keys have none; the resize is straight to a square, without a crop.
+Quirks kept: queries and values have a bias, keys have none; the resize is straight to a square, uncropped.
 """
 
 import io
@@ -29,8 +29,8 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 def load_image(source: str | bytes, image_size: int) -> torch.Tensor:
     """Read a picture from a path, or from its encoded bytes, -> uint8 (3, image_size, image_size), RGB.
 
-    Any mode and size that PIL opens: EXIF rotation is applied, 16-bit grey is scaled to 8 bits, transparency is laid on
-    white. Raises InputError for a file that is missing or is no picture."""
+    Any mode and size that PIL opens: EXIF rotation is applied, 16-bit grey is scaled to 8 bits, transparency
+    is laid on white. Raises InputError for a file that is missing or is no picture."""
     name = source if isinstance(source, str) else "picture"
     try:
         with Image.open(source if isinstance(source, str) else io.BytesIO(source)) as image:
@@ -38,7 +38,8 @@ def load_image(source: str | bytes, image_size: int) -> torch.Tensor:
     except FileNotFoundError as e:
         raise InputError(f"{name}: there is no such picture") from e
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise InputError(f"{name}: cannot be read as a picture ({e}); give a JPEG, PNG or other image file") from e
+        raise InputError(f"{name}: cannot be read as a picture ({e}); give a JPEG, PNG or other image "
+                         "file") from e
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -60,7 +61,7 @@ def preprocess(image: Image.Image, image_size: int) -> torch.Tensor:
 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
-    """uint8 (B, 3, S, S), 0..255 -> float32 (B, 3, S, S) with CLIP's mean and standard deviation taken out."""
+    """uint8 (B, 3, S, S), 0..255 -> float32 (B, 3, S, S) normalised by CLIP's mean and standard deviation."""
     mean = torch.tensor(IMAGE_MEAN, device=images.device).view(3, 1, 1)
     std = torch.tensor(IMAGE_STD, device=images.device).view(3, 1, 1)
     return (images.float() / 255 - mean) / std
@@ -95,8 +96,8 @@ class Attention(nn.Module):
     def forward(self, x):
         B, N, D = x.shape
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        qkv = F.linear(x, self.qkv.weight, bias)
-        q, k, v = qkv.view(B, N, 3, self.n_heads, D // self.n_heads).permute(2, 0, 3, 1, 4)  # each (B, H, N, D/H)
+        qkv = F.linear(x, self.qkv.weight, bias).view(B, N, 3, self.n_heads, D // self.n_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, N, D/H)
         y = F.scaled_dot_product_attention(q, k, v)
         return self.proj(y.transpose(1, 2).reshape(B, N, D))
 
@@ -131,13 +132,15 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, config.width, kernel_size=config.patch_size, stride=config.patch_size)
 
     def forward(self, images):
-        return self.proj(images).flatten(2).transpose(1, 2)  # (B, 3, S, S) -> (B, patches in reading order, D)
+        # (B, 3, S, S) -> (B, patches in reading order, D)
+        return self.proj(images).flatten(2).transpose(1, 2)
 
 
 class VisionTransformer(nn.Module):
-    """images (B, 3, S, S), normalised, in the weights' dtype -> (B, 1 + (S / patch_size)^2, D), class token first.
+    """Normalised images (B, 3, S, S), in the weights' dtype -> (B, 1 + (S / patch_size)^2, D).
 
-    S may be any multiple of patch_size: the positions are interpolated when it is not the size of training."""
+    The class token comes first. S may be any multiple of patch_size: the positions are interpolated when it
+    is not the size of training."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -156,7 +159,7 @@ class VisionTransformer(nn.Module):
         return x  # all tokens, and no final norm
 
     def positions(self, n_tokens):
-        """pos_embed (1, n_tokens, D), its square grid of patches resized bicubically where n_tokens differs."""
+        """pos_embed (1, n_tokens, D), its square grid of patches resized bicubically if n_tokens differs."""
         if n_tokens == self.pos_embed.shape[1]:
             return self.pos_embed
         cls, patches = self.pos_embed[:, :1], self.pos_embed[:, 1:]
@@ -167,8 +170,8 @@ class VisionTransformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Random weights for training from nothing: normal with variance 1 / inputs, residual outputs smaller with
-        depth, positions strong enough to be told apart from the first step on."""
+        """Random weights for training from nothing: normal with variance 1 / inputs, residual outputs smaller
+        with depth, positions strong enough to be told apart from the first step on."""
         for name, p in self.named_parameters():
             if name in ("cls_token", "pos_embed"):
                 nn.init.normal_(p, std=0.3)

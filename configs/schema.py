@@ -1,7 +1,8 @@
 """The typed configuration of a training run, and the command-line rules that every program here shares.
 
-A config file is plain Python that assigns the fields of `Config` at its top level (configs/stage1.py). The command line
-overrides any of them with `--key=value`. Unknown names and values of the wrong type are refused with one line.
+A config file is plain Python that assigns the fields of `Config` at its top level (configs/stage1.py). The
+command line overrides any of them with `--key=value`. Unknown names and values of the wrong type are refused
+with one line.
 """
 
 import ast
@@ -23,25 +24,26 @@ class InputError(ValueError):
 class Config:
     """One training run. Empty strings mean "none"; paths are relative to the working directory."""
 
-    # The parts. A path is a weight file (vision, qformer, proj) or folder (llama); a dict is the sizes of a new, random part.
+    # The parts. A path is a weight file (vision, qformer, proj) or folder (llama); a dict is the sizes of a
+    # new, random part.
     vision: str | dict = ""              # "" trains on text alone, without pictures
-    qformer: str | dict = ""             # "": no Q-Former, 4 neighbouring patches make one image token (LLaMA-2 variant)
+    qformer: str | dict = ""             # "": none, 4 neighbouring patches make one image token (LLaMA-2)
     llama: str | dict = ""
     proj: str = ""                       # "": a new, random projection
-    tokenizer: str = ""                  # tokenizer.model of a new language model; "": the one in the llama folder
+    tokenizer: str = ""                  # tokenizer.model of a new llama; "": the one in the llama folder
     train: tuple[str, ...] = ("proj",)   # the parts that learn: any of vision, qformer, proj, llama
     image_size: int = 0                  # pixels; 0: the size that the vision part was trained with
 
-    # The data: a path or {path: weight}. A path is shards (*.tar, {00000..00099}.tar, or a folder of them), a folder
-    # with filter_cap.json, or a .jsonl of conversations. One source is drawn per batch, by weight.
+    # The data: a path or {path: weight}. A path is shards (*.tar, {00000..00099}.tar, or a folder of them), a
+    # folder with filter_cap.json, or a .jsonl of conversations. One source is drawn per batch, by weight.
     data: str | dict = ""
     heldout_data: str | dict = ""        # "": no evaluation during training
-    prepare: dict = field(default_factory=dict)  # {path: arguments of python that make it}, run where it is missing
-    template: str = ""                   # "", "vicuna" or "llama2": what stands around an image when its caption is learnt
+    prepare: dict = field(default_factory=dict)  # {path: python arguments that make it if missing}
+    template: str = ""                   # "", "vicuna" or "llama2": what stands around a captioned image
     end_sym: str = "\n"                  # ends every answer: a text, or the control token "</s>"
     max_txt_len: int = 32                # answer tokens, end_sym included; a longer answer is cut
     clean_captions: bool = True          # lower case, no punctuation, at most 50 words (stage 1)
-    chat_share: float = 0.0              # share of the conversations laid out as in chat.py, system text included
+    chat_share: float = 0.0              # share of conversations laid out as in chat, with system text
 
     # The optimiser (AdamW) and its learning rate.
     batch_size: int = 64                 # samples per process and micro-batch
@@ -57,7 +59,7 @@ class Config:
 
     # The machine.
     device: str = ""                     # "": cuda if there is one, else cpu
-    dtype: str = "bfloat16"              # of the frozen parts: float32, bfloat16 or float16. What learns is float32
+    dtype: str = "bfloat16"              # float32, bfloat16 or float16; parts that learn are float32
     num_workers: int = 2                 # data-loading processes per training process
     seed: int = 42
 
@@ -68,15 +70,16 @@ class Config:
     eval_samples: int = 128              # held-out samples of which the loss is taken
     show_samples: int = 2                # sample answers at each evaluation
     save_interval: int = 500             # steps
-    save_dtype: str = "float32"          # of the trained parts' files; the state for a resume is always float32
+    save_dtype: str = "float32"          # of the trained parts' files; a resume's state is float32
     resume: bool = False                 # go on from out_dir's last checkpoint, if there is one
 
     def __post_init__(self):
-        choices = {"dtype": ("float32", "bfloat16", "float16"), "save_dtype": ("float32", "bfloat16", "float16"),
-                   "template": ("", "vicuna", "llama2")}
+        dtypes = ("float32", "bfloat16", "float16")
+        choices = {"dtype": dtypes, "save_dtype": dtypes, "template": ("", "vicuna", "llama2")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise InputError(f"{name} = {getattr(self, name)!r}: give one of {', '.join(repr(a) for a in allowed)}")
+                listed = ", ".join(repr(a) for a in allowed)
+                raise InputError(f"{name} = {getattr(self, name)!r}: give one of {listed}")
         for name in ("batch_size", "grad_accum", "max_steps", "max_txt_len", "log_interval", "eval_interval",
                      "save_interval"):
             if getattr(self, name) < 1:
@@ -84,7 +87,7 @@ class Config:
 
 
 def parse_args(argv: list[str]) -> tuple[list[str], dict[str, str]]:
-    """["a.jpg", "--seed=1"] -> (["a.jpg"], {"seed": "1"}). Raises InputError for an option that has no value."""
+    """["a.jpg", "--seed=1"] -> (["a.jpg"], {"seed": "1"}). Raises InputError for an option without value."""
     positional, options = [], {}
     for arg in argv:
         if not arg.startswith("--"):
@@ -98,7 +101,7 @@ def parse_args(argv: list[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def override(config, options: dict, where: str = "command line"):
-    """Return the dataclass `config` with `options` put in, each checked; text is parsed as the field's type asks."""
+    """The dataclass `config` with `options` put in, each checked; text is parsed as the field's type asks."""
     types = {f.name: f.type for f in fields(config)}
     checked = {}
     for key, value in options.items():
@@ -111,7 +114,7 @@ def override(config, options: dict, where: str = "command line"):
 
 
 def _typed(key, value, kind, where):
-    """`value` as type `kind`: an int will do for a float, and a text that is not wanted as one is read as a literal."""
+    """`value` as type `kind`: an int will do for a float, and text, unless wanted, is read as a literal."""
     kinds = get_args(kind) if get_origin(kind) is not tuple and get_args(kind) else (kind,)
     if isinstance(value, str) and (str not in kinds or value.startswith("{") and dict in kinds):
         try:
@@ -150,12 +153,14 @@ def read_saved_config(folder: str) -> Config:
     """The configuration that a run saved in its folder; the paths in it are relative to that folder."""
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise InputError(f"{folder}: not a run's folder, it has no config.json; give the out_dir of a training run")
+        raise InputError(f"{folder}: not a run's folder, it has no config.json; give the out_dir of a "
+                         "training run")
     try:
         saved = override(Config(), json.loads(path.read_text()), str(path))
     except json.JSONDecodeError as e:
         raise InputError(f"{path}: not valid JSON ({e}); the run has to be started again") from e
-    return replace(saved, **{k: str(Path(folder) / v) for k in PATHS if isinstance(v := getattr(saved, k), str) and v})
+    given = {k: v for k in PATHS if isinstance(v := getattr(saved, k), str) and v}
+    return replace(saved, **{k: str(Path(folder) / v) for k, v in given.items()})
 
 
 PATHS = ("vision", "qformer", "llama", "proj", "tokenizer")  # the fields that name a weight file

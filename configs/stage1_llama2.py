@@ -2,8 +2,8 @@
 
 torchrun --nproc-per-node 4 train.py configs/stage1_llama2.py
 
-The numbers are those of stage1.py. The original gives no cost; expect more than stage1.py's 10 hours on 4 A100 80GB, since
-each picture takes 64 places in the language model instead of 32. Expected: as stage1.py.
+The numbers are those of stage1.py. The original gives no cost; expect more than stage1.py's 10 hours on 4
+A100 80GB, since each picture takes 64 places in the language model instead of 32. Expected: as stage1.py.
 """
 
 vision = "weights/eva_vit_g.safetensors"

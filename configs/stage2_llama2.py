@@ -2,7 +2,8 @@
 
 python train.py configs/stage2_llama2.py
 
-Cost: a little more than stage2.py's 7 minutes on one A100 (64 image tokens instead of 32). Expected: as stage2.py.
+Cost: a little more than stage2.py's 7 minutes on one A100 (64 image tokens instead of 32).
+Expected: as stage2.py.
 """
 
 vision = "weights/eva_vit_g.safetensors"

@@ -1,4 +1,4 @@
-"""The eyes of the tiny world: a small EVA-ViT and Q-Former learn to see from captions, together with the teacher.
+"""The tiny world's eyes: a small EVA-ViT and Q-Former learn to see from captions, together with the teacher.
 
 The teacher is not the language model that MiniGPT-4 will talk with; only the eyes are kept.
 
@@ -10,7 +10,8 @@ qformer = dict(n_queries=32, width=128, n_layers=4, n_heads=4, ffn_hidden=256)
 llama = "out/tiny_teacher/llama"
 train = ("vision", "qformer", "proj", "llama")
 
-data = {"data/tiny/eyes_single": 1, "data/tiny/eyes": 1}  # one object at a time teaches colors and shapes fastest
+# One object at a time teaches colors and shapes fastest.
+data = {"data/tiny/eyes_single": 1, "data/tiny/eyes": 1}
 heldout_data = "data/tiny/eyes_heldout"
 prepare = {
     "data/tiny/eyes_single": "tools/make_scenes.py eyes data/tiny/eyes_single --n=20000 --objects=1",

@@ -1,10 +1,10 @@
-"""The language model of the tiny world, from nothing: a small LLaMA that learns scenes told in words, as chat.
+"""The tiny world's language model, from nothing: a small LLaMA that learns scenes told in words, as chat.
 
 python train.py configs/tiny_llm.py
 """
 
-llama = dict(hidden_size=128, num_hidden_layers=6, num_attention_heads=4, intermediate_size=384, rms_norm_eps=1e-5,
-             tie_word_embeddings=True)
+llama = dict(hidden_size=128, num_hidden_layers=6, num_attention_heads=4, intermediate_size=384,
+             rms_norm_eps=1e-5, tie_word_embeddings=True)
 tokenizer = "data/tiny/tokenizer.model"
 train = ("llama",)
 

@@ -1,4 +1,5 @@
-"""Stage 1 in the tiny world: the projection alone learns from short, noisy captions. About 3 minutes on 2 CPU cores.
+"""Stage 1 in the tiny world: the projection alone learns from short, noisy captions.
+About 3 minutes on 2 CPU cores.
 
 python train.py configs/tiny_stage1.py
 """

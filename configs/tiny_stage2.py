@@ -1,4 +1,4 @@
-"""Stage 2 in the tiny world: stage 1's projection goes on with long, clean descriptions in the chat's template.
+"""Stage 2 in the tiny world: stage 1's projection goes on with long, clean descriptions in chat's template.
 About 3 minutes on 2 CPU cores.
 
 python train.py configs/tiny_stage2.py

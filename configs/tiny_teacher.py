@@ -1,10 +1,11 @@
-"""The language model that the eyes of the tiny world learn with, as BLIP-2's learnt with FlanT5. Thrown away after that.
+"""The language model that the eyes of the tiny world learn with, as BLIP-2's learnt with FlanT5.
+Thrown away after that.
 
 python train.py configs/tiny_teacher.py
 """
 
-llama = dict(hidden_size=96, num_hidden_layers=4, num_attention_heads=3, intermediate_size=256, rms_norm_eps=1e-5,
-             tie_word_embeddings=True)
+llama = dict(hidden_size=96, num_hidden_layers=4, num_attention_heads=3, intermediate_size=256,
+             rms_norm_eps=1e-5, tie_word_embeddings=True)
 tokenizer = "data/tiny/tokenizer.model"
 train = ("llama",)
 

@@ -1,4 +1,4 @@
-"""What several tests share: the golden numbers of the original, with its weights under this program's names."""
+"""What several tests share: the original's golden numbers, its weights under this program's names."""
 
 import json
 from pathlib import Path
@@ -64,9 +64,11 @@ class Golden:
         """The original's model in float32."""
         sizes = self.cases["config"]
         image_size = (sizes.get("image_size") or sizes["img_size"])[self.variant]
-        vision = VisionConfig(image_size=image_size, width=64, n_layers=3, n_heads=4, mlp_hidden=int(64 * 4.3637))
+        vision = VisionConfig(image_size=image_size, width=64, n_layers=3, n_heads=4,
+                              mlp_hidden=int(64 * 4.3637))
         qformer = QFormerConfig(n_queries=8, width=48, n_layers=4, n_heads=4, ffn_hidden=96, vision_width=64)
-        model = MiniGPT4(vision, qformer if self.variant == "qformer" else None, LlamaConfig.from_dict(sizes["llama"]))
+        llama = LlamaConfig.from_dict(sizes["llama"])
+        model = MiniGPT4(vision, qformer if self.variant == "qformer" else None, llama)
         tensors = {}
         for k, t in self.weights.items():
             if self.variant == "noqformer" and k.startswith(("Qformer.", "query_tokens")):
@@ -97,16 +99,18 @@ class Golden:
         targets = [row[:n] for row, n in zip(case["labels"], lengths)]
         prefix = f"{'loss.' if self.full else ''}{name}.grad.llama_proj."
         gradients = {k: self.io[prefix + k] for k in ("weight", "bias")}
-        return Case(config, inputs["answer"], inputs["prompt_list"], drawn, ids, targets, case["loss"], gradients)
+        return Case(config, inputs["answer"], inputs["prompt_list"], drawn, ids, targets, case["loss"],
+                    gradients)
 
     def schedules(self) -> dict[str, tuple[Config, list[tuple[int, float]]]]:
         """name -> (config with that schedule, [(step, learning rate)])."""
-        given = json.loads((self.folder / "optim.json").read_text())["schedules"] if self.full else self.cases["lr"]
+        given = (json.loads((self.folder / "optim.json").read_text())["schedules"] if self.full
+                 else self.cases["lr"])
         rates = lambda s: [(r["step"], r["lr"]) for r in s["lr"]] if self.full else s["step_lr"]
         return {name: (_with_schedule(Config(), s), rates(s)) for name, s in given.items()}
 
     def adamw(self, name: str, config: Config) -> tuple[Config, list[int], list[float], list[float]]:
-        """"adamw5" or "adamw5_biglr" -> config with its schedule, steps, learning rates, losses (one more: the last)."""
+        """"adamw5" or "adamw5_biglr" -> config with that schedule; steps, learning rates, losses (1 more)."""
         if self.full:
             optim = json.loads((self.folder / "optim.json").read_text())
             run = optim["adamw"][self.variant + name.removeprefix("adamw5")]
@@ -152,7 +156,8 @@ class Golden:
             segments = [t["segment_ids"] for t in turns]
             questions, answer = [talk["Q1"], talk["Q2"]], talk["A1_scripted"]
             if kind == "live":
-                said = [(t["output_ids"][1:], t["answer_text"]) for t in turns]  # without the BOS of generate()
+                # without the BOS of generate()
+                said = [(t["output_ids"][1:], t["answer_text"]) for t in turns]
                 answer = said[0][1]
         return Talk(questions, answer, [[*a, *[IMAGE] * self.n_image_tokens, *b] for a, b in segments], said)
 

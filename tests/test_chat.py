@@ -69,7 +69,8 @@ def test_an_answer_at_its_limit_is_said_to_be_cut(tiny):
 
 def test_both_templates_and_several_pictures_run(tiny):
     for template in ("vicuna", "llama2"):
-        assert answer_to(tiny, "What do you see?", EXAMPLE, EXAMPLE, template=template, max_new_tokens=8)[1].images
+        talk = answer_to(tiny, "What do you see?", EXAMPLE, EXAMPLE, template=template, max_new_tokens=8)[1]
+        assert talk.images
 
 
 def pictures():
@@ -93,7 +94,8 @@ def pictures():
     yield "10,000 wide", rgb.resize((10_000, 30)), "JPEG", {}
 
 
-@pytest.mark.parametrize("picture, kind, options", [p[1:] for p in pictures()], ids=[p[0] for p in pictures()])
+@pytest.mark.parametrize("picture, kind, options", [p[1:] for p in pictures()],
+                         ids=[p[0] for p in pictures()])
 def test_any_picture_goes_through(tiny, tmp_path, picture, kind, options):
     path = tmp_path / f"picture.{kind.lower()}"
     picture.save(path, kind, **options)
@@ -134,15 +136,18 @@ def test_a_truncated_picture_is_named(tmp_path):
 def test_prompt_prints_the_answer_alone(capsys):
     chat.main([EXAMPLE, "--prompt=What color is the star?", "--temperature=0"])
     out, err = capsys.readouterr()
-    assert out == "The star is red.\n" and len(err.splitlines()) == 1 and err.startswith("note: this is the tiny")
+    assert out == "The star is red.\n"
+    assert len(err.splitlines()) == 1 and err.startswith("note: this is the tiny")
 
 
 def test_commands(capsys, monkeypatch):
-    lines = ["/help", f"/image {EXAMPLE}", "What color is the star?", "/image nowhere.png", "/dance", "/reset", "/quit", "x"]
+    lines = ["/help", f"/image {EXAMPLE}", "What color is the star?", "/image nowhere.png", "/dance",
+             "/reset", "/quit", "x"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
     chat.main(["--temperature=0"])
     out, err = capsys.readouterr()
-    assert "The star is red." in out and "/image PATH" in out and "/dance: unknown command" in out and "anew" in out
+    for words in ("The star is red.", "/image PATH", "/dance: unknown command", "anew"):
+        assert words in out
     assert "nowhere.png: there is no such picture" in err
 
 

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from configs.schema import Config, InputError
-from data import (BOS, EOS, TEMPLATES, Batches, CaptionFolder, Conversations, Sample, Samples, Shards, chat_segments,
-                  clean_caption, collate, encode_segments, open_samples, open_source, stop_sequences, training_batches,
-                  user_message)
+from data import (BOS, EOS, TEMPLATES, Batches, CaptionFolder, Conversations, Sample, Samples, Shards,
+                  chat_segments, clean_caption, collate, encode_segments, open_samples, open_source,
+                  stop_sequences, training_batches, user_message)
 from llama import IGNORE, IMAGE, Tokenizer
 from tests.common import GOLDEN
 from tools import make_scenes
@@ -80,7 +80,8 @@ def test_conversations_learn_the_assistants_words_of_every_turn():
 def test_chat_share_lays_a_conversation_out_as_chat_does():
     config = Config(template="vicuna", end_sym="###", max_txt_len=160, chat_share=1.0)
     ids, _ = tokenized(config, Sample(turns=[("Hello", "A dog.")]))
-    prompt = encode_segments(chat_segments([(user_message("Hello", 0), None)], TEMPLATES["vicuna"]), TOKENIZER, N)
+    segments = chat_segments([(user_message("Hello", 0), None)], TEMPLATES["vicuna"])
+    prompt = encode_segments(segments, TOKENIZER, N)
     assert ids[:len(prompt)] == prompt
 
 
@@ -139,7 +140,9 @@ def test_caption_folder(tmp_path):
 
 def test_jsonl_names_the_line_that_is_wrong(tmp_path):
     path = tmp_path / "own.jsonl"
-    path.write_text('{"image": "a.jpg", "caption": "A dog."}\n{"conversation": [{"assistant": "Hi"}]}\nnot json\n')
+    path.write_text('{"image": "a.jpg", "caption": "A dog."}\n'
+                    '{"conversation": [{"assistant": "Hi"}]}\n'
+                    'not json\n')
     source = Conversations(str(path))
     assert source[0].images == [str(tmp_path / "a.jpg")]
     for i in (1, 2):

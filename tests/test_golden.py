@@ -1,7 +1,8 @@
-"""Every number of the original MiniGPT-4 at tiny sizes (tests/golden, and GOLDEN_FULL where it is set), in float32.
+"""Every number of the original MiniGPT-4 at tiny sizes (tests/golden, and GOLDEN_FULL if set), in float32.
 
-The tests follow the forward pass, and each stage is given the original's own input, so the first that fails names the
-stage that differs. The tolerances are those of the golden folders' own README; ids and texts are exact."""
+The tests follow the forward pass, and each stage is given the original's own input, so the first that fails
+names the stage that differs. The tolerances are those of the golden folders' own README; ids and texts are
+exact."""
 
 import copy
 import functools
@@ -12,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data import (BOS, TEMPLATES, Sample, Samples, answer_text, chat_segments, clean_caption, collate, encode_segments,
-                  stop_sequences, user_message)
+from data import (BOS, TEMPLATES, Sample, Samples, answer_text, chat_segments, clean_caption, collate,
+                  encode_segments, stop_sequences, user_message)
 from tests.common import GOLDEN, Golden
 from train import learning_rate, make_optimizer, train_step
 from vision import load_image, normalize, preprocess
@@ -22,7 +23,8 @@ CASES = {"1_stage1": "", "2_stage2_vicuna": "vicuna", "3_stage2_llama2": "llama2
 CONTROL = ("<s>", "</s>", "<unk>")
 
 
-open_golden = functools.cache(Golden)  # not a fixture of wider scope, for which pytest would reorder the tests
+# not a fixture of wider scope, for which pytest would reorder the tests
+open_golden = functools.cache(Golden)
 
 
 @pytest.fixture(params=["small", "full"])
@@ -49,7 +51,7 @@ def close(got, want, tolerance):
     torch.testing.assert_close(got, torch.as_tensor(want), atol=tolerance, rtol=0)
 
 
-# ---- the picture's way ---------------------------------------------------------------------------------------------
+# ---- the picture's way -------------------------------------------------------------------------------------
 
 
 def test_pictures_are_resized_and_normalised_as_the_original_does(texts):
@@ -57,7 +59,8 @@ def test_pictures_are_resized_and_normalised_as_the_original_does(texts):
     assert len({path.name for path, _, _ in pictures}) == 5
     for path, size, want in pictures:
         image = Image.open(path)
-        if image.has_transparency_data:  # load_image lays it on white, the original dropped it by a plain convert
+        # load_image lays transparency on white, the original dropped it by a plain convert
+        if image.has_transparency_data:
             pixels = preprocess(image.convert("RGB"), size)
             assert not torch.equal(pixels, load_image(str(path), size)), path
         else:
@@ -104,7 +107,7 @@ def test_llama_logits(texts):
     assert torch.equal(logits.argmax(-1), io["llama.logits_argmax"])
 
 
-# ---- texts and training sequences ----------------------------------------------------------------------------------
+# ---- texts and training sequences --------------------------------------------------------------------------
 
 
 def test_tokenizer_gives_the_originals_ids(texts):
@@ -115,7 +118,7 @@ def test_tokenizer_gives_the_originals_ids(texts):
 
 
 def test_control_tokens_typed_as_letters_are_plain_text(texts):
-    """The original's tokenizer reads <s>, </s>, <unk> in a text as ids 1, 2, 0: a user could end the talk. Not kept."""
+    """Not kept: the original reads <s>, </s>, <unk> in a text as ids 1, 2, 0; a user could end the talk."""
     strings = [(text, ids) for text, ids in texts.strings() if any(c in text for c in CONTROL)]
     assert len(strings) >= 10
     for text, theirs in strings:
@@ -172,7 +175,7 @@ def test_all_four_instructions_are_the_originals(golden, name):
         assert targets[len(want)] != -100
 
 
-# ---- loss, gradients, optimiser ------------------------------------------------------------------------------------
+# ---- loss, gradients, optimiser ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -180,17 +183,19 @@ def test_loss_and_gradients(golden, name):
     model, case = golden.model(), golden.case(name, CASES[name])
     model.proj.requires_grad_(True)
     loss = model(*collate(list(make_samples(golden, case))))
-    close(loss.detach(), case.loss, 1e-5)  # the mean over all answer tokens of the batch: the answers differ in length
+    # the mean over all answer tokens of the batch: the answers differ in length
+    close(loss.detach(), case.loss, 1e-5)
     loss.backward()
     tolerance = 5e-6 if golden.full else 3e-6
     close(model.proj.weight.grad, case.gradients["weight"], tolerance)
     close(model.proj.bias.grad, case.gradients["bias"], tolerance)
-    assert {name for name, p in model.named_parameters() if p.grad is not None} == {"proj.weight", "proj.bias"}
+    learnt = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert learnt == {"proj.weight", "proj.bias"}
 
 
 @pytest.mark.parametrize("schedule", ["stage1", "stage2"])
 def test_learning_rates(texts, schedule):
-    """`warmup_longer_than_epoch` is left out on purpose: the original starts its warm-up again in every epoch."""
+    """`warmup_longer_than_epoch` is left out on purpose: the original warms up again in every epoch."""
     config, rates = texts.schedules()[schedule]
     assert len(rates) >= 8
     for step, rate in rates:
@@ -200,7 +205,7 @@ def test_learning_rates(texts, schedule):
 @pytest.mark.parametrize("micro_batches", [1, 3])
 @pytest.mark.parametrize("name", ["adamw5", "adamw5_biglr"])
 def test_five_steps_of_adamw(golden, name, micro_batches):
-    """In one batch as the original, and sample by sample: answers of unequal length must then weigh as in one batch."""
+    """In one batch as the original, and sample by sample: unequal answers must weigh as in one batch."""
     model, case = golden.model(), golden.case("2_stage2_vicuna", "vicuna")
     config, steps, rates, losses = golden.adamw(name, case.config)
     samples = list(make_samples(golden, case))
@@ -215,7 +220,8 @@ def test_five_steps_of_adamw(golden, name, micro_batches):
     close(model(*collate(samples)).detach(), losses[-1], 1e-5)
     assert len(losses) == 6
     tolerance = 2e-6 if name == "adamw5" else 2e-5
-    # the full set's README has none for exp_avg_sq; its gradients' tolerance, 5e-6 at up to 0.24, makes 1.2e-8 in it
+    # the full set's README has none for exp_avg_sq; its gradients' tolerance, 5e-6 at up to 0.24, makes
+    # 1.2e-8 in it
     moments = {"exp_avg": 1e-6, "exp_avg_sq": 5e-9 if golden.full else 1e-9}
     wanted = {k.removeprefix(name + "."): t for k, t in golden.io.items() if k.startswith(name + ".")}
     assert wanted or (name == "adamw5_biglr" and golden.variant == "noqformer" and not golden.full)
@@ -228,7 +234,7 @@ def test_five_steps_of_adamw(golden, name, micro_batches):
             close(p.detach(), want, tolerance)
 
 
-# ---- chat ----------------------------------------------------------------------------------------------------------
+# ---- chat --------------------------------------------------------------------------------------------------
 
 
 def chat_ids(golden, template, questions, answers):
@@ -247,7 +253,7 @@ def test_chat_ids(golden, template):
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_greedy_answers(golden, template):
-    """Penalties 1.0, 1.05, 1.5, ends at an eos and at stop words, and a context cut from the left, where given."""
+    """Penalties 1.0, 1.05, 1.5, ends at an eos and at stop words, a context cut from the left, if given."""
     model, talk, runs = golden.model(), golden.talk(template), golden.greedy(template)
     assert len(runs) == (7 if golden.full else 3)
     image_embeds = model.encode_image(golden.images[:1])
@@ -264,14 +270,14 @@ def test_greedy_answers(golden, template):
 @pytest.mark.parametrize("folder", ["full"], indirect=True)
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_live_talk(golden, template):
-    """Two turns; the second one's history holds the text of the model's own first answer. The full set alone has it."""
+    """Two turns; the second's history holds the model's own first answer. Only the full set has it."""
     model, talk, answers = golden.model(), golden.talk(template, "live"), []
     image_embeds, end = model.encode_image(golden.images[:1]), TEMPLATES[template].end
     for turn, (new_ids, text) in enumerate(talk.said):
         ids = chat_ids(golden, template, talk.questions[:turn + 1], answers)
         assert ids == talk.ids[turn]
-        got = list(model.generate(ids, image_embeds, max_new_tokens=20, temperature=0, repetition_penalty=1.05,
-                                  stop=stop_sequences(model.tokenizer, end)))
+        got = list(model.generate(ids, image_embeds, max_new_tokens=20, temperature=0,
+                                  repetition_penalty=1.05, stop=stop_sequences(model.tokenizer, end)))
         assert got == new_ids
         answers.append(answer_text(model.tokenizer.decode(got), end))
         assert answers[turn] == text

@@ -1,4 +1,4 @@
-"""The language model against Hugging Face's LlamaForCausalLM, at small size in float32 with the same random weights."""
+"""The language model against Hugging Face's LlamaForCausalLM: small, float32, the same random weights."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ TOKENS = torch.randint(3, 600, (2, 40), generator=torch.Generator().manual_seed(
 
 
 def make_folder(folder, **changes):
-    """A Hugging Face LLaMA with large random weights, so that a wrong attention shows, saved into `folder`."""
+    """A Hugging Face LLaMA saved into `folder`, its random weights large so that wrong attention shows."""
     shard = {"max_shard_size": changes.pop("max_shard_size")} if "max_shard_size" in changes else {}
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**SIZES | {"initializer_range": 0.2} | changes)
@@ -61,7 +61,7 @@ def close(got, want, tolerance):
     torch.testing.assert_close(got, want, atol=tolerance, rtol=0)
 
 
-# ---- parity --------------------------------------------------------------------------------------------------------
+# ---- parity ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -73,7 +73,7 @@ def test_logits_equal_transformers(tmp_path, shape):
 
 
 def test_each_size_changes_the_logits(tmp_path):
-    """Holds off a parity that is blind: a reader that ignores rope_theta or rms_norm_eps would then agree as well."""
+    """Holds off a blind parity, in which a reader that ignores rope_theta or rms_norm_eps would agree too."""
     plain = their_logits(make_folder(tmp_path))
     for shape in ("rope_theta", "rms_norm_eps", "tied"):
         assert (their_logits(make_folder(tmp_path, **SHAPES[shape])) - plain).abs().max() > 0.05, shape
@@ -108,7 +108,8 @@ def test_greedy_generation_equals_transformers(tmp_path):
     prompt = TOKENS[:1]
     want = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=25,
                            pad_token_id=0)[0, prompt.shape[1]:]
-    got = load(tmp_path).generate(prompt[0].tolist(), max_new_tokens=25, temperature=0, repetition_penalty=1.0)
+    got = load(tmp_path).generate(prompt[0].tolist(), max_new_tokens=25, temperature=0,
+                                  repetition_penalty=1.0)
     assert list(got) == want.tolist()
 
 
@@ -141,7 +142,7 @@ def test_frozen_unless_named(tmp_path):
     assert all(p.requires_grad and p.dtype == torch.float32 for p in trained.parameters())
 
 
-# ---- files ---------------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
 
 
 def test_sharded_folder_is_read_by_its_index(tmp_path):
@@ -168,7 +169,8 @@ def test_rotary_buffers_of_old_files_are_ignored(tmp_path):
 
 def test_tied_tensor_that_is_stored_twice_is_ignored(tmp_path):
     theirs = make_folder(tmp_path, tie_word_embeddings=True)
-    change_tensors(tmp_path, lambda t: t | {"lm_head.weight": torch.zeros_like(t["model.embed_tokens.weight"])})
+    add_head = lambda t: t | {"lm_head.weight": torch.zeros_like(t["model.embed_tokens.weight"])}
+    change_tensors(tmp_path, add_head)
     close(logits(load(tmp_path)), their_logits(theirs), 2e-5)
 
 
@@ -183,7 +185,7 @@ def test_saved_part_loads_again_here_and_in_transformers(tmp_path, shape):
 
 
 def test_old_config_json_has_rope_theta_at_the_top(tmp_path):
-    """Folders written before transformers 5 have no rope_parameters, and no head_dim or num_key_value_heads either."""
+    """Folders from before transformers 5 have no rope_parameters, head_dim or num_key_value_heads."""
     theirs = make_folder(tmp_path, **SHAPES["rope_theta"])
     keep = (*SIZES, "rms_norm_eps", "model_type")
     change_config(tmp_path, lambda c: {k: c[k] for k in keep} | {"rope_theta": 500.0, "rope_scaling": None})
@@ -260,7 +262,7 @@ def test_sizes_missing_from_config_json_are_named(tmp_path, key):
         load(tmp_path)
 
 
-# ---- drawing a token -----------------------------------------------------------------------------------------------
+# ---- drawing a token ---------------------------------------------------------------------------------------
 
 
 def random_logits(seed, n=50, scale=2.0):
@@ -305,7 +307,8 @@ def test_drawn_shares_equal_those_of_transformers():
     want = chain(torch.tensor([ids]), scores[None].clone())[0].softmax(-1)
     assert 1 < (want > 0).sum() < 8
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.tensor([sample(scores, ids, 0.7, 0.8, 1.3, generator) for _ in range(n)]).bincount(minlength=8) / n
+    drawn = torch.tensor([sample(scores, ids, 0.7, 0.8, 1.3, generator) for _ in range(n)])
+    drawn = drawn.bincount(minlength=8) / n
     assert torch.equal(drawn > 0, want > 0)
     close(drawn, want, 0.03)
 

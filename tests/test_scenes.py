@@ -101,7 +101,8 @@ def test_shards_have_the_members_of_img2dataset(tmp_path):
 
 def test_text_and_its_tokenizer(tmp_path):
     world.main(["text", str(tmp_path / "text"), "--n=3000"])
-    read = lambda name: [json.loads(line) for line in (tmp_path / "text" / f"{name}.jsonl").read_text().splitlines()]
+    lines = lambda name: (tmp_path / "text" / f"{name}.jsonl").read_text().splitlines()
+    read = lambda name: [json.loads(line) for line in lines(name)]
     for line in read("chat"):
         first = line["conversation"][0]["user"]
         assert first.startswith("<Img> ") and first.count(" </Img> ") == 1 and len(line["conversation"]) == 8

@@ -1,4 +1,4 @@
-"""The training loop: what learns, exact resume, processes and accumulation that change nothing, the run's folder."""
+"""The training loop: what learns, exact resume, no effect of processes and accumulation, the run's folder."""
 
 import json
 import os
@@ -31,20 +31,22 @@ def world(tmp_path_factory) -> dict:
     model = MiniGPT4.from_files(
         dict(image_size=32, patch_size=8, width=16, n_layers=2, n_heads=2, mlp_hidden=32),
         dict(n_queries=4, width=16, n_layers=2, n_heads=2, ffn_hidden=32),
-        dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2),
+        dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2),
         tokenizer=str(GOLDEN / "tokenizer" / "tokenizer.model"))
     for part in ("vision", "qformer", "llama"):
         model.save_part(part, root)
     make_scenes.main(["stage1", str(root / "stage1"), "--n=64"])
     make_scenes.main(["stage2", str(root / "stage2"), "--n=24"])
-    return {"vision": f"{root}/vision.safetensors", "qformer": f"{root}/qformer.safetensors", "llama": f"{root}/llama",
-            "data": f"{root}/stage1", "stage2": f"{root}/stage2"}
+    return {"vision": f"{root}/vision.safetensors", "qformer": f"{root}/qformer.safetensors",
+            "llama": f"{root}/llama", "data": f"{root}/stage1", "stage2": f"{root}/stage2"}
 
 
 def micro(world, out, **changes) -> Config:
     parts = {k: v for k, v in world.items() if k != "stage2"}
-    settings = dict(dtype="float32", batch_size=4, max_steps=6, warmup_steps=2, lr=0.01, min_lr=0.001, num_workers=0,
-                    log_interval=1, save_interval=2, eval_interval=100, device="cpu", out_dir=str(out))
+    settings = dict(dtype="float32", batch_size=4, max_steps=6, warmup_steps=2, lr=0.01, min_lr=0.001,
+                    num_workers=0, log_interval=1, save_interval=2, eval_interval=100, device="cpu",
+                    out_dir=str(out))
     return Config(**parts | settings | changes)
 
 
@@ -128,7 +130,8 @@ def test_two_processes_give_the_curve_of_one(world, tmp_path):
     one = micro(world, tmp_path / "one", batch_size=8, max_steps=50, save_interval=50)
     two = replace(one, batch_size=4, out_dir=str(tmp_path / "two"))
     subprocess.run([sys.executable, *command(one, tmp_path)], check=True, env=ENV, capture_output=True)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29513"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+                "--master-port", "29513"]
     subprocess.run([*torchrun, *command(two, tmp_path)], check=True, env=ENV, capture_output=True)
     curves = [[json.loads(line)["loss"] for line in (tmp_path / out / "log.jsonl").read_text().splitlines()]
               for out in ("one", "two")]
@@ -149,7 +152,8 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_weights(world, tmp_path):
         assert process.poll() is None, "it ended before it could be killed"
         process.send_signal(signal.SIGKILL)
         process.wait()
-    subprocess.run([sys.executable, *command(broken, tmp_path, "--resume=True")], check=True, env=ENV, capture_output=True)
+    resume = command(broken, tmp_path, "--resume=True")
+    subprocess.run([sys.executable, *resume], check=True, env=ENV, capture_output=True)
     same(weights(tmp_path / "broken"), weights(tmp_path / "unbroken"))
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
     assert steps == list(range(1, 41))
@@ -189,7 +193,8 @@ def test_a_state_of_another_model_is_refused(world, tmp_path):
 
 
 def test_heldout_loss_and_sample_answers_are_logged(world, tmp_path):
-    log = run(micro(world, tmp_path, heldout_data=world["stage2"], eval_interval=3, eval_samples=10, show_samples=1))
+    log = run(micro(world, tmp_path, heldout_data=world["stage2"], eval_interval=3, eval_samples=10,
+                    show_samples=1))
     rows = [r for r in log if "heldout_loss" in r]
     assert [r["step"] for r in rows] == [3, 6] and all(r["heldout_loss"] > 0 and r["samples"] for r in rows)
 
@@ -202,7 +207,8 @@ def test_missing_data_is_made_on_first_use(world, tmp_path):
     assert Path(path, "00000.tar").is_file()
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem not in ("schema", "__init__")))
+@pytest.mark.parametrize("name", sorted(
+    p.stem for p in (ROOT / "configs").glob("*.py") if p.stem not in ("schema", "__init__")))
 def test_every_config_is_valid(name):
     config = load_config(str(ROOT / "configs" / f"{name}.py"), {})
     assert config.llama and config.data and config.warmup_steps <= config.max_steps
@@ -219,8 +225,10 @@ def test_wrong_options_are_refused(options, words):
 
 def test_options_are_parsed_as_their_type():
     config = load_config(str(ROOT / "configs" / "stage1.py"),
-                         {"lr": "1", "resume": "True", "data": "{'a': 1}", "betas": "(0.5, 0.6)", "out_dir": "7"})
-    assert (config.lr, config.resume, config.data, config.betas, config.out_dir) == (1.0, True, {"a": 1}, (0.5, 0.6), "7")
+                         {"lr": "1", "resume": "True", "data": "{'a': 1}", "betas": "(0.5, 0.6)",
+                          "out_dir": "7"})
+    assert (config.lr, config.resume, config.data) == (1.0, True, {"a": 1})
+    assert (config.betas, config.out_dir) == ((0.5, 0.6), "7")
 
 
 @pytest.mark.parametrize("changes, words", [
@@ -243,9 +251,11 @@ def test_a_projection_of_another_language_model_is_refused(world, tmp_path):
         run(micro(world, tmp_path / "out", proj=f"{tmp_path}/proj.safetensors"))
 
 
-@pytest.mark.parametrize("arguments", [["train.py"], ["train.py", "configs/none.py"], ["train.py", "configs/stage1.py"],
-                                       ["train.py", "configs/stage1.py", "--stpes=3"], ["chat.py", "none.jpg"],
-                                       ["chat.py", "--ckpt=nowhere"], ["chat.py", "--prompt"]])
+@pytest.mark.parametrize("arguments", [
+    ["train.py"], ["train.py", "configs/none.py"], ["train.py", "configs/stage1.py"],
+    ["train.py", "configs/stage1.py", "--stpes=3"],
+    ["chat.py", "none.jpg"], ["chat.py", "--ckpt=nowhere"], ["chat.py", "--prompt"],
+])
 def test_mistakes_give_one_line_and_status_2(arguments):
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=ENV, capture_output=True, text=True)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

@@ -8,7 +8,8 @@
 
 import re
 
-# The original's tensor names -> ours, first match wins; None: dropped on purpose. What no row matches is an error.
+# The original's tensor names -> ours, first match wins; None: dropped on purpose. A name that no row matches
+# is an error.
 NAMES = (
     (r"visual_encoder\.", "vision."),
     (r"ln_vision\.", "ln_vision."),
@@ -16,11 +17,15 @@ NAMES = (
     (r"Qformer\.bert\.embeddings\.position_ids$", None),
     (r"Qformer\.bert\.embeddings\.LayerNorm\.", "qformer.norm."),
     (r"Qformer\.bert\.encoder\.layer\.(\d+)\.attention\.self\.", r"qformer.layers.\1.self_attn."),
-    (r"Qformer\.bert\.encoder\.layer\.(\d+)\.attention\.output\.dense\.", r"qformer.layers.\1.self_attn.out."),
-    (r"Qformer\.bert\.encoder\.layer\.(\d+)\.attention\.output\.LayerNorm\.", r"qformer.layers.\1.self_attn.norm."),
+    (r"Qformer\.bert\.encoder\.layer\.(\d+)\.attention\.output\.dense\.",
+     r"qformer.layers.\1.self_attn.out."),
+    (r"Qformer\.bert\.encoder\.layer\.(\d+)\.attention\.output\.LayerNorm\.",
+     r"qformer.layers.\1.self_attn.norm."),
     (r"Qformer\.bert\.encoder\.layer\.(\d+)\.crossattention\.self\.", r"qformer.layers.\1.cross_attn."),
-    (r"Qformer\.bert\.encoder\.layer\.(\d+)\.crossattention\.output\.dense\.", r"qformer.layers.\1.cross_attn.out."),
-    (r"Qformer\.bert\.encoder\.layer\.(\d+)\.crossattention\.output\.LayerNorm\.", r"qformer.layers.\1.cross_attn.norm."),
+    (r"Qformer\.bert\.encoder\.layer\.(\d+)\.crossattention\.output\.dense\.",
+     r"qformer.layers.\1.cross_attn.out."),
+    (r"Qformer\.bert\.encoder\.layer\.(\d+)\.crossattention\.output\.LayerNorm\.",
+     r"qformer.layers.\1.cross_attn.norm."),
     (r"Qformer\.bert\.encoder\.layer\.(\d+)\.intermediate_query\.dense\.", r"qformer.layers.\1.fc1."),
     (r"Qformer\.bert\.encoder\.layer\.(\d+)\.output_query\.dense\.", r"qformer.layers.\1.fc2."),
     (r"Qformer\.bert\.encoder\.layer\.(\d+)\.output_query\.LayerNorm\.", r"qformer.layers.\1.norm."),
@@ -32,7 +37,7 @@ NAMES = (
 
 
 def rename(name: str) -> str | None:
-    """The original's name of a tensor -> ours in MiniGPT4, None for one to drop. Raises KeyError for an unknown one."""
+    """The original's name of a tensor -> ours in MiniGPT4, None for one to drop. KeyError if unknown."""
     for pattern, ours in NAMES:
         if match := re.match(pattern, name):
             return None if ours is None else match.expand(ours) + name[match.end():]

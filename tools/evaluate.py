@@ -1,19 +1,19 @@
-"""How well the tiny world's model talks about 500 held-out scenes, before stage 1, after it, and after stage 2.
+"""How well the tiny world's model talks about 500 held-out scenes: before stage 1, after it, after stage 2.
 
-    python tools/evaluate.py                                               the committed weights in assets/tiny
+    python tools/evaluate.py                                            the committed weights in assets/tiny
     python tools/evaluate.py --stage1=out/tiny_stage1 --stage2=out/tiny_stage2
     python tools/evaluate.py --n=100 --save=out/evaluation.json
 
 Every answer is greedy, in a conversation of its own, laid out as in chat.py. Columns, all in percent:
 
 precision, recall, F1   (color, shape) pairs named in the description, against those of the scene
-failures                descriptions that break off or repeat themselves: no end within the limit, the same 4 words in a
-                        row twice, or no whole sentence (it starts with a capital and ends with a full stop)
+failures                descriptions that break off or repeat themselves: no end within the limit, the same 4
+                        words in a row twice, or no whole sentence (from a capital to a full stop)
 questions               one question about each scene (count, color, shape, place, ...) answered rightly
 rhymes                  rhymes that rhyme and name exactly the objects of the scene
 
-Neither stage's training data holds a question or a rhyme, and no combination of colored shapes of the test scenes stands
-in any training set.
+Neither stage's training data holds a question or a rhyme, and no combination of colored shapes of the test
+scenes stands in any training set.
 """
 
 import json
@@ -70,7 +70,9 @@ def evaluate(chat: Chat, scenes: list[world.Scene], folder: Path, label: str) ->
         answer = ask(i, rng.choice(INSTRUCTIONS))
         failures += failed(answer, chat.ended)
         objects = world.named_objects(answer)
-        named, wanted, right = named + len(objects), wanted + len(scene.pairs), right + len(objects & scene.pairs)
+        named += len(objects)
+        wanted += len(scene.pairs)
+        right += len(objects & scene.pairs)
         question, truth, kind = world.qa(scene, rng)
         questions += world.answer_is_right(scene, question, kind, ask(i, question), truth)
         rhymes += world.rhyme_is_right(scene, ask(i, rng.choice(world.RHYME_PROMPTS)))
@@ -87,10 +89,13 @@ def main(argv: list[str]):
         subprocess.run([sys.executable, str(ROOT / "tools/make_scenes.py"), "test", str(folder)], check=True)
     scenes = [world.Scene.from_dict(d) for d in json.loads((folder / "scenes.json").read_text())][:options.n]
     if len(scenes) < options.n:
-        raise InputError(f"{folder}: it has {len(scenes)} scenes, not {options.n}; remove it and it is made anew, or give --n")
+        raise InputError(f"{folder}: it has {len(scenes)} scenes, not {options.n}; remove it and it is made "
+                         "anew, or give --n")
     rows = []
-    for label, run in (("random", options.stage2), ("after stage 1", options.stage1), ("after stage 2", options.stage2)):
-        model, chat_options = load(ChatOptions(ckpt=run, temperature=0.0, max_new_tokens=options.max_new_tokens))
+    runs = {"random": options.stage2, "after stage 1": options.stage1, "after stage 2": options.stage2}
+    for label, run in runs.items():
+        greedy = ChatOptions(ckpt=run, temperature=0.0, max_new_tokens=options.max_new_tokens)
+        model, chat_options = load(greedy)
         if label == "random":
             torch.manual_seed(0)
             model.proj.reset_parameters()

@@ -3,8 +3,9 @@
     python tools/make_scenes.py stage1 DST [--n=...] [--seed=...]   tar shards like img2dataset's
     python tools/make_scenes.py eyes DST           the same, but every caption tells the whole picture
     python tools/make_scenes.py stage2 DST         filter_cap.json and image/, with long clean descriptions
-    python tools/make_scenes.py text DST           what language models read: dense.jsonl and noisy.jsonl (a scene told
-                                                   in words, then a caption), chat.jsonl, and *_heldout.jsonl of each
+    python tools/make_scenes.py text DST           what language models read: dense.jsonl and noisy.jsonl (a
+                                                   scene told in words, then a caption), chat.jsonl, and
+                                                   *_heldout.jsonl of each
     python tools/make_scenes.py tokenizer DST_FILE --text=chat.jsonl [--vocab_size=...]
     python tools/make_scenes.py test DST           held-out pictures and scenes.json, to score answers
 
@@ -46,7 +47,7 @@ BACKGROUNDS = {"gray": (150, 150, 150), "pink": (245, 175, 195), "brown": (115, 
 NUMBERS = ("no", "one", "two", "three")
 
 
-# --- the world ------------------------------------------------------------------------------------
+# ---- the world ---------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Object:
@@ -80,7 +81,7 @@ def is_heldout(scene: Scene) -> bool:
 
 
 def random_scene(rng: random.Random, heldout: bool = False, n_objects: int = 0) -> Scene:
-    """A scene of the training combinations or of the held-out ones. 20 % have one object, 45 % two, or all n_objects."""
+    """A scene of training or held-out combinations. 20 % have one object, 45 % two, or all n_objects."""
     n_objects = n_objects or rng.choices((1, 2, 3), (20, 45, 35))[0]
     while True:
         cells = sorted(rng.sample(range(9), n_objects))
@@ -91,7 +92,7 @@ def random_scene(rng: random.Random, heldout: bool = False, n_objects: int = 0) 
             return scene
 
 
-# --- pictures -------------------------------------------------------------------------------------
+# ---- pictures ----------------------------------------------------------------------------------------------
 
 def _around(n, radius=lambda i: 1.0):
     """n points around the origin, the first one on top."""
@@ -164,7 +165,7 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
     return canvas.reduce(OVERSAMPLE)
 
 
-# --- words about a scene --------------------------------------------------------------------------
+# ---- words about a scene -----------------------------------------------------------------------------------
 
 def _join(*words):
     """Words that may be empty, one space between them."""
@@ -268,7 +269,7 @@ def noisy_caption(scene: Scene, rng: random.Random) -> str:
     return (start + text).upper() if rng.random() < 0.04 else start + text
 
 
-# --- descriptions ---------------------------------------------------------------------------------
+# ---- descriptions ------------------------------------------------------------------------------------------
 
 DESCRIBE_PROMPTS = (
     "Describe this image in detail.", "Take a look at this image and describe what you notice.",
@@ -324,7 +325,7 @@ def description(scene: Scene, rng: random.Random) -> str:
     return text
 
 
-# --- questions ------------------------------------------------------------------------------------
+# ---- questions ---------------------------------------------------------------------------------------------
 
 PHRASINGS = {
     "count": ("How many objects are there?", "How many shapes do you see?",
@@ -407,7 +408,7 @@ def answer_is_right(scene: Scene, question: str, kind: str, answer: str, truth: 
     return DECIDING[kind] & set(_words(answer)) == DECIDING[kind] & set(_words(truth))
 
 
-# --- rhymes ---------------------------------------------------------------------------------------
+# ---- rhymes ------------------------------------------------------------------------------------------------
 
 RHYME_PROMPTS = ("Write a rhyme about this image.", "Write a short poem about the picture.",
                  "Can you write a poem about this image?", "Make a rhyme about what you see.")
@@ -442,14 +443,14 @@ def rhyme_is_right(scene: Scene, text: str) -> bool:
     return named_objects(text) == scene.pairs and len(ends) % 2 == 0 and RHYMING.issuperset(couplets)
 
 
-# --- samples --------------------------------------------------------------------------------------
+# ---- samples -----------------------------------------------------------------------------------------------
 
 def conversation(scene: Scene, rng: random.Random) -> list[dict[str, str]]:
-    """A scene is told, then described, rhymed about and asked for twice, in any order: [{"user": ...}, {"assistant": ...},
-    ...]. All conversations are of like length, so that a batch of them has little padding."""
+    """[{"user": ...}, {"assistant": ...}, ...]: a scene is told, then described, rhymed about and asked for
+    twice, in any order. All are of like length, so that a batch of them has little padding."""
     first, second = (qa(scene, rng)[:2] for _ in range(2))
-    exchanges = [(rng.choice(DESCRIBE_PROMPTS), description(scene, rng)), (rng.choice(RHYME_PROMPTS), rhyme(scene, rng)),
-                 first, second]
+    exchanges = [(rng.choice(DESCRIBE_PROMPTS), description(scene, rng)),
+                 (rng.choice(RHYME_PROMPTS), rhyme(scene, rng)), first, second]
     rng.shuffle(exchanges)
     turns = [turn for request, answer in exchanges for turn in ({"user": request}, {"assistant": answer})]
     turns[0]["user"] = f"<Img> {told(scene, rng)} </Img> {turns[0]['user']}"
@@ -457,7 +458,7 @@ def conversation(scene: Scene, rng: random.Random) -> list[dict[str, str]]:
 
 
 def document(scene: Scene, rng: random.Random, kind: str) -> dict:
-    """A line of the language model's text: a caption of a scene that was told before it, or a conversation."""
+    """A line of the language model's text: a caption of a scene told before it, or a conversation."""
     if kind == "chat":
         return {"conversation": conversation(scene, rng)}
     caption = dense_caption(scene)
