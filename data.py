@@ -298,6 +298,8 @@ class Samples(Dataset):
             turns = [(str(rng.choice(INSTRUCTIONS)), caption)]
         else:
             turns = sample.turns
+        if not config.template:
+            raise InputError("a conversation needs a template; set template to vicuna or llama2")
         template = TEMPLATES[config.template]
         before, after = template.training
         as_chat = rng.random() < config.chat_share

@@ -309,7 +309,9 @@ def _sizes(cls, name, source, files, **derived):
 
 def _fill(model, name, file, dtype, device):
     """Give a part, built on the meta device, the tensors of its file: all of them, and no others."""
-    tensors, expected = file.tensors, model.part_parameters(name)
+    tensors, expected = dict(file.tensors), model.part_parameters(name)
+    if name == "vision" and model.qformer:  # its own ln_vision, if it has one, is for use without a Q-Former
+        tensors = {k: t for k, t in tensors.items() if not k.startswith("ln_vision.")}
     if "ln_vision.weight" in expected and name == "vision" and "ln_vision.weight" not in tensors:
         width = model.vision.config.width  # without a Q-Former, the original leaves this norm as it was made
         tensors = tensors | {"ln_vision.weight": torch.ones(width), "ln_vision.bias": torch.zeros(width)}

@@ -85,7 +85,9 @@ class QFormer(nn.Module):
     def init_weights(self):
         """Random weights to train from nothing: normal with variance 1 / inputs, no biases, norms at one."""
         for name, p in self.named_parameters():
-            if p.dim() > 1:
-                nn.init.normal_(p, std=p[0].numel() ** -0.5)
+            if name == "query_tokens":
+                nn.init.normal_(p)  # a norm comes next: small ones would be thrown about by each step
+            elif p.dim() > 1:
+                nn.init.normal_(p, std=p.shape[1] ** -0.5)
             else:
                 p.fill_(1) if name.endswith("norm.weight") else p.zero_()

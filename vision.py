@@ -174,7 +174,7 @@ class VisionTransformer(nn.Module):
         with depth, positions strong enough to be told apart from the first step on."""
         for name, p in self.named_parameters():
             if name in ("cls_token", "pos_embed"):
-                nn.init.normal_(p, std=0.3)
+                nn.init.normal_(p)
             elif p.dim() > 1:
                 deep = name.endswith(("attn.proj.weight", "fc2.weight"))
                 nn.init.normal_(p, std=(p[0].numel() * (2 * len(self.blocks) if deep else 1)) ** -0.5)

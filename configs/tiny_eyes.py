@@ -1,6 +1,8 @@
-"""The tiny world's eyes: a small EVA-ViT and Q-Former learn to see from captions, together with the teacher.
+"""The eyes of the tiny world: a small EVA-ViT and Q-Former learn to see from captions, together with the
+teacher.
 
-The teacher is not the language model that MiniGPT-4 will talk with; only the eyes are kept.
+The teacher is not the language model that MiniGPT-4 will talk with, as BLIP-2's was FlanT5. Only the eyes are
+kept.
 
 python train.py configs/tiny_eyes.py
 """
@@ -10,7 +12,7 @@ qformer = dict(n_queries=32, width=128, n_layers=4, n_heads=4, ffn_hidden=256)
 llama = "out/tiny_teacher/llama"
 train = ("vision", "qformer", "proj", "llama")
 
-# One object at a time teaches colors and shapes fastest.
+# one object at a time teaches colors and shapes fastest
 data = {"data/tiny/eyes_single": 1, "data/tiny/eyes": 1}
 heldout_data = "data/tiny/eyes_heldout"
 prepare = {

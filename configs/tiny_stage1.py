@@ -5,7 +5,7 @@ python train.py configs/tiny_stage1.py
 """
 
 vision = "assets/tiny/vision.safetensors"
-qformer = "assets/tiny/qformer.safetensors"
+qformer = ""  # until the committed eyes have one
 llama = "assets/tiny/llama"
 
 data = "data/tiny/stage1"

@@ -5,7 +5,7 @@ python train.py configs/tiny_stage2.py
 """
 
 vision = "assets/tiny/vision.safetensors"
-qformer = "assets/tiny/qformer.safetensors"
+qformer = ""  # until the committed eyes have one
 llama = "assets/tiny/llama"
 proj = "out/tiny_stage1/proj.safetensors"
 
