@@ -12,7 +12,6 @@ Quirks kept: queries and values have a bias, keys have none; the resize is strai
 import io
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
