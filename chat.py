@@ -21,6 +21,12 @@ from model import MiniGPT4, pick_device
 from vision import load_image
 
 TINY = "assets/tiny"
+PARAGRAPH = (
+    "The old lighthouse stands at the end of the harbor wall. Every evening the keeper climbs the narrow "
+    "stairs, cleans the glass and lights the lamp, so that the fishing boats can find their way home. In "
+    "winter, when storms come in from the sea, he sometimes stays awake all night. His daughter brings him "
+    "bread, cheese and a pot of hot tea, and they talk about the ships that pass and the places where they "
+    "may be going.")
 TINY_NOTE = ("note: this is the tiny demonstration model. It knows only drawings of one to three colored "
              "shapes, like assets/tiny/example.png, and will name shapes in any photograph. For a real one "
              "see the README, then --ckpt=RUN.")
@@ -45,6 +51,9 @@ class Options:
     seed: int = 0                     # of the sampling; the same seed gives the same answers
     device: str = ""                  # "": cuda if there is one, else cpu
     dtype: str = ""                   # "": the run's own, but never float16 on a CPU
+    force: bool = False               # take a projection that was trained beside other parts
+    check: bool = False               # first measure whether the language model knows English
+    dry_run: bool = False             # print sizes and memory, without weights, and exit
 
     def __post_init__(self):
         if (self.temperature < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0
@@ -66,9 +75,19 @@ def load(options: Options) -> tuple[MiniGPT4, Options]:
     if dtype == "float16" and device == "cpu":
         dtype = "bfloat16"
     model = MiniGPT4.from_files(saved.vision, saved.qformer, saved.llama, saved.proj, dtype, device,
-                                tokenizer=saved.tokenizer, image_size=saved.image_size)
+                                tokenizer=saved.tokenizer, image_size=saved.image_size, force=options.force)
     template = options.template or saved.template or "vicuna"
     return model, replace(options, device=device, dtype=dtype, template=template)
+
+
+def check(model: MiniGPT4) -> float:
+    """Print the language model's perplexity on English, and a warning if its weights are broken."""
+    value = model.perplexity(PARAGRAPH)
+    print(f"perplexity on a paragraph of English: {value:.1f} (of a sound LLaMA below 20)", file=sys.stderr)
+    if value > 100:
+        print("warning: these weights are broken, or of no model of English; convert or fetch them again",
+              file=sys.stderr)
+    return value
 
 
 class Chat:
@@ -171,7 +190,12 @@ def main(argv: list[str]):
     options = override(Options(), given)
     if not options.ckpt:
         print(TINY_NOTE, file=sys.stderr)
+    if options.dry_run:
+        from tools.dry_run import describe_chat
+        return print(describe_chat(options))
     chat = Chat(*load(options))
+    if options.check:
+        check(chat.model)
     for path in pictures:
         chat.add_image(path)
     if options.prompt:

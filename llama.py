@@ -21,6 +21,7 @@ from configs.schema import InputError
 
 IMAGE = -1     # in a sequence of ids: the place of one image token
 IGNORE = -100  # in the targets: nothing is to be predicted here
+CONTEXT = 2000  # tokens of a conversation, at most
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,12 @@ class LlamaConfig:
         rope = sizes.get("rope_parameters") or sizes.get("rope_scaling") or {}
         if rope.get("rope_type", rope.get("type", "default")) != "default":
             raise InputError(f"{where}: rotary scaling {rope} is not supported; take a model without it")
-        if sizes.get("model_type", "llama") not in ("llama", "mistral") or sizes.get("sliding_window"):
-            raise InputError(f"{where}: {sizes.get('model_type')} (sliding_window "
-                             f"{sizes.get('sliding_window')}) is not a LLaMA; take a model of that "
-                             "architecture")
+        if sizes.get("model_type", "llama") not in ("llama", "mistral"):
+            raise InputError(f"{where}: {sizes['model_type']} is not of LLaMA's architecture; take a model that "
+                             "is")
+        if (sizes.get("sliding_window") or CONTEXT) < CONTEXT:  # a wider window makes no difference here
+            raise InputError(f"{where}: a sliding window of {sizes['sliding_window']} tokens is not supported, "
+                             f"only those of {CONTEXT} and more; take another model")
         if sizes.get("attention_bias") or sizes.get("mlp_bias") or sizes.get("hidden_act", "silu") != "silu":
             raise InputError(f"{where}: biases or an activation other than silu are not LLaMA's; "
                              "take another model")
@@ -237,22 +240,33 @@ def read_llama_folder(folder: str) -> tuple[LlamaConfig, list[Path]]:
     if not (root / "config.json").is_file():
         raise InputError(f"{folder}: not a LLaMA folder, it has no config.json; see the README on getting "
                          "the weights")
-    config = LlamaConfig.from_dict(_read_json(root / "config.json"), f"{folder}/config.json")
+    config = LlamaConfig.from_dict(read_json(root / "config.json"), f"{folder}/config.json")
     shards = sorted(root.glob("*.safetensors"))
     if index.is_file():
-        names = _read_json(index).get("weight_map")
-        if not isinstance(names, dict):
-            raise InputError(f"{index}: it has no weight_map; fetch it again")
-        shards = [root / name for name in sorted(set(names.values()))]
+        shards = indexed_files(index)
     if not shards:
         raise InputError(f"{folder}: no *.safetensors file; see the README on getting the weights")
     return config, shards
 
 
-def _read_json(path):
-    """A JSON file that holds an object."""
+def indexed_files(index: Path) -> list[Path]:
+    """The weight files that a Hugging Face *.index.json names. Raises InputError if one is not there."""
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise InputError(f"{index}: it has no weight_map; fetch it again")
+    files = [index.parent / name for name in sorted(set(names.values()))]
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"{file}: there is no such weight file, but {index.name} names it; fetch it too")
+    return files
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file that holds an object. Raises InputError for another."""
     try:
         content = json.loads(path.read_text())
+    except FileNotFoundError as e:
+        raise InputError(f"{path}: there is no such file") from e
     except ValueError as e:
         raise InputError(f"{path}: not valid JSON ({e}); fetch it again") from e
     if not isinstance(content, dict):

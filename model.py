@@ -7,10 +7,13 @@ Without a Q-Former (LLaMA-2 variant) each 4 neighbouring patch tokens are joined
 Axes: B sequences, T tokens, N image tokens of a picture, D width.
 """
 
+import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -18,16 +21,17 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import nn
 
 from configs.schema import InputError, override
-from llama import IGNORE, IMAGE, KVCache, Llama, LlamaConfig, Tokenizer, read_llama_folder
+from llama import CONTEXT, IGNORE, IMAGE, KVCache, Llama, LlamaConfig, Tokenizer, read_llama_folder
 from qformer import QFormer, QFormerConfig
 from vision import VisionConfig, VisionTransformer, normalize
 
 PARTS = ("vision", "qformer", "proj", "llama")
 PATCHES_PER_TOKEN = 4  # joined into one image token where there is no Q-Former
+FILE_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+               torch.float64: "F64"}  # as safetensors files call them
 
 
 class MiniGPT4(nn.Module):
@@ -45,6 +49,7 @@ class MiniGPT4(nn.Module):
             self.image_size = vision.image_size  # pixels; may be set to another multiple of the patch size
         self.llama = Llama(llama)
         self.tokenizer: Tokenizer | None = None
+        self.fingerprints: dict[str, str] = {}  # of the parts that came from files
 
     @property
     def n_image_tokens(self) -> int:
@@ -96,7 +101,7 @@ class MiniGPT4(nn.Module):
     @torch.no_grad()
     def generate(self, tokens: list[int], image_embeds: torch.Tensor | None = None, max_new_tokens: int = 300,
                  temperature: float = 1.0, top_p: float = 0.9, repetition_penalty: float = 1.05,
-                 stop: tuple[list[int], ...] = (), context: int = 2000,
+                 stop: tuple[list[int], ...] = (), context: int = CONTEXT,
                  generator: torch.Generator | None = None) -> Iterator[int]:
         """Yield the ids of the answer to one conversation, one by one, the one that ends it included.
 
@@ -123,37 +128,28 @@ class MiniGPT4(nn.Module):
     @classmethod
     def from_files(cls, vision: str | dict | None, qformer: str | dict | None, llama: str | dict,
                    proj: str | None = None, dtype: str = "bfloat16", device: str = "cpu",
-                   train: tuple[str, ...] = ("proj",), tokenizer: str | None = None,
-                   image_size: int = 0) -> "MiniGPT4":
+                   train: tuple[str, ...] = ("proj",), tokenizer: str | None = None, image_size: int = 0,
+                   force: bool = False) -> "MiniGPT4":
         """Build the model from weight files; a dict of sizes in place of a path makes a new, random part.
 
         The parts named in `train` are float32 and have gradients; the others are `dtype` and frozen. Without
         `vision` it is a language model alone; with `image_size` (pixels) it takes pictures of another size
-        than the vision part was trained with. Raises InputError for files that are missing, broken, or do not
-        fit together."""
+        than the vision part was trained with. Files are memory-mapped and, where their dtype is `dtype`, not
+        copied. Raises InputError for files that are missing, broken, or do not fit together; for a projection
+        that was trained beside other parts, unless `force`."""
         _check_parts(train, vision, qformer)
-        files = {name: _read_part(name, source) for name, source in
+        files = {name: read_part(name, source) for name, source in
                  {"vision": vision, "qformer": qformer, "proj": proj, "llama": llama}.items()
                  if isinstance(source, str) and source}
+        fingerprints = {name: fingerprint(file.tensors) for name, file in files.items() if name != "proj"}
+        if "proj" in files and not force:
+            _check_companions(files, fingerprints)
         tokenizer = Tokenizer(tokenizer or f"{llama if isinstance(llama, str) else ''}/tokenizer.model")
-        vision_config = _sizes(VisionConfig, "vision", vision, files)
-        qformer_config = _sizes(QFormerConfig, "qformer", qformer, files,
-                                vision_width=vision_config.width if vision_config else 0)
-        if isinstance(llama, dict):
-            override(LlamaConfig(), llama, "llama")  # refuses unknown names
-            llama_config = LlamaConfig.from_dict({"vocab_size": tokenizer.vocab_size} | llama, "llama")
-        else:
-            llama_config = files["llama"].sizes
-        if tokenizer.vocab_size > llama_config.vocab_size:
+        model = cls.on_meta(vision, qformer, llama, files, tokenizer.vocab_size, image_size)
+        if tokenizer.vocab_size > model.llama.config.vocab_size:
             raise InputError(f"{tokenizer.path}: {tokenizer.vocab_size} pieces, but the language model has "
-                             f"{llama_config.vocab_size}; they are not of the same model")
-        with torch.device("meta"):
-            model = cls(vision_config, qformer_config, llama_config)
-        model.tokenizer = tokenizer
-        if image_size and vision_config:
-            if image_size % (unit := vision_config.patch_size * (1 if qformer_config else 2)):
-                raise InputError(f"image_size {image_size}: give a multiple of {unit}, for whole patches")
-            model.image_size = image_size
+                             f"{model.llama.config.vocab_size}; they are not of the same model")
+        model.tokenizer, model.fingerprints = tokenizer, fingerprints
         for name in PARTS:
             if getattr(model, name) is None:
                 continue
@@ -165,6 +161,26 @@ class MiniGPT4(nn.Module):
             for p in model.part_parameters(name).values():
                 p.requires_grad_(name in train)
         return model.eval()
+
+    @classmethod
+    def on_meta(cls, vision, qformer, llama, files: dict, vocab_size: int, image_size: int = 0) -> "MiniGPT4":
+        """The model without memory for its weights; the sizes of a part come from `files` (of read_part), or
+        from the dict given for it."""
+        vision_config = _sizes(VisionConfig, "vision", vision, files)
+        qformer_config = _sizes(QFormerConfig, "qformer", qformer, files,
+                                vision_width=vision_config.width if vision_config else 0)
+        if "llama" in files:
+            llama_config = files["llama"].sizes
+        else:
+            override(LlamaConfig(), llama, "llama")  # refuses unknown names
+            llama_config = LlamaConfig.from_dict({"vocab_size": vocab_size} | llama, "llama")
+        with torch.device("meta"):
+            model = cls(vision_config, qformer_config, llama_config)
+        if image_size and vision_config:
+            if image_size % (unit := vision_config.patch_size * (1 if qformer_config else 2)):
+                raise InputError(f"image_size {image_size}: give a multiple of {unit}, for whole patches")
+            model.image_size = image_size
+        return model
 
     def part_parameters(self, name: str) -> dict[str, nn.Parameter]:
         """The tensors of a part under the names of its file. `ln_vision` is a part of the Q-Former's file."""
@@ -179,8 +195,9 @@ class MiniGPT4(nn.Module):
         parameters = self.part_parameters(name)
         tensors = {k: p.detach().to("cpu", getattr(torch, dtype)) for k, p in parameters.items()}
         if name != "llama":
-            sizes = asdict(getattr(self, name).config) if name != "proj" else {}
-            save_tensors(tensors, Path(folder) / f"{name}.safetensors", {"config": json.dumps(sizes)})
+            about = self._companions() if name == "proj" else asdict(getattr(self, name).config)
+            key = "trained_with" if name == "proj" else "config"
+            save_tensors(tensors, Path(folder) / f"{name}.safetensors", {key: json.dumps(about)})
             return
         root = Path(folder) / "llama"
         root.mkdir(parents=True, exist_ok=True)
@@ -190,6 +207,20 @@ class MiniGPT4(nn.Module):
         (root / "config.json").write_text(json.dumps(sizes, indent=1))
         if Path(self.tokenizer.path) != root / "tokenizer.model":
             shutil.copyfile(self.tokenizer.path, root / "tokenizer.model")
+
+    def _companions(self):
+        """{part: fingerprint} of what the projection stands beside; of parts that learn, as they are now."""
+        names = [n for n in PARTS if n != "proj" and getattr(self, n) is not None]
+        learning = [n for n in names if any(p.requires_grad for p in self.part_parameters(n).values())]
+        return {n: fingerprint(self.part_parameters(n)) if n in learning or n not in self.fingerprints
+                else self.fingerprints[n] for n in names}
+
+    @torch.no_grad()
+    def perplexity(self, text: str) -> float:
+        """Of the language model alone, per token of the text."""
+        ids = self.tokenizer.encode(text, bos=True)
+        tokens = torch.tensor([ids], device=self.llama.embed_tokens.weight.device)
+        return math.exp(min(self(None, tokens, tokens).item(), 700))
 
 
 def pick_device(name: str = "", index: int = 0) -> torch.device:
@@ -229,17 +260,38 @@ def sample(logits: torch.Tensor, ids: list[int], temperature: float, top_p: floa
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]):
-    """Write a safetensors file so that `path` holds the old content or the new, whatever happens."""
+    """Write tensors as a safetensors file."""
+    layout = {k: (t.dtype, tuple(t.shape)) for k, t in tensors.items()}
+    write_tensors(path, metadata, layout, tensors.__getitem__)
+
+
+def write_tensors(path: Path, metadata: dict[str, str],
+                  layout: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+                  get: Callable[[str], torch.Tensor]):
+    """Write a safetensors file, one tensor in memory at a time (the library's writer wants all of them).
+
+    layout: {name: (dtype, shape)}; get(name) is asked for each once, and cast. `path` holds the old content
+    or the new, whatever happens; raises InputError when it cannot be written."""
+    header, end = {"__metadata__": metadata}, 0
+    for name, (dtype, shape) in layout.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": FILE_DTYPES[dtype], "shape": shape, "data_offsets": [start, end]}
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)  # so that the data is aligned
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as f:
-            f.write(save({k: t.contiguous() for k, t in tensors.items()}, metadata))
+            f.write(len(head).to_bytes(8, "little") + head)
+            for name, (dtype, _) in layout.items():
+                tensor = get(name).detach().to("cpu", dtype).contiguous()
+                f.write(tensor.reshape(-1).view(torch.uint8).numpy())
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as e:
-        temporary.unlink(missing_ok=True)
         raise InputError(f"{path}: cannot be written ({e}); the file that was there before is kept") from e
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -269,14 +321,16 @@ class _File(NamedTuple):
     sizes: dict | LlamaConfig
 
 
-def _read_part(name, path):
+def read_part(name: str, path: str) -> _File:
+    """A part's file or folder: its tensors, memory-mapped, and its sizes."""
     if name == "llama":
         return _read_llama(path)
     tensors, metadata = load_tensors(path)
-    if "config" not in metadata:
+    about = metadata.get("trained_with" if name == "proj" else "config", "{}" if name == "proj" else None)
+    if about is None:
         raise InputError(f"{path}: it carries no sizes, so it is not a converted {name} file; "
                          f"run tools/convert.py {name}")
-    return _File(path, tensors, json.loads(metadata["config"]))
+    return _File(path, tensors, json.loads(about))
 
 
 def _read_llama(folder):
@@ -293,7 +347,7 @@ def _read_llama(folder):
 
 def _sizes(cls, name, source, files, **derived):
     """The config of a part: from its file, or, for a new one, from the dict in the run's config."""
-    if not source:
+    if source is None or source == "":
         return None
     if name in files:
         where, sizes = files[name].path, files[name].sizes
@@ -307,6 +361,46 @@ def _sizes(cls, name, source, files, **derived):
     return config
 
 
+def check_fit(path: str, part: str, shapes: dict[str, tuple], expected: dict[str, tuple]):
+    """Raise InputError unless a file's {name: shape} is just what the part expects."""
+    problems = {
+        "missing": sorted(expected.keys() - shapes.keys()),
+        "unexpected": sorted(shapes.keys() - expected.keys()),
+        "of another shape": [f"{k} {shapes[k]} instead of {shape}" for k, shape in expected.items()
+                             if k in shapes and shapes[k] != shape],
+    }
+    found = [f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+             for what, names in problems.items() if names]
+    if found:
+        hint = ("it was trained for another language model or vision side" if part == "proj"
+                else "it is of another model")
+        raise InputError(f"{path}: does not fit as {part}: tensors {'; '.join(found)}; {hint}")
+
+
+def fingerprint(tensors: dict[str, torch.Tensor]) -> str:
+    """12 hex digits that tell a part's weights from others: of all names and shapes and of some values of
+    each tensor, rounded to bfloat16, so that a file cast to it has the fingerprint of its source."""
+    digest = hashlib.sha256()
+    for k in sorted(tensors):
+        values = tensors[k].detach().reshape(-1)
+        ends = torch.cat((values[:16], values[-16:])).to("cpu", torch.bfloat16).view(torch.uint8)
+        digest.update(f"{k} {tuple(tensors[k].shape)}".encode() + ends.numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def _check_companions(files, fingerprints):
+    """Whether the projection was trained beside these very parts."""
+    path, trained_with = files["proj"].path, files["proj"].sizes
+    if not trained_with:
+        print(f"note: {path} does not say which parts it was trained with; only its size is checked",
+              file=sys.stderr)
+        return
+    for name, mark in fingerprints.items():
+        if trained_with.get(name, mark) != mark:
+            raise InputError(f"{path} was trained with {name} {trained_with[name]}, but {files[name].path} "
+                             f"is {mark}; give the {name} that it was trained with, or --force=True")
+
+
 def _fill(model, name, file, dtype, device):
     """Give a part, built on the meta device, the tensors of its file: all of them, and no others."""
     tensors, expected = dict(file.tensors), model.part_parameters(name)
@@ -315,18 +409,8 @@ def _fill(model, name, file, dtype, device):
     if "ln_vision.weight" in expected and name == "vision" and "ln_vision.weight" not in tensors:
         width = model.vision.config.width  # without a Q-Former, the original leaves this norm as it was made
         tensors = tensors | {"ln_vision.weight": torch.ones(width), "ln_vision.bias": torch.zeros(width)}
-    problems = {
-        "missing": sorted(expected.keys() - tensors.keys()),
-        "unexpected": sorted(tensors.keys() - expected.keys()),
-        "of another shape": [f"{k} {tuple(tensors[k].shape)} instead of {tuple(p.shape)}"
-                             for k, p in expected.items() if k in tensors and tensors[k].shape != p.shape],
-    }
-    found = [f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-             for what, names in problems.items() if names]
-    if found:
-        hint = ("it was trained for another language model or vision side" if name == "proj"
-                else "it is of another model")
-        raise InputError(f"{file.path}: does not fit as {name}: tensors {'; '.join(found)}; {hint}")
+    check_fit(file.path, name, {k: tuple(t.shape) for k, t in tensors.items()},
+              {k: tuple(p.shape) for k, p in expected.items()})
     tensors = {k: t.to(device, dtype) for k, t in tensors.items()}
     own_prefix = "proj." if name == "proj" else ""
     for prefix, module in (("ln_vision.", model.ln_vision), (own_prefix, getattr(model, name))):

@@ -16,7 +16,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import replace
-from math import cos, pi
+from math import cos, log, pi
 from pathlib import Path
 
 import torch
@@ -159,9 +159,12 @@ def count_targets(batch: Batch) -> int:
 
 
 def prepare_data(config: Config, rank: int):
-    """Make what `prepare` names and is missing, by its command; rank 0 does it, the others wait."""
+    """Make what `prepare` names, is used and is missing, by its command; rank 0 does it, the others wait."""
+    used = [config.tokenizer]
+    for data in (config.data, config.heldout_data):
+        used += data if isinstance(data, dict) else [data]
     for path, command in config.prepare.items():
-        if rank == 0 and not Path(path).exists():
+        if rank == 0 and not Path(path).exists() and (any(u.startswith(path) for u in used)):
             print(f"{path} is missing; making it: python {command}", file=sys.stderr)
             done = subprocess.run([sys.executable, *shlex.split(command)])
             if done.returncode:
@@ -174,7 +177,15 @@ def build(config: Config, device) -> MiniGPT4:
     """The model of a config."""
     torch.manual_seed(config.seed)
     return MiniGPT4.from_files(config.vision, config.qformer, config.llama, config.proj, config.dtype, device,
-                               config.train, config.tokenizer, config.image_size)
+                               config.train, config.tokenizer, config.image_size, config.force)
+
+
+def warn_of_chance(loss: float, vocab_size: int):
+    """A frozen language model whose first loss is that of drawing lots has the wrong weights."""
+    if loss > log(vocab_size) - 0.5:
+        print(f"warning: the first loss, {loss:.2f}, is that of guessing among {vocab_size} tokens "
+              f"({log(vocab_size):.2f}); look whether the language model is whole, with python chat.py "
+              "--check=True", file=sys.stderr)
 
 
 def train_step(wrapped, batches: list[Batch], optimizer, scaler, parameters: dict, config: Config,
@@ -230,6 +241,8 @@ def train(config: Config, device, rank: int = 0, world: int = 1):
         lr = learning_rate(step, config)
         loss = train_step(wrapped, micro, optimizer, scaler, parameters, config, lr)
         finished = step + 1
+        if step == 0 and rank == 0 and "llama" not in config.train:
+            warn_of_chance(loss.item(), model.llama.config.vocab_size)
         if finished % config.log_interval == 0 or finished == config.max_steps:
             if world > 1:
                 dist.all_reduce(loss)
@@ -260,6 +273,9 @@ def main(argv: list[str]):
         raise InputError("usage: python train.py CONFIG [--key=value ...], for instance "
                          "configs/tiny_stage1.py")
     config = load_config(positional[0], options)
+    if config.dry_run:
+        from tools.dry_run import describe_training
+        return print(describe_training(config))
     world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     device = pick_device(config.device, local)
     if world > 1:

@@ -72,6 +72,8 @@ class Config:
     save_interval: int = 500             # steps
     save_dtype: str = "float32"          # of the trained parts' files; a resume's state is float32
     resume: bool = False                 # go on from out_dir's last checkpoint, if there is one
+    force: bool = False                  # take a projection that was trained beside other parts
+    dry_run: bool = False                # print sizes, FLOPs and memory of the run, without weights, and exit
 
     def __post_init__(self):
         dtypes = ("float32", "bfloat16", "float16")

@@ -7,8 +7,8 @@ kept.
 python train.py configs/tiny_eyes.py
 """
 
-vision = dict(image_size=64, patch_size=8, width=128, n_layers=4, n_heads=4, mlp_hidden=512)
-qformer = dict(n_queries=32, width=128, n_layers=4, n_heads=4, ffn_hidden=256)
+vision = dict(image_size=48, patch_size=8, width=128, n_layers=4, n_heads=4, mlp_hidden=512)
+qformer = dict(n_queries=16, width=128, n_layers=4, n_heads=4, ffn_hidden=256)
 llama = "out/tiny_teacher/llama"
 train = ("vision", "qformer", "proj", "llama")
 

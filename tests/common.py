@@ -1,18 +1,18 @@
 """What several tests share: the original's golden numbers, its weights under this program's names."""
 
 import json
+import shutil
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from configs.schema import Config
-from llama import IMAGE, LlamaConfig, Tokenizer
+from llama import IMAGE, Tokenizer
 from model import MiniGPT4
-from qformer import QFormerConfig
-from tools.convert import rename
-from vision import VisionConfig
+from tools import convert
 
 GOLDEN = Path(__file__).parent / "golden"
 IMAGE_ROW = -200  # in the golden ids: the place of one image token
@@ -61,23 +61,34 @@ class Golden:
         self.n_image_tokens = 8 if variant == "qformer" else 4
 
     def model(self) -> MiniGPT4:
-        """The original's model in float32."""
-        sizes = self.cases["config"]
-        image_size = (sizes.get("image_size") or sizes["img_size"])[self.variant]
-        vision = VisionConfig(image_size=image_size, width=64, n_layers=3, n_heads=4,
-                              mlp_hidden=int(64 * 4.3637))
-        qformer = QFormerConfig(n_queries=8, width=48, n_layers=4, n_heads=4, ffn_hidden=96, vision_width=64)
-        llama = LlamaConfig.from_dict(sizes["llama"])
-        model = MiniGPT4(vision, qformer if self.variant == "qformer" else None, llama)
-        tensors = {}
-        for k, t in self.weights.items():
-            if self.variant == "noqformer" and k.startswith(("Qformer.", "query_tokens")):
-                continue
-            if (name := rename(k)) is not None:
-                tensors[name] = t
-        model.load_state_dict(tensors, strict=True)
-        model.tokenizer = self.tokenizer
-        return model.eval().requires_grad_(False)
+        """The original's model in float32, its weights converted by tools/convert.py."""
+        with tempfile.TemporaryDirectory() as folder:
+            files = self.convert(Path(folder))
+            model = MiniGPT4.from_files(**files, dtype="float32", train=())
+        model.tokenizer = self.tokenizer  # the copy in the folder is gone
+        return model
+
+    def convert(self, folder: Path) -> dict[str, str]:
+        """The weights as the original's files; from these, by tools/convert.py, the arguments of from_files."""
+        given = {k: t.contiguous() for k, t in self.weights.items()
+                 if not (self.variant == "noqformer" and k.startswith(("Qformer.", "query_tokens")))}
+        whole, hub = folder / "original.pth", folder / "hub"
+        torch.save({"model": given}, whole)
+        hub.mkdir()
+        llama = {k.removeprefix("llama_model."): t for k, t in given.items() if k.startswith("llama_model.")}
+        save_file(llama, hub / "model.safetensors")
+        (hub / "config.json").write_text(json.dumps(self.cases["config"]["llama"]))
+        shutil.copyfile(self.tokenizer.path, hub / "tokenizer.model")
+        files = {"vision": str(folder / "vision.safetensors"), "qformer": str(folder / "qformer.safetensors"),
+                 "proj": str(folder / "proj.safetensors"), "llama": str(folder / "llama")}
+        convert.main(["vision", str(whole), files["vision"], "--n_layers=3", "--heads=4"])
+        if self.variant == "qformer":
+            convert.main(["qformer", str(whole), files["qformer"], "--heads=4"])
+        else:
+            files["qformer"] = None
+        convert.main(["proj", str(whole), files["proj"]])
+        convert.main(["llama", str(hub), files["llama"], "--check=False"])
+        return files
 
     @property
     def images(self) -> torch.Tensor:

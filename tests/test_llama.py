@@ -241,7 +241,7 @@ def test_cut_off_files_are_named(tmp_path, name):
     ("llama3", {"rope_parameters": None, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}),
     ("dynamic", {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}),
     ("qwen2", {"model_type": "qwen2"}),
-    ("sliding_window", {"model_type": "mistral", "sliding_window": 4096}),
+    ("sliding window", {"model_type": "mistral", "sliding_window": 1024}),
     ("biases", {"attention_bias": True}),
     ("biases", {"mlp_bias": True}),
     ("activation", {"hidden_act": "gelu"}),

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,12 +14,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from configs.schema import Config, InputError, load_config, read_saved_config
+from llama import IGNORE, IMAGE
 from model import MiniGPT4
 from tests.common import GOLDEN
 from tools import make_scenes
+from tools.dry_run import describe_training
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}  # the runs below are too small for more
@@ -179,6 +185,41 @@ def test_a_kill_while_saving_leaves_the_last_checkpoint(world, tmp_path, monkeyp
     same(weights(tmp_path / "broken"), weights(tmp_path / "unbroken"))
 
 
+def test_a_first_loss_of_mere_guessing_is_warned_of(world, tmp_path, capsys):
+    run(micro(world, tmp_path / "random", max_steps=1))  # its language model is random
+    assert "that of guessing among 600 tokens" in capsys.readouterr().err
+    train.warn_of_chance(4.0, 600)
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2_llama2", "stage1_tinyllama"])
+def test_a_dry_run_needs_no_weights_and_knows_the_official_sizes(name):
+    config = load_config(str(ROOT / "configs" / f"{name}.py"), {"vision": "none", "llama": "none"})
+    text = describe_training(config)
+    assert re.search(r"vision +985,89\d,\d{3} ", text) and re.search(r"llama +6,738,415,616 ", text)
+    assert "none is not here: official sizes are assumed" in text
+    learn = "23,072,768" if "llama2" in name else "3,149,824"
+    assert re.search(rf"all .* {learn}$", text, re.MULTILINE)
+
+
+def test_a_dry_run_counts_what_a_step_computes_and_keeps(world, tmp_path):
+    """Its FLOPs are those that the counter sees in a real step over sequences of that length."""
+    config = micro(world, tmp_path, template="vicuna", end_sym="###", max_txt_len=9, data=world["stage2"],
+                   clean_captions=False)
+    text = describe_training(config)
+    model = train.build(config, torch.device("cpu"))
+    length = int(re.search(r"at most (\d+)", text)[1])
+    tokens = torch.full((4, length), 5)
+    tokens[:, 1:5] = IMAGE
+    targets = torch.full_like(tokens, IGNORE)
+    targets[:, -9:] = 5
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # CPU's own is not counted
+        model(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), tokens, targets).backward()
+    said = float(re.search(r"([\d.e-]+) TFLOP", text)[1]) * 1e12
+    assert said == pytest.approx(counter.get_total_flops(), rel=0.05)
+    assert "epochs of the 24 in" in text
+
+
 def test_an_earlier_run_is_never_overwritten(world, tmp_path):
     config = micro(world, tmp_path, max_steps=2)
     run(config)
@@ -205,6 +246,9 @@ def test_missing_data_is_made_on_first_use(world, tmp_path):
                    prepare={path: f"{ROOT}/tools/make_scenes.py stage1 {path} --n=8"})
     run(config)
     assert Path(path, "00000.tar").is_file()
+    shutil.rmtree(path)
+    run(replace(config, data=world["data"], out_dir=str(tmp_path / "other")))
+    assert not Path(path).exists()  # not used, not made
 
 
 @pytest.mark.parametrize("name", sorted(

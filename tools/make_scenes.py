@@ -2,6 +2,7 @@
 
     python tools/make_scenes.py stage1 DST [--n=...] [--seed=...]   tar shards like img2dataset's
     python tools/make_scenes.py eyes DST           the same, but every caption tells the whole picture
+    python tools/make_scenes.py names DST          the same with one object in each, "red star" the caption
     python tools/make_scenes.py stage2 DST         filter_cap.json and image/, with long clean descriptions
     python tools/make_scenes.py text DST           what language models read: dense.jsonl and noisy.jsonl (a
                                                    scene told in words, then a caption), chat.jsonl, and
@@ -10,8 +11,8 @@
     python tools/make_scenes.py test DST           held-out pictures and scenes.json, to score answers
 
 The captions of stage1 are short and noisy. A tenth of all sets of (color, shape) is held out by a hash,
-whatever the seed: training data never shows them. --heldout=True makes stage1, eyes or stage2 of that tenth
-alone. Sample i depends on the kind of data, the seed and i only. Every `rng` is a random.Random.
+whatever the seed: training data never shows them. --heldout=True makes stage1, eyes, names or stage2 of that
+tenth alone. Sample i depends on the kind of data, the seed and i only. Every `rng` is a random.Random.
 """
 
 import io
@@ -33,7 +34,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configs.schema import InputError, override, parse_args, run_main
 
-SIZES = {"small": 0.24, "large": 0.33}  # diameter, as a share of the picture's width
+SIZES = {"small": 0.26, "large": 0.38}  # diameter, as a share of the picture's width
 COLORS = {"red": (215, 25, 30), "green": (50, 190, 40), "blue": (35, 60, 225), "yellow": (250, 225, 30),
           "purple": (135, 35, 175), "orange": (250, 135, 10), "white": (250, 250, 250), "black": (15, 15, 15)}
 MARKS = {c: tuple(v // 2 for v in rgb) for c, rgb in COLORS.items()}  # what stripes and dots are drawn in
@@ -116,7 +117,7 @@ OUTLINES = {  # polygons in [-1, 1] x [-1, 1], y downwards
 }
 RING_HOLE = 0.5  # of the ring's diameter
 WIDTH, OVERSAMPLE = 128, 3
-EDGE = 7  # oversampled pixels, half of them inside; free of marks, which may have the background's color
+INK, EDGE = (15, 15, 15), 18  # of the outlines: color, and oversampled pixels, half of them inside
 
 
 def _shade(color, delta):
@@ -129,7 +130,7 @@ def _patch(obj, d, rng):
     mark = MARKS[obj.color]
     fill = Image.new("RGB", (d, d), color)
     pen = ImageDraw.Draw(fill)
-    step, phase = (11.5 if obj.texture == "striped" else 8.5) * OVERSAMPLE, rng.random()
+    step, phase = (17 if obj.texture == "striped" else 13) * OVERSAMPLE, rng.random()
     for i in range(-1, int(2 * d / step) + 1):
         at = (i + phase) * step
         if obj.texture == "striped":
@@ -141,11 +142,12 @@ def _patch(obj, d, rng):
     mask = Image.new("L", (d, d))
     outline = [((x + 1) * d / 2, (y + 1) * d / 2) for x, y in OUTLINES[obj.shape]]
     ImageDraw.Draw(mask).polygon(outline, fill=255)
-    pen.line(outline + outline[:2], fill=color, width=EDGE)
+    pen.line(outline + outline[:2], fill=INK, width=EDGE)
     if obj.shape == "ring":
         near, far = d * (1 - RING_HOLE) / 2, d * (1 + RING_HOLE) / 2
         ImageDraw.Draw(mask).ellipse((near, near, far, far), fill=0)
-        pen.ellipse((near, near, far, far), outline=color, width=EDGE // 2)
+        near, far = near - EDGE // 2, far + EDGE // 2
+        pen.ellipse((near, near, far, far), outline=INK, width=EDGE // 2)
     return fill, mask
 
 
@@ -472,7 +474,6 @@ class Options:
     n: int = 0              # samples; 0: the kind's own number
     seed: int = 0
     heldout: bool = False   # pictures of held-out combinations only
-    objects: int = 0        # in each picture; 0: one to three
     text: str = ""          # tokenizer: the train.jsonl to learn from
     vocab_size: int = 1024  # tokenizer: pieces, bytes and control tokens included
 
@@ -481,13 +482,20 @@ def samples(kind: str, n: int, options: Options, heldout: bool):
     """Yield n (scene, rng), the rng ready for the sample's picture and text."""
     for i in tqdm(range(n), desc=kind):
         rng = random.Random(f"{kind} {options.seed} {heldout} {i}")
-        yield random_scene(rng, heldout, options.objects), rng
+        yield random_scene(rng, heldout, n_objects=1 if kind == "names" else 0), rng
 
 
 def _jpeg(scene, rng):
     buffer = io.BytesIO()
     draw(scene, rng).save(buffer, "JPEG", quality=92)
     return buffer.getvalue()
+
+
+CAPTIONS = {
+    "stage1": noisy_caption,
+    "eyes": lambda scene, rng: dense_caption(scene),
+    "names": lambda scene, rng: f"{scene.objects[0].color} {scene.objects[0].shape}",
+}
 
 
 def write_shards(kind, folder, n, options):
@@ -499,7 +507,7 @@ def write_shards(kind, folder, n, options):
                 tar.close()
             tar = tarfile.open(folder / f"{i // 1000:05d}.tar", "w")
         key, picture = f"{i // 1000:05d}{i % 1000:04d}", _jpeg(scene, rng)
-        caption = noisy_caption(scene, rng) if kind == "stage1" else dense_caption(scene)
+        caption = CAPTIONS[kind](scene, rng)
         about = {"caption": caption, "key": key, "width": WIDTH, "height": WIDTH}
         members = {"jpg": picture, "txt": caption.encode(), "json": json.dumps(about).encode()}
         for ending, content in members.items():
@@ -573,7 +581,8 @@ def train_tokenizer(kind, path, n, options):
     path.write_bytes(model.getvalue())
 
 
-COMMANDS = {"stage1": (write_shards, 20_000), "eyes": (write_shards, 20_000), "stage2": (write_stage2, 2000),
+COMMANDS = {"stage1": (write_shards, 20_000), "eyes": (write_shards, 20_000), "names": (write_shards, 20_000),
+            "stage2": (write_stage2, 2000),
             "text": (write_text, 50_000), "test": (write_test, 500), "tokenizer": (train_tokenizer, 1)}
 
 
@@ -585,8 +594,6 @@ def main(argv: list[str]):
     kind, target = positional[0], Path(positional[1])
     if options.n < 0:
         raise InputError(f"--n={options.n}: give a number of samples, at least 1")
-    if options.objects not in (0, 1, 2, 3):
-        raise InputError(f"--objects={options.objects}: give 1, 2 or 3")
     if target.exists():
         raise InputError(f"{target} exists already: give another name, or remove it first")
     write, n = COMMANDS[kind]

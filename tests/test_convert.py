@@ -1,0 +1,373 @@
+"""tools/convert.py: every format that weights come in, and every way in which they come broken."""
+
+import functools
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from configs.schema import InputError
+from llama import LlamaConfig, Tokenizer
+from model import MiniGPT4
+from qformer import QFormerConfig
+from tests.common import GOLDEN, Golden
+from tools import convert, random_weights
+from vision import VisionConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZES = dict(vocab_size=600, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, head_dim=8)
+
+
+def random_llama(seed=0, **sizes):
+    """(config.json's content, tensors under Hugging Face's names)."""
+    config = LlamaConfig(**SIZES | sizes)
+    with torch.device("meta"):
+        shapes = {k: p.shape for k, p in MiniGPT4(None, None, config).part_parameters("llama").items()}
+    generator = torch.Generator().manual_seed(seed)
+    hub = lambda k: k if k.startswith("lm_head") else f"model.{k}"
+    tensors = {hub(k): torch.randn(shape, generator=generator) for k, shape in shapes.items()}
+    return {"model_type": "llama"} | vars(config), tensors
+
+
+def hub_folder(folder, sizes, tensors, shards=1, ending="safetensors"):
+    """A Hugging Face folder of so many files."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(sizes))
+    shutil.copyfile(GOLDEN / "tokenizer/tokenizer.model", folder / "tokenizer.model")
+    stem, names, weight_map = "model" if ending == "safetensors" else "pytorch_model", list(tensors), {}
+    for i in range(shards):
+        file = f"{stem}-{i + 1:05d}-of-{shards:05d}.{ending}" if shards > 1 else f"{stem}.{ending}"
+        part = {k: tensors[k] for k in names[i::shards]}
+        save_file(part, folder / file) if ending == "safetensors" else torch.save(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    if shards > 1:
+        index = {"metadata": {}, "weight_map": weight_map}
+        (folder / f"{stem}.{ending}.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def converted(source, target, *options):
+    """The tensors that `convert.py llama` makes, under our names, as a loaded model has them."""
+    convert.main(["llama", str(source), str(target), "--check=False", *options])
+    model = MiniGPT4.from_files(None, None, str(target), dtype="float32", train=())
+    return model.llama.config, model.part_parameters("llama")
+
+
+def same(parameters, tensors):
+    tensors = {k.removeprefix("model."): t for k, t in tensors.items()}
+    assert parameters.keys() == tensors.keys()
+    for k, t in tensors.items():
+        assert torch.equal(parameters[k], t), k
+
+
+def fails(*argv):
+    """The one line with which the command refuses."""
+    with pytest.raises(InputError) as e:
+        convert.main([str(a) for a in argv])
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+
+# ---- the formats of LLaMA ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_hugging_face_folders_with_one_or_many_files(tmp_path, ending, shards):
+    sizes, tensors = random_llama()
+    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    folder = hub_folder(tmp_path / "hub", sizes, tensors | old, shards, ending)
+    config, got = converted(folder, tmp_path / "ours")
+    same(got, tensors)
+    assert vars(config) == {k: v for k, v in sizes.items() if k != "model_type"}
+
+
+def test_an_old_pickle_without_memory_mapping_is_read_too(tmp_path):
+    sizes, tensors = random_llama()
+    folder = hub_folder(tmp_path / "hub", sizes, tensors, 1, "bin")
+    torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    same(converted(folder, tmp_path / "ours")[1], tensors)
+
+
+def test_the_32001st_row_of_vicuna_is_trimmed_and_said_so(tmp_path, capsys):
+    sizes, tensors = random_llama(vocab_size=601)
+    config, got = converted(hub_folder(tmp_path / "hub", sizes, tensors), tmp_path / "ours")
+    assert config.vocab_size == 600 and "601 rows trimmed" in capsys.readouterr().err
+    for k in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[k] = tensors[k][:600]
+    same(got, tensors)
+
+
+def test_a_delta_is_added_to_its_base_although_it_has_a_row_more(tmp_path):
+    sizes, base = random_llama(seed=1)
+    delta_sizes, delta = random_llama(seed=2, vocab_size=601)
+    a = hub_folder(tmp_path / "delta", delta_sizes, delta, 2, "bin")
+    b = hub_folder(tmp_path / "base", sizes, base, 3)
+    same(converted(a, tmp_path / "ours", f"--delta={b}")[1],
+         {k: t + delta[k][:len(t)] for k, t in base.items()})
+
+
+def test_a_delta_of_another_model_is_refused(tmp_path):
+    a = hub_folder(tmp_path / "delta", *random_llama(seed=2, num_hidden_layers=3))
+    b = hub_folder(tmp_path / "base", *random_llama(seed=1))
+    assert "delta of another model" in fails("llama", a, tmp_path / "ours", f"--delta={b}")
+    assert not (tmp_path / "ours").exists()
+
+
+def meta_folder(folder, tensors, files):
+    """Meta's own format, made from Hugging Face's by the inverse of what the converter has to do."""
+    folder.mkdir()
+    names = {"embed_tokens.": "tok_embeddings.", "input_layernorm": "attention_norm", "lm_head": "output",
+             "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attention.wq",
+             "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv",
+             "self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1",
+             "mlp.down_proj": "feed_forward.w2", "mlp.up_proj": "feed_forward.w3"}
+    parts = [{} for _ in range(files)]
+    for k, t in tensors.items():
+        if "q_proj" in k or "k_proj" in k:  # halves of a head -> neighbours
+            t = t.view(-1, 2, 4, 32).transpose(1, 2).reshape(t.shape)
+        name = k.removeprefix("model.")
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        columns = "tok_embeddings" in name or ".wo." in name or ".w2." in name
+        pieces = [t] * files if t.dim() == 1 else t.chunk(files, dim=1 if columns else 0)
+        for part, piece in zip(parts, pieces):
+            part[name] = piece.clone()
+    for i, part in enumerate(parts):
+        torch.save(part | {"rope.freqs": torch.ones(4)}, folder / f"consolidated.{i:02d}.pth")
+    (folder / "params.json").write_text(json.dumps(
+        {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "norm_eps": 1e-6, "vocab_size": -1}))
+    shutil.copyfile(GOLDEN / "tokenizer/tokenizer.model", folder.parent / "tokenizer.model")
+    return folder
+
+
+@pytest.mark.parametrize("files", [1, 2])
+def test_meta_s_own_files_are_permuted_and_joined(tmp_path, files):
+    _, tensors = random_llama()
+    same(converted(meta_folder(tmp_path / "7B", tensors, files), tmp_path / "ours")[1], tensors)
+
+
+def test_a_lora_adapter_is_merged(tmp_path):
+    sizes, tensors = random_llama()
+    folder, adapter = hub_folder(tmp_path / "hub", sizes, tensors), tmp_path / "adapter"
+    adapter.mkdir()
+    changed, lora = "model.layers.1.self_attn.q_proj.weight", {}
+    a, b = torch.randn(4, 32), torch.randn(32, 4)
+    name = "base_model.model.model.layers.1.self_attn.q_proj"
+    save_file({f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}, adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8}))
+    got = converted(folder, tmp_path / "ours", f"--lora={adapter}")[1]
+    want = tensors | {changed: tensors[changed] + 2 * b @ a}
+    for k, t in want.items():
+        torch.testing.assert_close(got[k.removeprefix("model.")].detach(), t)
+    save_file({f"{name}.lora_A.weight": a}, adapter / "adapter_model.safetensors")
+    assert "lora_B is missing" in fails("llama", folder, tmp_path / "b", f"--lora={adapter}")
+
+
+def test_dtype_casts_and_without_it_tensors_stay_as_they_are(tmp_path):
+    sizes, tensors = random_llama()
+    folder = hub_folder(tmp_path / "hub", sizes, {k: t.half() for k, t in tensors.items()})
+    for option, dtype in ((), torch.float16), (("--dtype=bfloat16",), torch.bfloat16):
+        out = tmp_path / str(dtype)
+        convert.main(["llama", str(folder), str(out), "--check=False", *option])
+        assert {t.dtype for p in out.glob("*.safetensors") for t in load_file(p).values()} == {dtype}
+
+
+# ---- the projection, and what it was trained with ----------------------------------------------------------
+
+
+def test_an_exported_projection_is_the_original_s_and_comes_back_bit_for_bit(tmp_path):
+    files = Golden(GOLDEN, "qformer").convert(tmp_path)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps({k: f"../{Path(v).name}" for k, v in files.items()}))
+    convert.main(["export", str(run), str(tmp_path / "mine.pth")])
+    exported = torch.load(tmp_path / "mine.pth", weights_only=True)["model"]
+    original = torch.load(tmp_path / "original.pth", weights_only=True)["model"]
+    assert exported.keys() == {"llama_proj.weight", "llama_proj.bias"}
+    for k, t in exported.items():
+        assert t.dtype == original[k].dtype and torch.equal(t, original[k])
+    convert.main(["proj", str(tmp_path / "mine.pth"), str(tmp_path / "again.safetensors")])
+    again, before = load_file(tmp_path / "again.safetensors"), load_file(files["proj"])
+    assert all(torch.equal(again[k], t) for k, t in before.items()) and again.keys() == before.keys()
+
+
+def test_a_converted_projection_with_a_config_is_a_run_s_folder(tmp_path):
+    files = Golden(GOLDEN, "qformer").convert(tmp_path)
+    config = tmp_path / "stage2.py"
+    config.write_text("\n".join(f"{k} = {v!r}" for k, v in files.items()) + "\ntemplate = 'vicuna'\n")
+    out = tmp_path / "official/proj.safetensors"
+    convert.main(["proj", str(tmp_path / "original.pth"), str(out), f"--config={config}"])
+    picture = next((GOLDEN / "images").glob("*.png"))
+    done = subprocess.run([sys.executable, "chat.py", str(picture), f"--ckpt={out.parent}", "--prompt=hm?",
+                           "--max_new_tokens=3"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "does not say which parts" in done.stderr
+
+
+def test_a_projection_knows_the_parts_that_it_was_trained_with(tmp_path):
+    files = Golden(GOLDEN, "qformer").convert(tmp_path)
+    model = MiniGPT4.from_files(**files, dtype="float32")
+    model.save_part("proj", tmp_path)
+    MiniGPT4.from_files(**files, dtype="bfloat16")  # what it computes in is no matter
+    other = load_file(Path(files["llama"]) / "model-00001-of-00001.safetensors")
+    other["model.norm.weight"] += 1
+    shutil.copytree(files["llama"], tmp_path / "vicuna-v1")
+    save_file(other, tmp_path / "vicuna-v1/model-00001-of-00001.safetensors")
+    with pytest.raises(InputError, match="trained with llama .*vicuna-v1.*--force"):
+        MiniGPT4.from_files(**files | {"llama": str(tmp_path / "vicuna-v1")})
+    MiniGPT4.from_files(**files | {"llama": str(tmp_path / "vicuna-v1")}, force=True)
+
+
+def test_a_file_that_was_only_cast_to_bfloat16_counts_as_the_same(tmp_path):
+    golden = Golden(GOLDEN, "qformer")
+    files = golden.convert(tmp_path)
+    MiniGPT4.from_files(**files).save_part("proj", tmp_path)
+    shutil.rmtree(files["llama"])
+    convert.main(["llama", str(tmp_path / "hub"), files["llama"], "--check=False", "--dtype=bfloat16"])
+    MiniGPT4.from_files(**files)
+
+
+# ---- hard cases --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path):
+    return hub_folder(tmp_path / "hub", *random_llama(), shards=2)
+
+
+def test_a_truncated_safetensors(hub, tmp_path):
+    file = next(hub.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-100])
+    assert "not a complete safetensors" in fails("llama", hub, tmp_path / "ours")
+
+
+def test_a_missing_shard_and_an_index_that_names_none(hub, tmp_path):
+    next(hub.glob("*.safetensors")).unlink()
+    assert "no such weight file" in fails("llama", hub, tmp_path / "ours")
+    (hub / "model.safetensors.index.json").write_text("{}")
+    assert "no weight_map" in fails("llama", hub, tmp_path / "ours")
+
+
+def test_a_git_lfs_pointer(tmp_path):
+    (tmp_path / "eva.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert "git lfs pull" in fails("vision", tmp_path / "eva.pth", tmp_path / "v.safetensors")
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_a_pickle_that_wants_to_run_code_is_refused_and_not_run(tmp_path):
+    torch.save({"model": {"x": torch.ones(1), "y": Evil(tmp_path / "ran")}}, tmp_path / "zip.pth")
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
+    for name in ("zip.pth", "plain.pth"):
+        assert "could run code" in fails("proj", tmp_path / name, tmp_path / "p.safetensors")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_file_of_something_else(tmp_path):
+    (tmp_path / "a.pth").write_text("<html>404</html>")
+    torch.save({"epoch": 3}, tmp_path / "b.pth")
+    torch.save({"conv1.weight": torch.ones(1)}, tmp_path / "c.pth")
+    for name in "abc":
+        fails("qformer", tmp_path / f"{name}.pth", tmp_path / "q.safetensors")
+    assert "unexpected" in fails("qformer", tmp_path / "c.pth", tmp_path / "q.safetensors")
+
+
+def test_missing_and_mis_shaped_tensors_are_named(tmp_path):
+    weights = dict(Golden(GOLDEN, "qformer").weights)
+    weights.pop("visual_encoder.blocks.1.norm1.bias")
+    weights["visual_encoder.blocks.0.attn.q_bias"] = torch.ones(63)
+    torch.save(weights, tmp_path / "v.pth")
+    message = fails("vision", tmp_path / "v.pth", tmp_path / "v.safetensors", "--n_layers=3", "--heads=4")
+    assert "1 missing (blocks.1.norm1.bias)" in message and "q_bias (63,) instead of (64,)" in message
+    message = fails("vision", tmp_path / "v.pth", tmp_path / "v.safetensors", "--heads=4")
+    assert "missing" in message and "blocks.10" in message  # of 39 blocks
+    assert not (tmp_path / "v.safetensors").exists()
+
+
+def test_a_projection_of_13b_beside_7b(tmp_path):
+    files = Golden(GOLDEN, "qformer").convert(tmp_path)
+    torch.save({"model": {"llama_proj.weight": torch.ones(40, 48), "llama_proj.bias": torch.ones(40)}},
+               tmp_path / "13b.pth")
+    convert.main(["proj", str(tmp_path / "13b.pth"), files["proj"]])
+    with pytest.raises(InputError, match=r"proj.weight \(40, 48\) instead of \(32, 48\)"):
+        MiniGPT4.from_files(**files)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "gemma", "phi3"])
+def test_another_architecture_is_refused_by_name(hub, tmp_path, model_type):
+    sizes = json.loads((hub / "config.json").read_text())
+    (hub / "config.json").write_text(json.dumps(sizes | {"model_type": model_type}))
+    assert model_type in fails("llama", hub, tmp_path / "ours")
+
+
+def test_a_full_disk_leaves_nothing_half_written(hub, tmp_path):
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / ".v.safetensors.tmp").symlink_to("/dev/full")
+    whole = tmp_path / "o.pth"
+    torch.save(Golden(GOLDEN, "qformer").weights, whole)
+    message = fails("vision", whole, target / "v.safetensors", "--n_layers=3", "--heads=4")
+    assert "No space left" in message and list(target.iterdir()) == []
+
+
+# ---- does the language model speak? ------------------------------------------------------------------------
+
+
+def test_garbage_weights_are_warned_of(hub, tmp_path, capsys):
+    convert.main(["llama", str(hub), str(tmp_path / "ours")])
+    said = capsys.readouterr().err
+    assert "perplexity on a paragraph of English" in said and "warning: these weights are broken" in said
+
+
+def test_perplexity_is_that_of_transformers(hub, tmp_path):
+    from transformers import LlamaForCausalLM
+    sizes, _ = random_llama()
+    ours = MiniGPT4.from_files(None, None, str(hub), dtype="float32", train=())
+    theirs = LlamaForCausalLM.from_pretrained(hub, dtype=torch.float32)
+    ids = torch.tensor([Tokenizer(f"{hub}/tokenizer.model").encode("the old lighthouse", bos=True)])
+    want = torch.exp(theirs(ids, labels=ids).loss).item()
+    assert ours.perplexity("the old lighthouse") == pytest.approx(want, rel=1e-4)
+
+
+# ---- random weights of official names ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", ["safetensors", "bin"])
+def test_random_weights_are_converted_and_make_a_model(tmp_path, monkeypatch, format):
+    """At small sizes, with the tools' own names, formats and shards."""
+    sizes = dict(width=16, n_heads=2)
+    monkeypatch.setattr(random_weights, "VisionConfig",
+                        functools.partial(VisionConfig, **sizes, mlp_hidden=32))
+    monkeypatch.setattr(random_weights, "QFormerConfig",
+                        functools.partial(QFormerConfig, **sizes, ffn_hidden=32, vision_width=16))
+    monkeypatch.setitem(random_weights.LLAMA, "7b", LlamaConfig(**SIZES))
+    monkeypatch.setattr(random_weights, "SHARD", 20_000)
+    raw, ours = tmp_path / "raw", tmp_path / "ours"
+    for part in ("vision", "qformer", "proj"):
+        random_weights.main([part, str(raw / f"{part}.pth")])
+        options = ["--heads=2"] * (part != "proj")
+        convert.main([part, str(raw / f"{part}.pth"), str(ours / f"{part}.safetensors"), *options])
+    tokenizer = GOLDEN / "tokenizer/tokenizer.model"
+    random_weights.main(["llama", str(raw / "llama"), f"--format={format}", f"--tokenizer={tokenizer}"])
+    assert len(list(raw.glob(f"llama/*.{format}"))) > 1
+    convert.main(["llama", str(raw / "llama"), str(ours / "llama"), "--check=False"])
+    files = {k: str(ours / f"{k}.safetensors") for k in ("vision", "qformer", "proj")}
+    model = MiniGPT4.from_files(**files, llama=str(ours / "llama"), dtype="float32")
+    assert model.encode_image(torch.zeros(1, 3, 224, 224)).shape == (1, 32, 32)
+    assert len(model.vision.blocks) == 39 and model.qformer.config.cross_attention_every == 2
