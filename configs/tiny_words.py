@@ -1,0 +1,36 @@
+"""The tiny world's language model, first step: from a scene told in words to its caption.
+
+Here it learns to look back and copy, on short texts; conversations (configs/tiny_llm.py) come easily then.
+
+python train.py configs/tiny_words.py
+"""
+
+llama = dict(hidden_size=128, num_hidden_layers=6, num_attention_heads=4, intermediate_size=384,
+             rms_norm_eps=1e-5, tie_word_embeddings=True)
+tokenizer = "data/tiny/tokenizer.model"
+train = ("llama",)
+
+data = "data/tiny/text/dense.jsonl"
+heldout_data = "data/tiny/text/dense_heldout.jsonl"
+prepare = {
+    "data/tiny/text": "tools/make_scenes.py text data/tiny/text --n=60000",
+    "data/tiny/tokenizer.model": "tools/make_scenes.py tokenizer data/tiny/tokenizer.model "
+                                 "--text=data/tiny/text/chat.jsonl",
+}
+max_txt_len = 160
+
+batch_size = 64
+max_steps = 1000
+lr = 2e-3
+min_lr = 1e-3
+warmup_steps = 100
+betas = (0.9, 0.99)
+grad_clip = 1.0
+
+dtype = "float32"
+num_workers = 1
+out_dir = "out/tiny_words"
+eval_interval = 250
+eval_samples = 256
+save_interval = 250
+save_dtype = "bfloat16"
