@@ -3,20 +3,23 @@
 A sequence is a plain list of ids in which IMAGE (-1) stands once for each image token; training and chat
 build theirs here and nowhere else. Sequences are padded on the right, so causal attention needs no mask.
 
-The order of the samples is a function of the seed and the step alone: worker processes only fetch what it
-names, ranks take disjoint slices of the same global batch, and a resumed run continues at its step. So the
-loss curve does not depend on how many workers or processes there are.
+The order of the samples is a function of the seed alone: worker processes only fetch what it names, ranks take
+disjoint slices of the same global batch, and a resumed run goes on where it was without reading from the start.
+
+    python data.py configs/stage2.py        shows the first samples as the model gets them (tools/show_data.py)
 
 Quirks kept from the original: each text segment and each answer is tokenised on its own and so gets its own
 leading space piece; an answer that is cut loses its end symbol; `###` directly after a text is other ids than
 after a space.
 """
 
+import functools
 import glob
 import json
 import re
 import sys
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +27,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
 
 from configs.schema import Config, InputError
 from llama import IGNORE, IMAGE, Tokenizer
@@ -124,49 +129,102 @@ class Sample(NamedTuple):
     context: str = ""                             # stands before the text and is not learnt
 
 
+class BadSample(InputError):
+    """A sample that cannot be trained on. `cause` is one of a few short texts, to be counted by."""
+
+    def __init__(self, cause: str, detail: str = ""):
+        super().__init__(f"{cause}: {detail}" if detail else cause)
+        self.cause = cause
+
+
 class Shards:
-    """Tar files as img2dataset writes them: KEY.jpg with KEY.json ({"caption": ...}) or KEY.txt beside it."""
+    """Tar files as img2dataset writes them: KEY.jpg with KEY.json ({"caption": ...}) or KEY.txt beside it.
+
+    A shard's headers are read when its first sample is asked for. How many samples it holds, which the order
+    of an epoch needs at once, is in the folder's index.json (tools/prepare_stage1.py) or in img2dataset's own
+    *_stats.json; where neither is, the headers of all shards are read at the start."""
 
     def __init__(self, paths: list[str]):
-        self.name, self.paths, tables = paths[0] if paths else "no shards", paths, []
+        self.name, self.paths = paths[0] if paths else "no shards", paths
+        known = {str(folder): _known_counts(folder) for folder in {Path(p).parent for p in paths}}
+        counts = [known[str(Path(p).parent)].get(Path(p).name) for p in paths]
+        bar = tqdm(total=counts.count(None), desc="reading tar headers", unit="shard", delay=1)
         for i, path in enumerate(paths):
-            tables += [(i, *row) for row in _index_tar(path)]
-        # columns: shard; picture at, bytes; text at, bytes; json?
-        self.table = np.array(tables, dtype=np.int64).reshape(-1, 6)
+            if counts[i] is None:
+                counts[i] = len(index_tar(path))
+                bar.update()
+        bar.close()
+        self.counts = counts
 
-    def __len__(self):
-        return len(self.table)
+    def describe(self, shard: int, row: int) -> str:
+        table = index_tar(self.paths[shard])
+        key = table[row][0] if row < len(table) else f"sample {row}"
+        return f"{self.paths[shard]}:{key}"
 
-    def __getitem__(self, i):
-        shard, at, size, text_at, text_size, is_json = self.table[i].tolist()
-        with open(self.paths[shard], "rb") as f:
-            f.seek(at)
-            image = f.read(size)
-            f.seek(text_at)
-            text = f.read(text_size).decode("utf-8", "replace")
+    def __getitem__(self, place):
+        shard, row = place
+        table = index_tar(self.paths[shard])
+        if row >= len(table):
+            raise BadSample("lost in a broken tar file")
+        _, picture, text, is_json = table[row]
         try:
-            caption = json.loads(text)["caption"] if is_json else text
+            with open(self.paths[shard], "rb") as f:
+                image, text = _read_member(f, picture, "picture"), _read_member(f, text, "caption")
+        except OSError as e:
+            raise BadSample("unreadable file", str(e)) from e
+        try:
+            caption = json.loads(text)["caption"] if is_json else text.decode("utf-8", "replace")
         except (ValueError, KeyError, TypeError) as e:
-            raise InputError(f"no caption in its .json ({e!r})") from e
+            raise BadSample("no caption in its .json", repr(e)) from e
         return Sample(images=[image], caption=caption)
 
 
-def _index_tar(path):
-    """The samples of a tar file: (picture at, bytes, text at, bytes, is it json), from its headers alone."""
+def _known_counts(folder):
+    """{shard's file name: its number of samples}, as far as the folder tells."""
+    try:
+        index = json.loads((folder / "index.json").read_text())["samples"]
+    except (OSError, ValueError, KeyError, TypeError):
+        index = {}
+    for stats in folder.glob("*_stats.json"):
+        try:
+            name = stats.name.replace("_stats.json", ".tar")
+            index.setdefault(name, int(json.loads(stats.read_text())["successes"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+    return index
+
+
+@functools.lru_cache(maxsize=64)
+def index_tar(path: str) -> list[tuple]:
+    """A tar file's samples, from its headers: (key, (picture at, bytes), (text at, bytes), is it json).
+
+    Damaged blocks are stepped over, so what lies behind them is found. Raises InputError if nothing is."""
     members: dict[str, dict] = {}
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(path, "r:", ignore_zeros=True) as tar:
             for m in tar:
                 key, _, kind = m.name.rpartition(".")
                 members.setdefault(key, {})[kind.lower()] = (m.offset_data, m.size)
     except (OSError, tarfile.TarError) as e:
-        raise InputError(f"{path}: not a readable tar file ({e}); fetch it again or take it out of "
-                         "`data`") from e
-    for files in members.values():
-        image = next((files[k] for k in ("jpg", "jpeg", "png", "webp") if k in files), None)
-        text = files.get("json") or files.get("txt")
-        if image and text:
-            yield *image, *text, int("json" in files)
+        if not members:
+            raise InputError(f"{path}: not a readable tar file ({e}); fetch it again or take it out of "
+                             "`data`") from e
+    return [(key, next((files[k] for k in PICTURES if k in files), None),
+             files.get("json") or files.get("txt"), "json" in files) for key, files in members.items()]
+
+
+PICTURES = ("jpg", "jpeg", "png", "webp")
+
+
+def _read_member(f, member, what):
+    if member is None or member[1] == 0:
+        raise BadSample(f"no {what}")
+    at, size = member
+    f.seek(at)
+    content = f.read(size)
+    if len(content) < size:
+        raise BadSample("lost in a broken tar file")
+    return content
 
 
 class CaptionFolder:
@@ -179,12 +237,13 @@ class CaptionFolder:
         except (ValueError, KeyError) as e:
             raise InputError(f"{folder}/filter_cap.json: no JSON with `annotations` ({e}); "
                              "fetch it again") from e
+        self.counts = [len(self.annotations)]
 
-    def __len__(self):
-        return len(self.annotations)
+    def describe(self, shard: int, row: int) -> str:
+        return f"{self.folder}/{self.annotations[row].get('image_id')}.jpg"
 
-    def __getitem__(self, i):
-        a = self.annotations[i]
+    def __getitem__(self, place):
+        a = self.annotations[place[1]]
         return Sample(images=[str(self.folder / f"{a['image_id']}.jpg")], caption=a["caption"])
 
 
@@ -196,27 +255,28 @@ class Conversations:
     def __init__(self, path: str):
         self.name = path
         self.lines = [line for line in Path(path).read_bytes().splitlines() if line.strip()]
+        self.counts = [len(self.lines)]
 
-    def __len__(self):
-        return len(self.lines)
+    def describe(self, shard: int, row: int) -> str:
+        return f"{self.name}, line {row + 1}"
 
-    def __getitem__(self, i):
-        where = f"{self.name}, line {i + 1}"
+    def __getitem__(self, place):
         try:
-            row = json.loads(self.lines[i])
+            row = json.loads(self.lines[place[1]])
             images = row.get("image", [])
             images = [images] if isinstance(images, str) else images
             images = [str(Path(self.name).parent / p) for p in images]
             if "conversation" in row:
                 words = [next(iter(turn.items())) for turn in row["conversation"]]
-                if [who for who, _ in words] != ["user", "assistant"] * (len(words) // 2):
-                    raise InputError(f"{where}: a conversation alternates user and assistant, "
-                                     "the assistant last")
+                if not words or [who for who, _ in words] != ["user", "assistant"] * (len(words) // 2):
+                    raise BadSample("a conversation has to alternate user and assistant, the assistant last")
                 texts = [text for _, text in words]
+                if not all(isinstance(text, str) for text in texts):
+                    raise BadSample("a turn is not a text")
                 return Sample(images=images, turns=list(zip(texts[::2], texts[1::2])))
             return Sample(images, row.get("caption"), text=row.get("text"), context=row.get("context", ""))
-        except (ValueError, AttributeError, StopIteration) as e:
-            raise e if isinstance(e, InputError) else InputError(f"{where}: not a sample ({e})") from e
+        except (ValueError, AttributeError, TypeError, StopIteration) as e:
+            raise e if isinstance(e, BadSample) else BadSample("not a sample", str(e)) from e
 
 
 def open_source(path: str) -> Shards | CaptionFolder | Conversations:
@@ -226,14 +286,16 @@ def open_source(path: str) -> Shards | CaptionFolder | Conversations:
         source = Conversations(path)
     elif (Path(path) / "filter_cap.json").is_file():
         source = CaptionFolder(path)
+    elif path.endswith(".txt") and Path(path).is_file():  # a list of shards, one a line
+        source = Shards([line.strip() for line in Path(path).read_text().splitlines() if line.strip()])
     elif braces:
         before, first, last, after = braces.groups()
         source = Shards([f"{before}{i:0{len(first)}d}{after}" for i in range(int(first), int(last) + 1)])
     else:
         source = Shards(sorted(glob.glob(f"{path}/*.tar") if Path(path).is_dir() else glob.glob(path)))
-    if len(source) == 0:
-        raise InputError(f"data {path}: no samples there; give *.tar shards, a folder of them, a folder with "
-                         "filter_cap.json, or a .jsonl file")
+    if sum(source.counts) == 0:
+        raise InputError(f"data {path}: no samples there; give *.tar shards, a folder of them, a .txt that lists "
+                         "them, a folder with filter_cap.json, or a .jsonl file")
     return source
 
 
@@ -248,30 +310,119 @@ class Batch(NamedTuple):
     targets: torch.Tensor
 
 
-class Samples(Dataset):
-    """(source, sample, draw) -> (pictures uint8 (n, 3, S, S), ids, targets): one sample, ready for the model.
+class Order:
+    """In which order training goes through a source: draw number -> (shard, row), every sample once an epoch.
 
-    `draw` seeds what is random about a sample (its instruction), so that every epoch draws anew. A sample
-    that cannot be read is named on stderr and the one after it is taken; ten in a row raise InputError."""
+    Each epoch shuffles the shards, then the samples of each `window` shards that come next: what a shuffle
+    buffer is for, but any draw is found without those before it. Random access costs nothing within a window."""
+
+    def __init__(self, counts: list[int], seed: int, source: int, window: int):
+        self.counts, self.key, self.window = np.array(counts), (seed, source), window
+        self.total, self.epoch, self.at = int(self.counts.sum()), None, None
+
+    def __getitem__(self, draw: int) -> tuple[int, int]:
+        epoch, place = divmod(draw, self.total)
+        if epoch != self.epoch:
+            self.epoch, self.at = epoch, None
+            self.shards = np.random.default_rng((*self.key, epoch)).permutation(len(self.counts))
+            self.ends = self.counts[self.shards].cumsum()  # of the shards, in this epoch's order
+        at = int(np.searchsorted(self.ends, place, side="right")) // self.window
+        if at != self.at:
+            self.at, first = at, at * self.window
+            self.start = int(self.ends[first - 1]) if first else 0
+            inside = self.shards[first:first + self.window]
+            rows = np.concatenate([np.stack((np.full(self.counts[s], s), np.arange(self.counts[s])), axis=1)
+                                   for s in inside])
+            self.rows = np.random.default_rng((*self.key, epoch, at)).permutation(rows)
+        shard, row = self.rows[place - self.start].tolist()
+        return shard, row
+
+
+class Key(NamedTuple):
+    """Which sample to fetch. `draw` seeds what is random about it, so that every epoch draws anew."""
+
+    source: int
+    shard: int
+    row: int
+    draw: int
+
+
+class Groups(Sampler):
+    """Which samples make up the batches: without end, lists of `config.length_group` batches of Keys.
+
+    A global batch of world x batch_size samples comes from one source, drawn by weight; rank r takes its r-th
+    slice. `drawn` samples of each source are passed over: those of the run that is resumed."""
+
+    def __init__(self, counts: list[list[int]], weights: list[float], config: Config, rank: int = 0,
+                 world: int = 1, drawn: list[int] | None = None, choices: int = 0):
+        self.counts, self.shares = counts, np.cumsum(weights) / sum(weights)
+        self.config, self.rank, self.world = config, rank, world
+        self.drawn, self.choices = drawn or [0] * len(counts), choices
+
+    def choose(self, rng) -> int:
+        return int(np.searchsorted(self.shares, rng.random(), side="right"))
+
+    def __iter__(self) -> Iterator[list[tuple[int, list[Key]]]]:
+        config, drawn = self.config, list(self.drawn)
+        orders = [Order(c, config.seed, i, config.shuffle_shards) for i, c in enumerate(self.counts)]
+        rng = np.random.default_rng(config.seed)
+        rng.random(self.choices)
+        number = self.choices // config.length_group
+        while True:
+            group = []
+            for _ in range(config.length_group):
+                source = self.choose(rng)
+                first = drawn[source] + self.rank * config.batch_size
+                drawn[source] += self.world * config.batch_size
+                draws = range(first, first + config.batch_size)
+                group.append((number, [Key(source, *orders[source][draw], draw) for draw in draws]))
+            number += 1
+            yield group
+
+
+class Samples(Dataset):
+    """The samples of a run, ready for the model: (pictures uint8 (n, 3, S, S), ids, targets)."""
 
     def __init__(self, sources: list, config: Config, tokenizer: Tokenizer, image_size: int,
                  n_image_tokens: int):
         self.sources, self.config, self.tokenizer = sources, config, tokenizer
         self.image_size, self.n_image_tokens = image_size, n_image_tokens
 
-    def __getitem__(self, key):
-        source, i, draw = key
-        for i in range(i, i + 10):
-            i %= len(self.sources[source])
+    def __getitem__(self, batch: tuple[int, list[Key]]):
+        """The samples of one batch of a group -> (group, source, good ones, [(cause, where)] of the others)."""
+        group, keys = batch
+        good, bad = [], []
+        for key in keys:
             try:
-                sample = self.sources[source][i]
-                images = [load_image(image, self.image_size) for image in sample.images]
-                rng = np.random.default_rng((self.config.seed, source, draw))
-                return images, *self.tokenize(sample, rng)
+                good.append(self.sample(key))
+            except BadSample as e:
+                bad.append((e.cause, f"{self.sources[key.source].describe(key.shard, key.row)} ({e})"))
+        return group, keys[0].source, good, bad
+
+    def sample(self, key: Key) -> tuple:
+        """One sample. Raises BadSample."""
+        sample = self.sources[key.source][key.shard, key.row]
+        images = []
+        for image in sample.images:
+            try:
+                images.append(load_image(image, self.image_size, smallest=2))
             except InputError as e:
-                print(f"skipped sample {i} of {self.sources[source].name}: {e}", file=sys.stderr)
-        raise InputError(f"{self.sources[source].name}: ten samples in a row cannot be read, "
-                         f"up to number {i}")
+                causes = {type(None): "picture too small", FileNotFoundError: "picture is missing",
+                          Image.DecompressionBombError: "picture too large"}
+                raise BadSample(causes.get(type(e.__cause__), "picture cannot be read"), str(e)) from e
+        return images, *self.tokenize(sample, np.random.default_rng((self.config.seed, key.source, key.draw)))
+
+    def first(self, n: int) -> Iterator[tuple]:
+        """The first n samples of the first source that can be read, always the same ones."""
+        places = ((shard, row) for shard, count in enumerate(self.sources[0].counts) for row in range(count))
+        for draw, place in enumerate(places):
+            if n <= 0:
+                return
+            try:
+                yield self.sample(Key(0, *place, draw))
+                n -= 1
+            except BadSample:
+                pass
 
     def tokenize(self, sample: Sample, rng: np.random.Generator) -> tuple[list[int], list[int]]:
         """A sample's ids and targets (the same ids where they are to be predicted, IGNORE elsewhere)."""
@@ -290,7 +441,7 @@ class Samples(Dataset):
             return
         if sample.turns is None:
             if not isinstance(sample.caption, str):
-                raise InputError(f"its caption is {sample.caption!r}, not a text")
+                raise BadSample("caption is not a text", repr(sample.caption))
             caption = clean_caption(sample.caption) if config.clean_captions else sample.caption
             if not config.template:  # stage 1: the picture, then its caption
                 yield [BOS, *[IMAGE] * len(sample.images)], self._answer(caption)
@@ -318,37 +469,6 @@ class Samples(Dataset):
         return ids[:self.config.max_txt_len]
 
 
-class Batches(Sampler):
-    """Which samples make up each batch: lists of (source, sample, draw), without end.
-
-    A global batch of world x batch_size samples comes from one source, drawn by weight; rank r takes its r-th
-    slice. Each source is gone through in a new order each epoch, every sample once."""
-
-    def __init__(self, lengths: list[int], weights: list[float], batch_size: int, seed: int, rank: int = 0,
-                 world: int = 1, start: int = 0):
-        self.lengths, self.shares = lengths, np.cumsum(weights) / sum(weights)
-        self.batch_size, self.seed, self.rank, self.world, self.start = batch_size, seed, rank, world, start
-
-    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        rng = np.random.default_rng(self.seed)
-        past = np.searchsorted(self.shares, rng.random(self.start), side="right")
-        drawn = np.bincount(past, minlength=len(self.lengths))  # batches taken from each source so far
-        orders = {}  # source -> (epoch, order)
-        while True:
-            source = int(np.searchsorted(self.shares, rng.random(), side="right"))
-            first = (int(drawn[source]) * self.world + self.rank) * self.batch_size
-            drawn[source] += 1
-            keys = []
-            for draw in range(first, first + self.batch_size):
-                epoch, place = divmod(draw, self.lengths[source])
-                if orders.get(source, (None,))[0] != epoch:
-                    epoch_rng = np.random.default_rng((self.seed, source, epoch))
-                    order = epoch_rng.permutation(self.lengths[source])
-                    orders[source] = epoch, order
-                keys.append((source, int(orders[source][1][place]), draw))
-            yield keys
-
-
 def collate(samples: list) -> Batch:
     """Samples -> a Batch, padded on the right to the longest."""
     images = [image for images, _, _ in samples for image in images]
@@ -360,19 +480,104 @@ def collate(samples: list) -> Batch:
         targets[row, :len(ids)] = torch.tensor(wanted)
     return Batch(torch.stack(images) if images else None, tokens, targets)
 
+def collate_group(parts: list) -> tuple[list[Batch], list[tuple[str, str]], int]:
+    """The batches of a group, their bad samples, and how many samples were looked at.
 
-def open_samples(data: str | dict, config: Config, tokenizer: Tokenizer, image_size: int,
+    Samples of like length come together, within each source: less of a batch is padding then. Which batch is
+    how long, chance decides, the same on all ranks."""
+    batches: list[list] = [[] for _ in parts]
+    for source in {source for _, source, _, _ in parts}:
+        places = [i for i, part in enumerate(parts) if part[1] == source]
+        good = sorted((sample for i in places for sample in parts[i][2]), key=lambda sample: len(sample[1]))
+        np.random.default_rng((parts[0][0], source)).shuffle(places)
+        for n, place in enumerate(places):
+            start, end = (len(good) * k // len(places) for k in (n, n + 1))
+            batches[place] = good[start:end]
+    if not any(batches):
+        raise InputError(f"not one of {len(parts)} batches of samples can be read; first: {parts[0][3][0][1]}")
+    spare = next(batch for batch in batches if batch)[:1]  # no batch may be empty
+    bad = [b for _, _, _, some in parts for b in some]
+    return [collate(batch or spare) for batch in batches], bad, len(bad) + sum(len(p[2]) for p in parts)
+
+
+def open_samples(data: str | dict | list, config: Config, tokenizer: Tokenizer, image_size: int,
                  n_image_tokens: int):
     """The config's `data` or `heldout_data` -> (Samples, weight of each source)."""
-    weights = {data: 1.0} if isinstance(data, str) else data
+    weights = data if isinstance(data, dict) else dict.fromkeys([data] if isinstance(data, str) else data, 1.0)
     sources = [open_source(path) for path in weights]
     return Samples(sources, config, tokenizer, image_size, n_image_tokens), list(weights.values())
 
 
-def training_batches(samples: Samples, weights: list[float], config: Config, rank: int = 0, world: int = 1,
-                     start: int = 0) -> Iterator[Batch]:
-    """The endless batches of a training run for one rank, from its `start`-th on."""
-    lengths = [len(source) for source in samples.sources]
-    batches = Batches(lengths, weights, config.batch_size, config.seed, rank, world, start)
-    return iter(DataLoader(samples, batch_sampler=batches, collate_fn=collate, num_workers=config.num_workers,
-                           pin_memory=torch.cuda.is_available()))
+class Reader:
+    """The endless batches of a training run for one rank, with an account of the samples that are bad.
+
+    `state` is what `state()` gave when the run was saved: reading goes on behind it, without touching what came
+    before. With another number of processes than then, it goes on behind the group of batches in which it was
+    saved: no sample comes twice in its epoch, but some of that group may be left out."""
+
+    def __init__(self, samples: Samples, weights: list[float], config: Config, rank: int = 0, world: int = 1,
+                 state: dict | None = None):
+        self.samples, self.weights, self.config, self.rank, self.world = samples, weights, config, rank, world
+        self.shape = [world, config.batch_size, config.length_group]
+        self.base, self.passed = state or {"drawn": [0] * len(weights), "choices": 0, "batches": 0}, 0
+        if state and state["shape"] == self.shape:
+            self.passed = state["batches"] % config.length_group
+            self.base = self._groups(state["batches"] // config.length_group, *state["shape"])
+        elif state:
+            behind = -(-state["batches"] // state["shape"][2])
+            self.base = self._groups(behind, *state["shape"])
+            if rank == 0:
+                print(f"note: {state['shape'][0]} processes of batches of {state['shape'][1]} have become {world} of "
+                      f"{config.batch_size}: no sample comes twice, up to {state['shape'][2]} batches are left "
+                      "out", file=sys.stderr)
+        self.batches = self.passed
+        self.skipped, self.looked_at = Counter(), 0
+
+    def _groups(self, n, world, batch_size, length_group):
+        """What has been drawn when n groups more than at the base have been read."""
+        rng = np.random.default_rng(self.config.seed)
+        rng.random(self.base["choices"])
+        shares = np.cumsum(self.weights) / sum(self.weights)
+        chosen = np.searchsorted(shares, rng.random(n * length_group), side="right")
+        drawn = np.array(self.base["drawn"]) + world * batch_size * np.bincount(chosen, minlength=len(shares))
+        return {"drawn": drawn.tolist(), "choices": self.base["choices"] + n * length_group, "batches": 0}
+
+    def state(self) -> dict:
+        """Where it is, to be saved with a checkpoint: all that a resumed run needs."""
+        return self.base | {"batches": self.batches, "shape": self.shape}
+
+    def __iter__(self) -> Iterator[Batch]:
+        config = self.config
+        groups = Groups([s.counts for s in self.samples.sources], self.weights, config, self.rank, self.world,
+                        self.base["drawn"], self.base["choices"])
+        loader = DataLoader(self.samples, batch_sampler=groups, collate_fn=collate_group,
+                            num_workers=config.num_workers, pin_memory=torch.cuda.is_available())
+        passed = self.passed
+        for batches, bad, looked_at in loader:
+            self._account(bad, looked_at)
+            for batch in batches[passed:]:
+                self.batches += 1
+                yield batch
+            passed = 0
+
+    def _account(self, bad, looked_at):
+        self.looked_at += looked_at
+        for cause, where in bad:
+            self.skipped[cause] += 1
+            if self.skipped[cause] == 1:
+                print(f"skipped, the first of its kind: {where}", file=sys.stderr)
+        n = self.skipped.total()
+        if self.looked_at >= 200 and n > self.config.max_bad_fraction * self.looked_at:
+            raise InputError(f"{self.account()}, more than max_bad_fraction {self.config.max_bad_fraction}; mend the "
+                             "data or raise max_bad_fraction")
+
+    def account(self) -> str:
+        """How many samples were bad, and why."""
+        causes = ", ".join(f"{k} {v}" for k, v in self.skipped.most_common())
+        return f"{self.skipped.total()} of {self.looked_at} samples cannot be used ({causes})"
+
+
+if __name__ == "__main__":  # python data.py CONFIG shows what the model will be given
+    from configs.schema import run_main
+    from tools.show_data import main
+    run_main(main)

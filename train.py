@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from configs.schema import PATHS, Config, InputError, load_config, parse_args, run_main, to_json
-from data import Batch, collate, open_samples, stop_sequences, training_batches
+from data import Batch, Reader, collate, open_samples, stop_sequences
 from llama import IGNORE
 from model import MiniGPT4, load_tensors, pick_device, save_tensors
 
@@ -68,22 +68,25 @@ def start_folder(config: Config):
     os.replace(temporary, out / "config.json")
 
 
-def save_checkpoint(model: MiniGPT4, optimizer, scaler, parameters: dict, step: int, config: Config):
-    """Write the trained parts, then all that a resume needs: float32 weights, AdamW's moments, the step."""
+def save_checkpoint(model: MiniGPT4, optimizer, scaler, parameters: dict, step: int, reader: Reader,
+                    config: Config):
+    """Write the trained parts, then all that a resume needs: float32 weights, AdamW's moments, the step, and
+    where the reader is."""
     for name in config.train:
         model.save_part(name, config.out_dir, config.save_dtype)
     tensors = {f"weight.{k}": p.detach() for k, p in parameters.items()}
     for k, p in parameters.items():
         tensors |= {f"{m}.{k}": optimizer.state[p][m] for m in ("exp_avg", "exp_avg_sq", "step")}
-    metadata = {"step": str(step), "scaler": json.dumps(scaler.state_dict())}
+    metadata = {"step": str(step), "scaler": json.dumps(scaler.state_dict()),
+                "reader": json.dumps(reader.state())}
     save_tensors(tensors, Path(config.out_dir) / "state.safetensors", metadata)
 
 
-def load_checkpoint(optimizer, scaler, parameters: dict, config: Config, device) -> int:
-    """Put a run's last state back; returns the number of steps done, 0 when there is no state yet."""
+def load_checkpoint(optimizer, scaler, parameters: dict, config: Config, device) -> tuple[int, dict | None]:
+    """Put a run's last state back; returns the steps done and the reader's state, (0, None) at the start."""
     path = Path(config.out_dir) / "state.safetensors"
     if not path.is_file():
-        return 0
+        return 0, None
     tensors, metadata = load_tensors(path)
     misfits = [k for k, p in parameters.items()
                if tensors.get(f"weight.{k}", torch.empty(0)).shape != p.shape]
@@ -95,7 +98,7 @@ def load_checkpoint(optimizer, scaler, parameters: dict, config: Config, device)
         optimizer.state[p] = {m: tensors[f"{m}.{k}"].clone().to("cpu" if m == "step" else device)
                               for m in ("exp_avg", "exp_avg_sq", "step")}
     scaler.load_state_dict(json.loads(metadata["scaler"]))
-    return int(metadata["step"])
+    return int(metadata["step"]), json.loads(metadata["reader"])
 
 
 class Log:
@@ -123,9 +126,9 @@ class Log:
 def heldout_loss(model: MiniGPT4, samples, config: Config, device) -> float:
     """The mean loss per answer token over the first eval_samples held-out samples."""
     total, count = 0.0, 0
-    keys = [(0, i, i) for i in range(min(config.eval_samples, len(samples.sources[0])))]
-    for at in range(0, len(keys), config.batch_size):
-        batch = to_device(collate([samples[k] for k in keys[at:at + config.batch_size]]), device)
+    first = list(samples.first(config.eval_samples))
+    for at in range(0, len(first), config.batch_size):
+        batch = to_device(collate(first[at:at + config.batch_size]), device)
         n = count_targets(batch)
         total, count = total + model(*batch).item() * n, count + n
     return total / count
@@ -134,8 +137,7 @@ def heldout_loss(model: MiniGPT4, samples, config: Config, device) -> float:
 def show_answers(model: MiniGPT4, samples, config: Config, device) -> list[dict]:
     """Greedy answers to the first held-out samples, each beside the text of the data."""
     shown = []
-    for i in range(min(config.show_samples, len(samples.sources[0]))):
-        images, ids, targets = samples[0, i, i]
+    for images, ids, targets in samples.first(config.show_samples):
         start = next(at for at, t in enumerate(targets) if t != IGNORE)
         embeds = model.encode_image(torch.stack(images).to(device)) if images else None
         answer = model.generate(ids[:start], embeds, config.max_txt_len, temperature=0,
@@ -162,7 +164,7 @@ def prepare_data(config: Config, rank: int):
     """Make what `prepare` names, is used and is missing, by its command; rank 0 does it, the others wait."""
     used = [config.tokenizer]
     for data in (config.data, config.heldout_data):
-        used += data if isinstance(data, dict) else [data]
+        used += [data] if isinstance(data, str) else data
     for path, command in config.prepare.items():
         if rank == 0 and not Path(path).exists() and (any(u.startswith(path) for u in used)):
             print(f"{path} is missing; making it: python {command}", file=sys.stderr)
@@ -226,11 +228,13 @@ def train(config: Config, device, rank: int = 0, world: int = 1):
     parameters = {f"{name}.{k}": p for name in config.train for k, p in model.part_parameters(name).items()}
     optimizer = make_optimizer(parameters, config)
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
-    done = load_checkpoint(optimizer, scaler, parameters, config, device) if config.resume else 0
+    done, read = (load_checkpoint(optimizer, scaler, parameters, config, device) if config.resume
+                  else (0, None))
     log = Log(config, done) if rank == 0 else None
     # without init_sync, since all ranks start alike, by seed
     wrapped = DistributedDataParallel(model, init_sync=False) if world > 1 else model
-    batches = training_batches(samples, weights, config, rank, world, start=done * config.grad_accum)
+    reader = Reader(samples, weights, config, rank, world, read)
+    batches = iter(reader)
 
     bar = tqdm(total=config.max_steps, initial=done, disable=rank > 0, unit="step", dynamic_ncols=True)
     since, n_images, n_tokens = time.perf_counter(), 0, 0
@@ -262,7 +266,10 @@ def train(config: Config, device, rank: int = 0, world: int = 1):
             for s in shown:
                 bar.write(f"  answer: {s['answer']!r}\n  data:   {s['data']!r}", file=sys.stderr)
         if rank == 0 and (finished % config.save_interval == 0 or finished == config.max_steps):
-            save_checkpoint(model, optimizer, scaler, parameters, finished, config)
+            save_checkpoint(model, optimizer, scaler, parameters, finished, reader, config)
+            if reader.skipped:
+                log.write(step=finished, skipped=dict(reader.skipped), of=reader.looked_at)
+                bar.write(f"step {finished}: {reader.account()}", file=sys.stderr)
     bar.close()
 
 

@@ -25,17 +25,22 @@ IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def load_image(source: str | bytes, image_size: int) -> torch.Tensor:
+def load_image(source: str | bytes, image_size: int, smallest: int = 1) -> torch.Tensor:
     """Read a picture from a path, or from its encoded bytes, -> uint8 (3, image_size, image_size), RGB.
 
     Any mode and size that PIL opens: EXIF rotation is applied, 16-bit grey is scaled to 8 bits, transparency
-    is laid on white. Raises InputError for a file that is missing or is no picture."""
+    is laid on white. Raises InputError for a file that is missing, is no picture, or has a side of fewer
+    pixels than `smallest`."""
     name = source if isinstance(source, str) else "picture"
     try:
         with Image.open(source if isinstance(source, str) else io.BytesIO(source)) as image:
+            if min(image.size) < smallest:
+                raise InputError(f"{name}: only {image.width} x {image.height} pixels; give a larger picture")
             return preprocess(to_rgb(ImageOps.exif_transpose(image)), image_size)
     except FileNotFoundError as e:
         raise InputError(f"{name}: there is no such picture") from e
+    except InputError:
+        raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise InputError(f"{name}: cannot be read as a picture ({e}); give a JPEG, PNG or other image "
                          "file") from e

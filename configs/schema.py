@@ -34,10 +34,11 @@ class Config:
     train: tuple[str, ...] = ("proj",)   # the parts that learn: any of vision, qformer, proj, llama
     image_size: int = 0                  # pixels; 0: the size that the vision part was trained with
 
-    # The data: a path or {path: weight}. A path is shards (*.tar, {00000..00099}.tar, or a folder of them), a
-    # folder with filter_cap.json, or a .jsonl of conversations. One source is drawn per batch, by weight.
-    data: str | dict = ""
-    heldout_data: str | dict = ""        # "": no evaluation during training
+    # The data: a path, a list of paths, or {path: weight}. A path is shards (*.tar, {00000..00099}.tar, a folder
+    # of them, or a .txt that lists them), a folder with filter_cap.json, or a .jsonl of captions and
+    # conversations. One source is drawn per batch, by weight.
+    data: str | dict | list = ""
+    heldout_data: str | dict | list = ""  # "": no evaluation during training
     prepare: dict = field(default_factory=dict)  # {path: python arguments that make it if missing}
     template: str = ""                   # "", "vicuna" or "llama2": what stands around a captioned image
     end_sym: str = "\n"                  # ends every answer: a text, or the control token "</s>"
@@ -61,6 +62,9 @@ class Config:
     device: str = ""                     # "": cuda if there is one, else cpu
     dtype: str = "bfloat16"              # float32, bfloat16 or float16; parts that learn are float32
     num_workers: int = 2                 # data-loading processes per training process
+    shuffle_shards: int = 8              # shards whose samples are shuffled together
+    length_group: int = 1                # batches whose samples are sorted by length together; 1: unsorted
+    max_bad_fraction: float = 0.1        # of the samples; a run that meets more unusable ones stops
     seed: int = 42
 
     # The run's folder, and what is written to it.
@@ -83,7 +87,7 @@ class Config:
                 listed = ", ".join(repr(a) for a in allowed)
                 raise InputError(f"{name} = {getattr(self, name)!r}: give one of {listed}")
         for name in ("batch_size", "grad_accum", "max_steps", "max_txt_len", "log_interval", "eval_interval",
-                     "save_interval"):
+                     "save_interval", "shuffle_shards", "length_group"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} = {getattr(self, name)}: give at least 1")
 
@@ -118,7 +122,7 @@ def override(config, options: dict, where: str = "command line"):
 def _typed(key, value, kind, where):
     """`value` as type `kind`: an int will do for a float, and text, unless wanted, is read as a literal."""
     kinds = get_args(kind) if get_origin(kind) is not tuple and get_args(kind) else (kind,)
-    if isinstance(value, str) and (str not in kinds or value.startswith("{") and dict in kinds):
+    if isinstance(value, str) and (str not in kinds or {"{": dict, "[": list}.get(value[:1]) in kinds):
         try:
             value = ast.literal_eval(value)
         except (ValueError, SyntaxError):

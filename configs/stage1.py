@@ -29,5 +29,6 @@ weight_decay = 0.05
 
 dtype = "bfloat16"
 num_workers = 4
+length_group = 8
 out_dir = "out/stage1"
 save_interval = 1000

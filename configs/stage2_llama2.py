@@ -27,5 +27,6 @@ weight_decay = 0.05
 
 dtype = "bfloat16"
 num_workers = 4
+length_group = 8
 out_dir = "out/stage2_llama2"
 save_interval = 200

@@ -1,8 +1,11 @@
 """What the model is fed: sources, token layout, label mask, order of the samples."""
 
+import functools
 import io
 import json
 import tarfile
+import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -10,9 +13,9 @@ import torch
 from PIL import Image
 
 from configs.schema import Config, InputError
-from data import (BOS, EOS, TEMPLATES, Batches, CaptionFolder, Conversations, Sample, Samples, Shards,
-                  chat_segments, clean_caption, collate, encode_segments, open_samples, open_source,
-                  stop_sequences, training_batches, user_message)
+from data import (BOS, EOS, TEMPLATES, BadSample, CaptionFolder, Conversations, Groups, Reader, Sample, Samples,
+                  Shards, chat_segments, clean_caption, collate, encode_segments, open_samples, open_source,
+                  stop_sequences, user_message)
 from llama import IGNORE, IMAGE, Tokenizer
 from tests.common import GOLDEN
 from tools import make_scenes
@@ -111,22 +114,40 @@ def test_clean_caption(raw, clean):
 
 def test_shards_read_every_sample(shards):
     source = open_source(str(shards))
-    assert len(source) == 1030
+    assert source.counts == [1000, 30]
     with tarfile.open(shards / "00001.tar") as tar:
         wanted = json.loads(tar.extractfile("000010004.json").read())["caption"]
         picture = tar.extractfile("000010004.jpg").read()
-    assert source[1004].caption == wanted and source[1004].images == [picture]
-    assert len(open_source(f"{shards}/{{00000..00001}}.tar")) == len(open_source(f"{shards}/*.tar")) == 1030
+    assert source[1, 4].caption == wanted and source[1, 4].images == [picture]
+    (shards.parent / "list.txt").write_text(f"{shards}/00001.tar\n\n{shards}/00000.tar\n")
+    assert open_source(str(shards.parent / "list.txt")).counts == [30, 1000]
+    for path in (f"{shards}/{{00000..00001}}.tar", f"{shards}/*.tar"):
+        assert open_source(path).counts == [1000, 30]
 
 
-def test_shards_take_txt_where_there_is_no_json(tmp_path):
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for name, content in (("1.jpg", jpeg()), ("1.txt", b"a dog"), ("2.jpg", jpeg())):
+def write_tar(path, members):
+    """members: {name: content}."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
+
+
+def test_shards_take_txt_where_there_is_no_json(tmp_path):
+    write_tar(tmp_path / "a.tar", {"1.jpg": jpeg(), "1.txt": b"a dog"})
+    assert Shards([str(tmp_path / "a.tar")])[0, 0].caption == "a dog"
+
+
+@pytest.mark.parametrize("file, content", [
+    ("index.json", {"samples": {"a.tar": 7}}), ("a_stats.json", {"successes": 7, "count": 9})])
+def test_known_counts_are_believed_without_a_look_at_the_shard(tmp_path, file, content):
+    write_tar(tmp_path / "a.tar", {"1.jpg": jpeg(), "1.txt": b"a dog"})
+    (tmp_path / file).write_text(json.dumps(content))
     source = Shards([str(tmp_path / "a.tar")])
-    assert len(source) == 1 and source[0].caption == "a dog"  # 2 has no caption
+    assert source.counts == [7] and source[0, 0].caption == "a dog"
+    with pytest.raises(BadSample, match="broken tar"):
+        source[0, 1]
 
 
 def test_caption_folder(tmp_path):
@@ -134,8 +155,8 @@ def test_caption_folder(tmp_path):
     (tmp_path / "image" / "7.jpg").write_bytes(jpeg())
     (tmp_path / "filter_cap.json").write_text('{"annotations": [{"image_id": "7", "caption": "A dog."}]}')
     source = open_source(str(tmp_path))
-    assert isinstance(source, CaptionFolder) and source[0].caption == "A dog."
-    assert source[0].images == [str(tmp_path / "image" / "7.jpg")]
+    assert isinstance(source, CaptionFolder) and source[0, 0].caption == "A dog."
+    assert source[0, 0].images == [str(tmp_path / "image" / "7.jpg")]
 
 
 def test_jsonl_names_the_line_that_is_wrong(tmp_path):
@@ -144,10 +165,11 @@ def test_jsonl_names_the_line_that_is_wrong(tmp_path):
                     '{"conversation": [{"assistant": "Hi"}]}\n'
                     'not json\n')
     source = Conversations(str(path))
-    assert source[0].images == [str(tmp_path / "a.jpg")]
+    assert source[0, 0].images == [str(tmp_path / "a.jpg")]
     for i in (1, 2):
-        with pytest.raises(InputError, match=f"line {i + 1}"):
-            source[i]
+        assert source.describe(0, i).endswith(f"line {i + 1}")
+        with pytest.raises(BadSample):
+            source[0, i]
 
 
 def test_empty_data_is_refused(tmp_path):
@@ -155,15 +177,28 @@ def test_empty_data_is_refused(tmp_path):
         open_source(str(tmp_path))
 
 
-def keys(world, rank, n_batches, start=0, lengths=(103,), weights=(1,), batch=5):
-    it = iter(Batches(list(lengths), list(weights), batch, seed=1, rank=rank, world=world, start=start))
-    return [next(it) for _ in range(n_batches)]
+# ---- the order of the samples ------------------------------------------------------------------------------
+
+
+def keys(world, rank, n_groups, counts=((103,),), weights=(1,), batch=5, group=1, **settings):
+    """The draws of n_groups groups, as lists of batches of (source, shard, row)."""
+    config = Config(batch_size=batch, length_group=group, seed=1, **settings)
+    it = iter(Groups([list(c) for c in counts], list(weights), config, rank, world))
+    return [[(k.source, k.shard, k.row) for k in batch] for _ in range(n_groups) for _, batch in next(it)]
 
 
 def test_an_epoch_shows_every_sample_once_and_the_next_in_another_order():
-    seen = [i for batch in keys(1, 0, 42) for _, i, _ in batch]
-    first, second = seen[:103], seen[103:206]
-    assert sorted(first) == sorted(second) == list(range(103)) and first != second
+    counts = ((40, 1, 0, 33, 29),)
+    everything = [(0, shard, row) for shard, n in enumerate(counts[0]) for row in range(n)]
+    for window in (1, 2, 8):
+        seen = [k for batch in keys(1, 0, 42, counts, shuffle_shards=window) for k in batch]
+        first, second = seen[:103], seen[103:206]
+        assert sorted(first) == sorted(second) == everything and first != second
+
+
+def test_a_window_of_shards_is_read_before_the_next():
+    seen = [shard for batch in keys(1, 0, 8, ((10,) * 8,), batch=10, shuffle_shards=2) for _, shard, _ in batch]
+    assert all(len(set(seen[at:at + 20])) == 2 for at in range(0, 80, 20))
 
 
 def test_ranks_are_disjoint_and_together_make_the_single_process_batch():
@@ -174,25 +209,189 @@ def test_ranks_are_disjoint_and_together_make_the_single_process_batch():
         assert together == single[step] and len(set(together)) == 20
 
 
-def test_a_start_in_the_middle_continues_the_sequence():
-    options = dict(lengths=(50, 20), weights=(3, 1))
-    assert keys(2, 1, 60, **options)[37:] == keys(2, 1, 23, start=37, **options)
-
-
 def test_the_mixture_is_drawn_by_weight():
-    sources = [b[0][0] for b in keys(1, 0, 20_000, lengths=(1000, 1000), weights=(115, 14), batch=1)]
-    assert abs(np.mean(sources) - 14 / 129) < 0.01
+    sources = [b[0][0] for b in keys(1, 0, 12_500, ((1000,), (1000,)), (115, 14), batch=1, group=8)]
+    assert len(sources) == 100_000 and abs(np.mean(sources) - 14 / 129) < 0.01 * 14 / 129
 
 
-@pytest.mark.parametrize("workers", [0, 1, 3])
-def test_batches_do_not_depend_on_the_number_of_workers(shards, workers):
-    def first(n):
-        config = Config(num_workers=n, batch_size=4)
-        samples, weights = open_samples(str(shards), config, TOKENIZER, 28, N)
-        it = training_batches(samples, weights, config)
-        return [next(it) for _ in range(3)]
-    for a, b in zip(first(workers), first(0)):
+# ---- reading -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def seven(tmp_path_factory):
+    """Seven shards of 20 samples whose captions are their numbers, and a second source of 30."""
+    root = tmp_path_factory.mktemp("seven")
+    for source, n_shards, size in (("a", 7, 20), ("b", 1, 30)):
+        (root / source).mkdir()
+        for shard in range(n_shards):
+            members = {}
+            for i in range(size):
+                number = f"{source}{shard * size + i}"
+                members |= {f"{number}.jpg": jpeg(), f"{number}.txt": f"{number}{' w' * (i % 6)}".encode()}
+            write_tar(root / source / f"{shard:05d}.tar", members)
+    return root
+
+
+def numbers(batch):
+    """Which samples a batch holds, by their captions."""
+    rows = [TOKENIZER.decode([t for t in row if t != IGNORE]) for row in batch.targets.tolist()]
+    return [row.split()[0] for row in rows]
+
+
+def reader(data, rank=0, world=1, state=None, **settings):
+    config = Config(**dict(batch_size=2, num_workers=0, length_group=4, shuffle_shards=3) | settings)
+    samples, weights = open_samples(data, config, TOKENIZER, 28, N)
+    return Reader(samples, weights, config, rank, world, state)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_batches_do_not_depend_on_the_number_of_workers(seven, workers):
+    mixed = {f"{seven}/a": 3, f"{seven}/b": 1}
+    for a, b, _ in zip(reader(mixed, num_workers=workers), reader(mixed), range(60)):
         assert all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+def test_four_ranks_of_three_workers_share_seven_shards_without_repeating_any(seven):
+    """140 samples: 17 global batches of 8, and half of one."""
+    ranks = [iter(reader(f"{seven}/a", rank, 4, num_workers=3, length_group=1)) for rank in range(4)]
+    seen = [number for _ in range(17) for rank in ranks for number in numbers(next(rank))]
+    assert len(seen) == len(set(seen)) == 136
+
+
+def test_batches_hold_samples_of_like_length_and_the_same_ones_as_unsorted(seven):
+    take = lambda group: [b for b, _ in zip(reader(f"{seven}/a", batch_size=5, length_group=group), range(28))]
+    alike, chance = take(28), take(1)
+    assert sorted(n for b in alike for n in numbers(b)) == sorted(n for b in chance for n in numbers(b))
+    padding = lambda batches: sum((b.targets[:, 1 + N:] == IGNORE).sum().item() for b in batches)
+    assert padding(alike) < 0.2 * padding(chance)
+
+
+@pytest.mark.parametrize("killed_at", [1, 4, 7, 16, 33])
+def test_a_resumed_run_goes_on_with_the_very_next_batch(seven, killed_at):
+    mixed = {f"{seven}/a": 3, f"{seven}/b": 1}
+    unbroken = [numbers(b) for b, _ in zip(reader(mixed), range(50))]
+    before = reader(mixed)
+    batches = iter(before)
+    seen = [numbers(next(batches)) for _ in range(killed_at)]
+    again = reader(mixed, state=json.loads(json.dumps(before.state())))
+    batches = iter(again)
+    seen += [numbers(next(batches)) for _ in range(5)]
+    third = reader(mixed, state=again.state())
+    seen += [numbers(b) for b, _ in zip(third, range(45 - killed_at))]
+    assert seen == unbroken
+
+
+def test_another_number_of_processes_repeats_nothing_within_the_epoch(seven, capsys):
+    data, seen = f"{seven}/a", []
+    for rank in range(2):
+        before = reader(data, rank, 2)
+        seen += [n for b, _ in zip(before, range(6)) for n in numbers(b)]
+    after = [reader(data, rank, 3, state=before.state()) for rank in range(3)]
+    assert "no sample comes twice" in capsys.readouterr().err
+    batches = [iter(a) for a in after]  # 2 groups of 4 x 4 samples are gone
+    seen += [n for _ in range(16) for rank in batches for n in numbers(next(rank))]
+    assert len(seen) == len(set(seen)) == 24 + 96
+
+
+def test_resuming_far_into_ten_thousand_shards_reads_only_what_comes_next(tmp_path):
+    write_tar(tmp_path / "one.tar", {f"{i}.{end}": c for i in range(1000) for end, c in
+                                     (("jpg", jpeg()), ("txt", b"a dog"))})
+    (tmp_path / "many").mkdir()
+    names = [f"{i:05d}.tar" for i in range(10_000)]
+    for name in names:
+        (tmp_path / "many" / name).symlink_to(tmp_path / "one.tar")
+    (tmp_path / "many/index.json").write_text(json.dumps({"samples": dict.fromkeys(names, 1000)}))
+    state = {"drawn": [0], "choices": 0, "batches": 15_625, "shape": [1, 64, 8]}
+    start = time.perf_counter()
+    far = reader(f"{tmp_path}/many", state=state, batch_size=64, length_group=8, shuffle_shards=8)
+    next(iter(far))
+    assert time.perf_counter() - start < 10
+    assert far.state()["batches"] % 8 == 15_626 % 8 and far.state()["drawn"] == [1953 * 512]
+
+
+def png(size):
+    buffer = io.BytesIO()
+    Image.new("L", size).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@functools.cache
+def bomb():
+    buffer = io.BytesIO()
+    Image.new("1", (14_000, 14_000)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def break_in_some_way(way, key):
+    """The members of a sample that is broken, and the cause by which it is to be counted."""
+    good = {f"{key}.jpg": jpeg(), f"{key}.json": json.dumps({"caption": "a dog"}).encode()}
+    changes = {
+        "truncated": ({f"{key}.jpg": jpeg((200, 200))[:300]}, "picture cannot be read"),
+        "html": ({f"{key}.jpg": b"<html>404</html>"}, "picture cannot be read"),
+        "noise": ({f"{key}.jpg": bytes(range(256)) * 4}, "picture cannot be read"),
+        "empty picture": ({f"{key}.jpg": b""}, "no picture"),
+        "one pixel": ({f"{key}.jpg": png((1, 1))}, "picture too small"),
+        "bomb": ({f"{key}.jpg": bomb()}, "picture too large"),
+        "empty json": ({f"{key}.json": b""}, "no caption"),
+        "broken json": ({f"{key}.json": b'{"caption": "a d'}, "no caption in its .json"),
+        "no such key": ({f"{key}.json": b'{"url": "x"}'}, "no caption in its .json"),
+        "number": ({f"{key}.json": b'{"caption": 7}'}, "caption is not a text"),
+        "null": ({f"{key}.json": b'{"caption": null}'}, "caption is not a text"),
+        "no caption": ({f"{key}.json": None}, "no caption"),
+    }
+    changed, cause = changes[way]
+    return {k: v for k, v in (good | changed).items() if v is not None}, cause
+
+
+WAYS = ("truncated", "html", "noise", "empty picture", "one pixel", "bomb", "empty json", "broken json",
+        "no such key", "number", "null", "no caption")
+
+
+def test_a_tenth_of_bad_samples_is_left_out_counted_and_named_once(tmp_path, capfd):
+    """1,200 samples, 120 broken in 12 ways; all good ones arrive, once."""
+    causes = Counter()
+    for shard in range(4):
+        members = {}
+        for i in range(300):
+            key = f"{shard}{i:04d}"
+            members |= {f"{key}.jpg": jpeg(), f"{key}.json": json.dumps({"caption": f"n{key}"}).encode()}
+            if i % 10 == 3:
+                broken, cause = break_in_some_way(WAYS[i // 10 % 12], key)
+                members = {k: v for k, v in members.items() if not k.startswith(key)} | broken
+                causes[cause] += 1
+        write_tar(tmp_path / f"{shard:05d}.tar", members)
+    it = reader(str(tmp_path), batch_size=10, length_group=4, num_workers=2, max_bad_fraction=0.2)
+    seen = [n for _, b in zip(range(120), it) for n in numbers(b)]
+    good = [f"n{shard}{i:04d}" for shard in range(4) for i in range(300) if i % 10 != 3]
+    assert sorted(seen) == sorted(good)
+    assert it.skipped == causes and sum(causes.values()) == 120 and it.looked_at == 1200
+    said = [line for line in capfd.readouterr().err.splitlines() if "first of its kind" in line]
+    assert len(said) == len(causes) and all(".tar:" in line for line in said)
+    assert "120 of 1200 samples cannot be used" in it.account()
+
+
+def test_what_lies_behind_a_damage_in_a_tar_is_still_read(tmp_path):
+    members = {f"{i}.{end}": c for i in range(50) for end, c in (("jpg", jpeg()), ("txt", b"n%d" % i))}
+    write_tar(tmp_path / "00000.tar", members)
+    write_tar(tmp_path / "00001.tar", members)
+    whole = (tmp_path / "00000.tar").read_bytes()
+    with tarfile.open(tmp_path / "00000.tar") as tar:
+        middle = tar.getmember("25.jpg").offset
+    (tmp_path / "00000.tar").write_bytes(whole[:middle] + b"\xff" * 512 + whole[middle + 512:])
+    (tmp_path / "00001.tar").write_bytes(whole[:middle + 600])
+    (tmp_path / "index.json").write_text(json.dumps({"samples": {"00000.tar": 50, "00001.tar": 50}}))
+    it = reader(str(tmp_path), batch_size=10, length_group=10, max_bad_fraction=1.0)
+    seen = [n for _, b in zip(range(10), it) for n in numbers(b)]
+    assert len(seen) == 49 + 25 and it.skipped.total() == 26
+
+
+def test_too_many_bad_samples_stop_the_run_with_one_line(tmp_path):
+    members = {f"{i}.{end}": c for i in range(300) for end, c in
+               (("jpg", jpeg() if i % 4 else b"x"), ("txt", b"a dog"))}
+    write_tar(tmp_path / "a.tar", members)
+    with pytest.raises(InputError, match=r"cannot be used \(picture cannot be read \d+\), more than max_bad_fraction"):
+        for _, _ in zip(reader(str(tmp_path), batch_size=10), range(40)):
+            pass
 
 
 def test_collate_pads_on_the_right():

@@ -107,12 +107,13 @@ def describe_training(config: Config) -> str:
 
 def _epochs(config):
     drawn = config.batch_size * config.grad_accum * config.max_steps
-    weights = {config.data: 1.0} if isinstance(config.data, str) else config.data
+    data = [config.data] if isinstance(config.data, str) else config.data
+    weights = data if isinstance(data, dict) else dict.fromkeys(data, 1.0)
     found = []
     for path, weight in weights.items():
         share = drawn * weight / sum(weights.values())
         try:
-            n = len(open_source(path))
+            n = sum(open_source(path).counts)
             found.append(f"{share / n:.2f} epochs of the {n:,} in {path}")
         except InputError:
             found.append(f"{share:,.0f} draws from {path}, which is not here")
