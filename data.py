@@ -3,10 +3,11 @@
 A sequence is a plain list of ids in which IMAGE (-1) stands once for each image token; training and chat
 build theirs here and nowhere else. Sequences are padded on the right, so causal attention needs no mask.
 
-The order of the samples is a function of the seed alone: worker processes only fetch what it names, ranks take
-disjoint slices of the same global batch, and a resumed run goes on where it was without reading from the start.
+The order of the samples is a function of the seed alone: worker processes only fetch what it names, ranks
+take disjoint slices of the same global batch, and a resumed run goes on where it was without reading from the
+start.
 
-    python data.py configs/stage2.py        shows the first samples as the model gets them (tools/show_data.py)
+    python data.py configs/stage2.py        shows the first samples as the model gets them
 
 Quirks kept from the original: each text segment and each answer is tokenised on its own and so gets its own
 leading space piece; an answer that is cut loses its end symbol; `###` directly after a text is other ids than
@@ -294,8 +295,8 @@ def open_source(path: str) -> Shards | CaptionFolder | Conversations:
     else:
         source = Shards(sorted(glob.glob(f"{path}/*.tar") if Path(path).is_dir() else glob.glob(path)))
     if sum(source.counts) == 0:
-        raise InputError(f"data {path}: no samples there; give *.tar shards, a folder of them, a .txt that lists "
-                         "them, a folder with filter_cap.json, or a .jsonl file")
+        raise InputError(f"data {path}: no samples there; give *.tar shards, a folder of them, a .txt that "
+                         "lists them, a folder with filter_cap.json, or a .jsonl file")
     return source
 
 
@@ -314,7 +315,7 @@ class Order:
     """In which order training goes through a source: draw number -> (shard, row), every sample once an epoch.
 
     Each epoch shuffles the shards, then the samples of each `window` shards that come next: what a shuffle
-    buffer is for, but any draw is found without those before it. Random access costs nothing within a window."""
+    buffer is for, but any draw is found without those before it."""
 
     def __init__(self, counts: list[int], seed: int, source: int, window: int):
         self.counts, self.key, self.window = np.array(counts), (seed, source), window
@@ -389,7 +390,7 @@ class Samples(Dataset):
         self.image_size, self.n_image_tokens = image_size, n_image_tokens
 
     def __getitem__(self, batch: tuple[int, list[Key]]):
-        """The samples of one batch of a group -> (group, source, good ones, [(cause, where)] of the others)."""
+        """The samples of one batch -> (its group, source, good samples, [(cause, where)] of the others)."""
         group, keys = batch
         good, bad = [], []
         for key in keys:
@@ -494,7 +495,7 @@ def collate_group(parts: list) -> tuple[list[Batch], list[tuple[str, str]], int]
             start, end = (len(good) * k // len(places) for k in (n, n + 1))
             batches[place] = good[start:end]
     if not any(batches):
-        raise InputError(f"not one of {len(parts)} batches of samples can be read; first: {parts[0][3][0][1]}")
+        raise InputError(f"a whole group of samples cannot be used; the first is {parts[0][3][0][1]}")
     spare = next(batch for batch in batches if batch)[:1]  # no batch may be empty
     bad = [b for _, _, _, some in parts for b in some]
     return [collate(batch or spare) for batch in batches], bad, len(bad) + sum(len(p[2]) for p in parts)
@@ -503,7 +504,8 @@ def collate_group(parts: list) -> tuple[list[Batch], list[tuple[str, str]], int]
 def open_samples(data: str | dict | list, config: Config, tokenizer: Tokenizer, image_size: int,
                  n_image_tokens: int):
     """The config's `data` or `heldout_data` -> (Samples, weight of each source)."""
-    weights = data if isinstance(data, dict) else dict.fromkeys([data] if isinstance(data, str) else data, 1.0)
+    data = [data] if isinstance(data, str) else data
+    weights = data if isinstance(data, dict) else dict.fromkeys(data, 1.0)
     sources = [open_source(path) for path in weights]
     return Samples(sources, config, tokenizer, image_size, n_image_tokens), list(weights.values())
 
@@ -511,9 +513,9 @@ def open_samples(data: str | dict | list, config: Config, tokenizer: Tokenizer, 
 class Reader:
     """The endless batches of a training run for one rank, with an account of the samples that are bad.
 
-    `state` is what `state()` gave when the run was saved: reading goes on behind it, without touching what came
-    before. With another number of processes than then, it goes on behind the group of batches in which it was
-    saved: no sample comes twice in its epoch, but some of that group may be left out."""
+    `state` is what `state()` gave when the run was saved: reading goes on behind it, without touching what
+    came before. With another number of processes than then, it goes on behind the group of batches in which
+    it was saved: no sample comes twice in its epoch, but some of that group may be left out."""
 
     def __init__(self, samples: Samples, weights: list[float], config: Config, rank: int = 0, world: int = 1,
                  state: dict | None = None):
@@ -527,9 +529,10 @@ class Reader:
             behind = -(-state["batches"] // state["shape"][2])
             self.base = self._groups(behind, *state["shape"])
             if rank == 0:
-                print(f"note: {state['shape'][0]} processes of batches of {state['shape'][1]} have become {world} of "
-                      f"{config.batch_size}: no sample comes twice, up to {state['shape'][2]} batches are left "
-                      "out", file=sys.stderr)
+                before, size, group = state["shape"]
+                print(f"note: {before} processes of batches of {size} have become {world} of "
+                      f"{config.batch_size}: no sample comes twice, up to {group - 1} batches are left out",
+                      file=sys.stderr)
         self.batches = self.passed
         self.skipped, self.looked_at = Counter(), 0
 
@@ -568,8 +571,8 @@ class Reader:
                 print(f"skipped, the first of its kind: {where}", file=sys.stderr)
         n = self.skipped.total()
         if self.looked_at >= 200 and n > self.config.max_bad_fraction * self.looked_at:
-            raise InputError(f"{self.account()}, more than max_bad_fraction {self.config.max_bad_fraction}; mend the "
-                             "data or raise max_bad_fraction")
+            raise InputError(f"{self.account()}, more than max_bad_fraction {self.config.max_bad_fraction}; "
+                             "mend the data or raise max_bad_fraction")
 
     def account(self) -> str:
         """How many samples were bad, and why."""

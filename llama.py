@@ -48,11 +48,11 @@ class LlamaConfig:
         if rope.get("rope_type", rope.get("type", "default")) != "default":
             raise InputError(f"{where}: rotary scaling {rope} is not supported; take a model without it")
         if sizes.get("model_type", "llama") not in ("llama", "mistral"):
-            raise InputError(f"{where}: {sizes['model_type']} is not of LLaMA's architecture; take a model that "
-                             "is")
+            raise InputError(f"{where}: {sizes['model_type']} is not of LLaMA's architecture; take a model "
+                             "that is")
         if (sizes.get("sliding_window") or CONTEXT) < CONTEXT:  # a wider window makes no difference here
-            raise InputError(f"{where}: a sliding window of {sizes['sliding_window']} tokens is not supported, "
-                             f"only those of {CONTEXT} and more; take another model")
+            raise InputError(f"{where}: a sliding window of {sizes['sliding_window']} tokens is not "
+                             f"supported, only those of {CONTEXT} and more; take another model")
         if sizes.get("attention_bias") or sizes.get("mlp_bias") or sizes.get("hidden_act", "silu") != "silu":
             raise InputError(f"{where}: biases or an activation other than silu are not LLaMA's; "
                              "take another model")
@@ -175,7 +175,9 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # given a weight, or else nn.Embedding draws one, which on the meta device imports a second's worth of code
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size,
+                                         _weight=torch.empty(config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = None

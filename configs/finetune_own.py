@@ -8,8 +8,8 @@ with `python data.py configs/finetune_own.py`.
 
 python train.py configs/finetune_own.py --data=own/data.jsonl
 
-As it stands it begins at the tiny model of this repo, to try the road: about a minute on 2 CPU cores. For a real one,
-put the paths of configs/stage2.py here, and its projection; 200 pictures are then 5 minutes on one GPU.
+As it stands it begins at the tiny model of this repo, to try the road. For a real one, put the paths of
+configs/stage2.py here, and its projection.
 """
 
 vision = "assets/tiny/vision.safetensors"

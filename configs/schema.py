@@ -34,8 +34,8 @@ class Config:
     train: tuple[str, ...] = ("proj",)   # the parts that learn: any of vision, qformer, proj, llama
     image_size: int = 0                  # pixels; 0: the size that the vision part was trained with
 
-    # The data: a path, a list of paths, or {path: weight}. A path is shards (*.tar, {00000..00099}.tar, a folder
-    # of them, or a .txt that lists them), a folder with filter_cap.json, or a .jsonl of captions and
+    # The data: a path, a list of paths, or {path: weight}. A path is shards (*.tar, {00000..00099}.tar, a
+    # folder of them, or a .txt that lists them), a folder with filter_cap.json, or a .jsonl of captions and
     # conversations. One source is drawn per batch, by weight.
     data: str | dict | list = ""
     heldout_data: str | dict | list = ""  # "": no evaluation during training

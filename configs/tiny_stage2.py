@@ -1,18 +1,19 @@
 """Stage 2 in the tiny world: stage 1's projection goes on with long, clean descriptions in chat's template.
-On 2 CPU cores its 600 steps took 1 min 52 s.
 
 python train.py configs/tiny_stage2.py
+
+@@STAGE2@@
 """
 
 vision = "assets/tiny/vision.safetensors"
-qformer = ""  # until the committed eyes have one
+qformer = "assets/tiny/qformer.safetensors"
 llama = "assets/tiny/llama"
 proj = "out/tiny_stage1/proj.safetensors"
 
 data = "data/tiny/stage2"
 heldout_data = "data/tiny/stage2_heldout"
 prepare = {
-    "data/tiny/stage2": "tools/make_scenes.py stage2 data/tiny/stage2 --n=3500",
+    "data/tiny/stage2": "tools/make_scenes.py stage2 data/tiny/stage2 --n=8000",
     "data/tiny/stage2_heldout": "tools/make_scenes.py stage2 data/tiny/stage2_heldout --n=500 --heldout=True",
 }
 template = "vicuna"
@@ -21,10 +22,10 @@ max_txt_len = 160
 clean_captions = False
 
 batch_size = 16
-max_steps = 600
-lr = 1e-3
+max_steps = 1100
+lr = 1e-2
 min_lr = 1e-4
-warmup_steps = 50
+warmup_steps = 20
 
 dtype = "float32"
 num_workers = 1

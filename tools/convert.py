@@ -108,8 +108,8 @@ def rename_all(names, table, path) -> dict[str, str]:
         except KeyError:
             unknown.append(name)
     if unknown:
-        raise InputError(f"{path}: {len(unknown)} unexpected tensors ({', '.join(unknown[:3])}); this file is "
-                         "of another model")
+        raise InputError(f"{path}: {len(unknown)} unexpected tensors ({', '.join(unknown[:3])}); this file "
+                         "is of another model")
     _say_dropped(dropped)
     return renamed
 

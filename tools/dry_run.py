@@ -99,7 +99,7 @@ def describe_training(config: Config) -> str:
                   f"{config.max_txt_len} of answer",
               f"FLOPs per step        {flops / 1e12:.3g} TFLOP for {B} x {config.grad_accum} samples in each "
               "process",
-              f"peak memory           about {peak / GIB:.1f} GiB per process: {weight_bytes / GIB:.1f} weights, "
+              f"peak memory           about {peak / GIB:.1f} GiB a process: {weight_bytes / GIB:.1f} weights, "
               f"{sum(kept.values()) / GIB:.1f} activations, {3 * learn_bytes / GIB:.2f} gradients, moments",
               f"samples and epochs    {_epochs(config)}"]
     return "\n".join(lines + [f"note: {n}" for n in notes])

@@ -69,7 +69,7 @@ def padding(batches) -> float:
 def main(argv: list[str]):
     positional, given = parse_args(argv)
     if len(positional) != 1:
-        raise InputError("usage: python data.py CONFIG [--plain=True] [--show=3] [--n=1000] [--key=value ...]")
+        raise InputError("usage: python data.py CONFIG [--plain=True] [--show=3] [--n=1000] [--key=value]")
     own = {f.name for f in fields(Options)}
     options = override(Options(), {k: v for k, v in given.items() if k in own})
     config = load_config(positional[0], {k: v for k, v in given.items() if k not in own})
@@ -94,7 +94,8 @@ def main(argv: list[str]):
         unknown += sum(i == unk for i in ids)
     n = len(lengths)
     spread = lambda values: f"{np.mean(values):.1f} on average, {min(values)} to {max(values)}"
-    print(f"{n} samples of {sum(map(sum, (s.counts for s in samples.sources))):,}, {image_shape[1]} image tokens each")
+    total = sum(sum(s.counts) for s in samples.sources)
+    print(f"{n} samples of {total:,}, {image_shape[1]} image tokens for each picture")
     print(f"tokens of a sample    {spread(lengths)}\nof these, trained     {spread(answers)}")
     print(f"at max_txt_len        {cut / n:.1%} of the samples: their answers are cut or just fit")
     print(f"unknown tokens        {unknown}")
