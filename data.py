@@ -142,7 +142,7 @@ class Shards:
     """Tar files as img2dataset writes them: KEY.jpg with KEY.json ({"caption": ...}) or KEY.txt beside it.
 
     A shard's headers are read when its first sample is asked for. How many samples it holds, which the order
-    of an epoch needs at once, is in the folder's index.json (tools/prepare_stage1.py) or in img2dataset's own
+    of an epoch needs at once, is in the folder's index.json ({"samples": {"00000.tar": 9123}}) or in img2dataset's own
     *_stats.json; where neither is, the headers of all shards are read at the start."""
 
     def __init__(self, paths: list[str]):
@@ -184,7 +184,8 @@ def _known_counts(folder):
     """{shard's file name: its number of samples}, as far as the folder tells."""
     try:
         index = json.loads((folder / "index.json").read_text())["samples"]
-    except (OSError, ValueError, KeyError, TypeError):
+        index = {name: n for name, n in index.items() if type(n) is int and n >= 0}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         index = {}
     for stats in folder.glob("*_stats.json"):
         try:
@@ -235,13 +236,13 @@ class CaptionFolder:
         self.name, self.folder = folder, Path(folder) / "image"
         try:
             self.annotations = json.loads((Path(folder) / "filter_cap.json").read_text())["annotations"]
-        except (ValueError, KeyError) as e:
+            self.counts = [len(self.annotations[:])]
+        except (ValueError, KeyError, TypeError) as e:
             raise InputError(f"{folder}/filter_cap.json: no JSON with `annotations` ({e}); "
                              "fetch it again") from e
-        self.counts = [len(self.annotations)]
 
     def describe(self, shard: int, row: int) -> str:
-        return f"{self.folder}/{self.annotations[row].get('image_id')}.jpg"
+        return f"{self.folder.parent}/filter_cap.json, annotation {row + 1}"
 
     def __getitem__(self, place):
         a = self.annotations[place[1]]
@@ -401,7 +402,15 @@ class Samples(Dataset):
         return group, keys[0].source, good, bad
 
     def sample(self, key: Key) -> tuple:
-        """One sample. Raises BadSample."""
+        """One sample. Raises BadSample, whatever is wrong with it."""
+        try:
+            return self._sample(key)
+        except BadSample:
+            raise
+        except Exception as e:  # what people's files hold has no end, and a run must outlive it
+            raise BadSample("not a sample", repr(e)) from e
+
+    def _sample(self, key):
         sample = self.sources[key.source][key.shard, key.row]
         images = []
         for image in sample.images:
@@ -443,6 +452,8 @@ class Samples(Dataset):
         if sample.turns is None:
             if not isinstance(sample.caption, str):
                 raise BadSample("caption is not a text", repr(sample.caption))
+            if not sample.images or not sample.caption.strip():
+                raise BadSample("a caption without a picture" if sample.caption.strip() else "empty caption")
             caption = clean_caption(sample.caption) if config.clean_captions else sample.caption
             if not config.template:  # stage 1: the picture, then its caption
                 yield [BOS, *[IMAGE] * len(sample.images)], self._answer(caption)
@@ -506,6 +517,8 @@ def open_samples(data: str | dict | list, config: Config, tokenizer: Tokenizer, 
     """The config's `data` or `heldout_data` -> (Samples, weight of each source)."""
     data = [data] if isinstance(data, str) else data
     weights = data if isinstance(data, dict) else dict.fromkeys(data, 1.0)
+    if not weights or not all(isinstance(w, (int, float)) and w > 0 for w in weights.values()):
+        raise InputError(f"data = {data!r}: give at least one path, and weights above 0")
     sources = [open_source(path) for path in weights]
     return Samples(sources, config, tokenizer, image_size, n_image_tokens), list(weights.values())
 

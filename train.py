@@ -49,12 +49,16 @@ def make_optimizer(parameters: dict[str, torch.nn.Parameter], config: Config) ->
 # ---- the run's folder --------------------------------------------------------------------------------------
 
 
+def refuse_to_overwrite(config: Config):
+    """Raise InputError when out_dir holds a run that this one does not resume."""
+    if (Path(config.out_dir) / "state.safetensors").is_file() and not config.resume:
+        raise InputError(f"{config.out_dir} already holds a run; go on with it by --resume=True, or choose "
+                         "another --out_dir")
+
+
 def start_folder(config: Config):
-    """Make out_dir, with a config.json that leads chat.py to all parts. Never overwrites an earlier run."""
+    """Make out_dir, with a config.json that leads chat.py to all parts."""
     out = Path(config.out_dir)
-    if (out / "state.safetensors").is_file() and not config.resume:
-        raise InputError(f"{out} already holds a run; go on with it by --resume=True, or choose another "
-                         "--out_dir")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -187,7 +191,7 @@ def warn_of_chance(loss: float, vocab_size: int):
     if loss > log(vocab_size) - 0.5:
         print(f"warning: the first loss, {loss:.2f}, is that of guessing among {vocab_size} tokens "
               f"({log(vocab_size):.2f}); look whether the language model is whole, with python chat.py "
-              "--check=True", file=sys.stderr)
+              "--ckpt=OUT_DIR --check=True", file=sys.stderr)
 
 
 def train_step(wrapped, batches: list[Batch], optimizer, scaler, parameters: dict, config: Config,
@@ -218,18 +222,19 @@ def train_step(wrapped, batches: list[Batch], optimizer, scaler, parameters: dic
 
 def train(config: Config, device, rank: int = 0, world: int = 1):
     """Run the config from its first or its last saved step to max_steps."""
+    refuse_to_overwrite(config)
     prepare_data(config, rank)
     model = build(config, device)
     make_samples = lambda data: open_samples(data, config, model.tokenizer, *model.image_shape)
     samples, weights = make_samples(config.data)
     heldout = make_samples(config.heldout_data)[0] if config.heldout_data and rank == 0 else None
-    if rank == 0:
-        start_folder(config)
     parameters = {f"{name}.{k}": p for name in config.train for k, p in model.part_parameters(name).items()}
     optimizer = make_optimizer(parameters, config)
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
     done, read = (load_checkpoint(optimizer, scaler, parameters, config, device) if config.resume
                   else (0, None))
+    if rank == 0:
+        start_folder(config)  # after the state was found to fit: a refused resume changes nothing
     log = Log(config, done) if rank == 0 else None
     # without init_sync, since all ranks start alike, by seed
     wrapped = DistributedDataParallel(model, init_sync=False) if world > 1 else model

@@ -210,6 +210,11 @@ def test_a_converted_projection_with_a_config_is_a_run_s_folder(tmp_path):
     done = subprocess.run([sys.executable, "chat.py", str(picture), f"--ckpt={out.parent}", "--prompt=hm?",
                            "--max_new_tokens=3"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "does not say which parts" in done.stderr
+    (out.parent / "state.safetensors").write_bytes(b"")  # a training run is not overwritten
+    assert "already holds a run" in fails("proj", tmp_path / "original.pth", out, f"--config={config}")
+    other = tmp_path / "other/proj.safetensors"
+    fails("proj", tmp_path / "original.pth", other, "--config=none.py")
+    assert not other.exists()
 
 
 def test_a_projection_knows_the_parts_that_it_was_trained_with(tmp_path):
@@ -281,9 +286,11 @@ def test_a_file_of_something_else(tmp_path):
     (tmp_path / "a.pth").write_text("<html>404</html>")
     torch.save({"epoch": 3}, tmp_path / "b.pth")
     torch.save({"conv1.weight": torch.ones(1)}, tmp_path / "c.pth")
-    for name in "abc":
+    (tmp_path / "d.pth").write_bytes(b"")
+    for name in "abcd":
         fails("qformer", tmp_path / f"{name}.pth", tmp_path / "q.safetensors")
     assert "unexpected" in fails("qformer", tmp_path / "c.pth", tmp_path / "q.safetensors")
+    assert "no PyTorch file" in fails("qformer", tmp_path / "a.pth", tmp_path / "q.safetensors")
 
 
 def test_missing_and_mis_shaped_tensors_are_named(tmp_path):

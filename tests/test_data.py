@@ -400,3 +400,27 @@ def test_collate_pads_on_the_right():
     assert batch.images.shape == (2, 3, 2, 2)
     assert batch.tokens.tolist() == [[1, -1, 5], [1, 0, 0]]
     assert batch.targets.tolist() == [[-100, -100, 5], [-100, -100, -100]]
+
+
+@pytest.mark.parametrize("line", ['{"text": 5}', '{"image": "a.jpg", "caption": "\\ud800"}', "[" * 100_000,
+                                  '{"img": "a.jpg", "caption": "A dog."}', '{"image": "a.jpg", "caption": ""}',
+                                  '{"image": "none.jpg", "caption": "A dog."}', '[1]', '{"conversation": []}'])
+def test_any_odd_line_of_a_jsonl_is_one_bad_sample(tmp_path, line):
+    (tmp_path / "a.jpg").write_bytes(jpeg())
+    path = tmp_path / "own.jsonl"
+    path.write_text(f'{{"image": "a.jpg", "caption": "A dog."}}\n{line}\n')
+    it = reader(str(path), batch_size=2, length_group=1)
+    assert numbers(next(iter(it))) == ["a"] and it.skipped.total() == 1
+
+
+@pytest.mark.parametrize("content", ["[]", '{"annotations": null}', '{"annotations": 7}', '{"annotations": {}}'])
+def test_a_filter_cap_json_of_another_form_is_refused(tmp_path, content):
+    (tmp_path / "filter_cap.json").write_text(content)
+    with pytest.raises(InputError, match="filter_cap.json"):
+        open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("data", [[], {}, {"a": 0}, {"a": "x"}])
+def test_data_of_no_weight_is_refused(data):
+    with pytest.raises(InputError, match="weights above 0"):
+        open_samples(data, STAGE1, TOKENIZER, 28, N)

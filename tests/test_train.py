@@ -229,8 +229,10 @@ def test_an_earlier_run_is_never_overwritten(world, tmp_path):
 
 def test_a_state_of_another_model_is_refused(world, tmp_path):
     run(micro(world, tmp_path, max_steps=2))
+    before = (tmp_path / "config.json").read_text()
     with pytest.raises(InputError, match="other parts"):
         run(micro(world, tmp_path, max_steps=4, resume=True, train=("proj", "qformer")))
+    assert (tmp_path / "config.json").read_text() == before
 
 
 def test_heldout_loss_and_sample_answers_are_logged(world, tmp_path):

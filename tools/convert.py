@@ -37,7 +37,7 @@ from configs.schema import InputError, load_config, override, parse_args, read_s
 from llama import LlamaConfig, Tokenizer, indexed_files, read_json
 from model import MiniGPT4, check_fit, load_tensors, write_tensors
 from qformer import QFormerConfig
-from train import start_folder
+from train import refuse_to_overwrite, start_folder
 from vision import VisionConfig
 
 LAYER = r"Qformer\.bert\.encoder\.layer\.(\d+)\."
@@ -141,11 +141,10 @@ def open_weights(path: Path) -> dict[str, torch.Tensor]:
                 raise
             content = load()  # the format of before PyTorch 1.6
     except pickle.UnpicklingError as e:
-        raise InputError(f"{path}: refused, since it holds more than tensors and could run code "
-                         f"({str(e).splitlines()[0][:80]}); get it from its official source") from e
-    except (RuntimeError, EOFError, OSError, ValueError) as e:
-        reason = str(e).splitlines()[0]
-        raise InputError(f"{path}: not a complete PyTorch file ({reason}); fetch it again") from e
+        raise InputError(f"{path}: refused: no PyTorch file, or one that holds more than tensors and could run "
+                         "code; get it from its official source") from e
+    except Exception as e:  # a broken file breaks PyTorch's reader in many ways
+        raise InputError(f"{path}: not a complete PyTorch file ({type(e).__name__}); fetch it again") from e
     while isinstance(content, dict) and isinstance(content.get("model"), dict):
         content = content["model"]
     if not isinstance(content, dict) or not any(isinstance(t, torch.Tensor) for t in content.values()):
@@ -175,6 +174,13 @@ def qformer_sizes(shapes: dict, options: "Options") -> QFormerConfig:
 
 def convert_part(part: str, source: str, target: str, options: "Options"):
     """One file of the vision part, the Q-Former or the projection."""
+    config = None
+    if part == "proj" and options.config:
+        folder = Path(target).parent
+        if Path(target).name != "proj.safetensors":
+            raise InputError(f"{target}: with --config, name it {folder}/proj.safetensors, as chat.py does")
+        config = load_config(options.config, {"out_dir": str(folder)})
+        refuse_to_overwrite(config)
     tensors = open_weights(Path(source))
     if part == "vision" and not any(k.startswith("visual_encoder.") for k in tensors):
         tensors = {f"visual_encoder.{k}": t for k, t in tensors.items()}
@@ -191,17 +197,16 @@ def convert_part(part: str, source: str, target: str, options: "Options"):
     shapes = {k: tuple(t.shape) for k, t in kept.items()}
     try:
         sizes, expected = _expected(part, shapes, options)
-    except (KeyError, ValueError) as e:
-        raise InputError(f"{source}: does not fit as {part}: no tensor {e} to tell its sizes; it is of "
-                         "another model") from e
+    except (KeyError, ValueError, IndexError) as e:
+        raise InputError(f"{source}: does not fit as {part}: its sizes cannot be told ({e}); it is of another "
+                         "model") from e
+    if sizes and sizes["width"] % sizes["n_heads"]:
+        raise InputError(f"{source}: a width of {sizes['width']} is not for {sizes['n_heads']} heads; give "
+                         "--heads")
     check_fit(source, part, shapes, expected)
     metadata = {"config": json.dumps(sizes)} if sizes else {}
     write_tensors(Path(target), metadata, _layout(kept, options.dtype), kept.__getitem__)
-    if part == "proj" and options.config:
-        folder = Path(target).parent
-        if Path(target).name != "proj.safetensors":
-            raise InputError(f"{target}: with --config, name it {folder}/proj.safetensors, as chat.py does")
-        config = load_config(options.config, {"out_dir": str(folder), "resume": "True"})
+    if config:
         start_folder(config)
     _say_written(target, kept)
 

@@ -102,7 +102,7 @@ def describe_training(config: Config) -> str:
               f"peak memory           about {peak / GIB:.1f} GiB a process: {weight_bytes / GIB:.1f} weights, "
               f"{sum(kept.values()) / GIB:.1f} activations, {3 * learn_bytes / GIB:.2f} gradients, moments",
               f"samples and epochs    {_epochs(config)}"]
-    return "\n".join(lines + [f"note: {n}" for n in notes])
+    return "\n".join([f"note: {n}" for n in notes] + lines)
 
 
 def _epochs(config):

@@ -62,6 +62,8 @@ class Options:
     seed: int = 0
 
     def __post_init__(self):
+        if self.tokenizer and not Path(self.tokenizer).is_file():
+            raise InputError(f"--tokenizer={self.tokenizer}: there is no such file")
         if self.size not in LLAMA or self.format not in ("safetensors", "bin"):
             raise InputError(f"--size={self.size} --format={self.format}: sizes are {', '.join(LLAMA)}, "
                              "formats safetensors and bin")
@@ -174,9 +176,11 @@ def main(argv: list[str]):
         WRITE[positional[0]](part, options, lambda k, shape, **kw: random_tensor(k, shape, generator, **kw))
         part.rename(target)
     except (OSError, RuntimeError) as e:
-        shutil.rmtree(part, ignore_errors=True)
-        part.unlink(missing_ok=True)
         raise InputError(f"{target}: cannot be written: {str(e).splitlines()[0]}") from e
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        if part.is_file():
+            part.unlink()
 
 
 if __name__ == "__main__":

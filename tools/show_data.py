@@ -16,7 +16,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configs.schema import Config, InputError, load_config, override, parse_args
-from data import Reader, open_samples
+from data import BadSample, Key, Reader, open_samples
 from llama import IGNORE, IMAGE, Tokenizer
 from tools.dry_run import meta_model
 from train import prepare_data
@@ -79,14 +79,21 @@ def main(argv: list[str]):
     tokenizer = Tokenizer(config.tokenizer or f"{llama}/tokenizer.model")
     samples, weights = open_samples(config.data, config, tokenizer, *image_shape)
 
-    for images, ids, targets in samples.first(options.show):
+    seen = list(samples.first(options.n))
+    if not seen:
+        try:
+            samples.sample(Key(0, 0, 0, 0))
+        except BadSample as e:
+            raise InputError(f"none of the samples can be used; the first: {e}") from e
+        raise InputError(f"--n={options.n}: give at least 1")
+    for images, ids, targets in seen[:options.show]:
         for image in images:
             print(f"picture {tuple(image.shape)}" if options.plain else half_blocks(image.numpy()))
         print(tokens_as_text(ids, targets, tokenizer, options.plain), end="\n\n")
 
     lengths, answers, cut, unknown = [], [], 0, 0
     unk = tokenizer.sp.unk_id()
-    for _, ids, targets in samples.first(options.n):
+    for _, ids, targets in seen:
         wanted = [t for t in targets if t != IGNORE]
         lengths.append(len(ids))
         answers.append(len(wanted))
@@ -103,5 +110,5 @@ def main(argv: list[str]):
         reader = Reader(samples, weights, override(config, {"length_group": group, "num_workers": 0}))
         few = islice(reader, max(1, n // config.batch_size))
         print(f"padding, {name:<16} {padding(few):.1%} of all tokens")
-    if reader.skipped:
-        print(reader.account())
+    looked_at = sum(min(n, sum(s.counts)) for s in samples.sources[:1])
+    print(f"cannot be used        {reader.account()}" if reader.skipped else f"of {looked_at} samples none is bad")
