@@ -31,7 +31,7 @@ def answer_to(tiny, question, *pictures, **options):
     return "".join(talk.ask(question)), talk
 
 
-@pytest.mark.xfail(strict=True, reason="the committed tiny weights are an early state, see the README's table")
+@pytest.mark.xfail(strict=True, reason="the tiny weights mix up shapes, see the table in the README")
 def test_the_tiny_model_describes_its_example_rightly(tiny):
     for seed in range(3):  # sampled as the demo does, not greedy
         answer, talk = answer_to(tiny, "Describe this image in detail.", EXAMPLE, seed=seed)
