@@ -142,8 +142,8 @@ class Shards:
     """Tar files as img2dataset writes them: KEY.jpg with KEY.json ({"caption": ...}) or KEY.txt beside it.
 
     A shard's headers are read when its first sample is asked for. How many samples it holds, which the order
-    of an epoch needs at once, is in the folder's index.json ({"samples": {"00000.tar": 9123}}) or in img2dataset's own
-    *_stats.json; where neither is, the headers of all shards are read at the start."""
+    of an epoch needs at once, is in the folder's index.json ({"samples": {"00000.tar": 9123}}) or in
+    img2dataset's own *_stats.json; where neither is, the headers of all shards are read at the start."""
 
     def __init__(self, paths: list[str]):
         self.name, self.paths = paths[0] if paths else "no shards", paths

@@ -175,7 +175,7 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        # given a weight, or else nn.Embedding draws one, which on the meta device imports a second's worth of code
+        # Without a weight nn.Embedding would draw one, for which the meta device imports a second's worth of code
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size,
                                          _weight=torch.empty(config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))

@@ -137,7 +137,7 @@ class MiniGPT4(nn.Module):
         than the vision part was trained with. Files are memory-mapped and, where their dtype is `dtype`, not
         copied. Raises InputError for files that are missing, broken, or do not fit together; for a projection
         that was trained beside other parts, unless `force`."""
-        _check_parts(train, vision, qformer)
+        check_parts(train, vision, qformer)
         files = {name: read_part(name, source) for name, source in
                  {"vision": vision, "qformer": qformer, "proj": proj, "llama": llama}.items()
                  if isinstance(source, str) and source}
@@ -305,7 +305,8 @@ def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, s
         raise InputError(f"{path}: not a complete safetensors file ({e}); fetch or convert it again") from e
 
 
-def _check_parts(train, vision, qformer):
+def check_parts(train: tuple[str, ...], vision, qformer):
+    """Raise InputError when a part that is to learn is unknown or not there."""
     for name in train:
         if name not in PARTS:
             raise InputError(f"train: {name!r} is no part of the model; the parts are {', '.join(PARTS)}")
@@ -315,13 +316,15 @@ def _check_parts(train, vision, qformer):
         raise InputError("qformer: it needs a vision part to look through; give vision as well")
 
 
-class _File(NamedTuple):
+class File(NamedTuple):
+    """A part as it was read; `sizes` of a projection is what it was trained with."""
+
     path: str
     tensors: dict[str, torch.Tensor]
     sizes: dict | LlamaConfig
 
 
-def read_part(name: str, path: str) -> _File:
+def read_part(name: str, path: str) -> File:
     """A part's file or folder: its tensors, memory-mapped, and its sizes."""
     if name == "llama":
         return _read_llama(path)
@@ -330,7 +333,7 @@ def read_part(name: str, path: str) -> _File:
     if about is None:
         raise InputError(f"{path}: it carries no sizes, so it is not a converted {name} file; "
                          f"run tools/convert.py {name}")
-    return _File(path, tensors, json.loads(about))
+    return File(path, tensors, json.loads(about))
 
 
 def _read_llama(folder):
@@ -342,7 +345,7 @@ def _read_llama(folder):
                if not k.endswith("rotary_emb.inv_freq")}
     if sizes.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)  # some files carry the tied tensor twice
-    return _File(folder, tensors, sizes)
+    return File(folder, tensors, sizes)
 
 
 def _sizes(cls, name, source, files, **derived):

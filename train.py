@@ -285,10 +285,12 @@ def main(argv: list[str]):
         raise InputError("usage: python train.py CONFIG [--key=value ...], for instance "
                          "configs/tiny_stage1.py")
     config = load_config(positional[0], options)
+    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     if config.dry_run:
         from tools.dry_run import describe_training
-        return print(describe_training(config))
-    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(describe_training(config, world))
+        return
     device = pick_device(config.device, local)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

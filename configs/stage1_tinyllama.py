@@ -2,9 +2,9 @@
 
 python train.py configs/stage1_tinyllama.py
 
-The paper's recipe but for the language model. The global batch is still 256, by accumulation; see the memory
-with --dry_run=True. Expected: like stage 1, with the shorter memory and knowledge of a model of 1.1B. Nobody
-has run it to its end yet.
+The paper's recipe but for the language model. The global batch is still 256, by accumulation. See the memory
+with --dry_run=True, for which config.json in weights/tinyllama-1.1b-chat is enough. Expected: like stage 1,
+with the shorter memory and knowledge of a model of 1.1B. Nobody has run it to its end yet.
 """
 
 vision = "weights/eva_vit_g.safetensors"

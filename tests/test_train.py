@@ -202,6 +202,13 @@ def test_a_dry_run_needs_no_weights_and_knows_the_official_sizes(name):
     assert re.search(rf"all .* {learn}$", text, re.MULTILINE)
 
 
+def test_a_dry_run_takes_the_language_model_s_sizes_from_its_config_json_alone(world, tmp_path):
+    (tmp_path / "config.json").write_text((Path(world["llama"]) / "config.json").read_text())
+    text = describe_training(micro(world, tmp_path / "out", llama=str(tmp_path)), world=2)
+    count = sum(t.numel() for t in load_file(f"{world['llama']}/model.safetensors").values())
+    assert re.search(rf"llama +{count:,} ", text) and "48 samples for 2 process" in text
+
+
 def test_a_dry_run_counts_what_a_step_computes_and_keeps(world, tmp_path):
     """Its FLOPs are those that the counter sees in a real step over sequences of that length."""
     config = micro(world, tmp_path, template="vicuna", end_sym="###", max_txt_len=9, data=world["stage2"],

@@ -140,7 +140,7 @@ def bench_chat(options: Options) -> list[dict]:
         if not (folder / name / "config.json").is_file():
             make(folder / name, options.size)
     message = user_message(QUESTION, 1)
-    segments = chat_segments([(message, None)], TEMPLATES["vicuna"])  # the peer gets a prompt of as many tokens
+    segments = chat_segments([(message, None)], TEMPLATES["vicuna"])  # the peer's prompt has as many tokens
     prompt = encode_segments(segments, Tokenizer(f"{folder}/ours/llama/tokenizer.model"), n_image_tokens=0)
     picture = str(folder / "picture.png")
     Image.effect_noise((640, 480), 80).convert("RGB").save(picture)

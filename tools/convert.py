@@ -141,8 +141,8 @@ def open_weights(path: Path) -> dict[str, torch.Tensor]:
                 raise
             content = load()  # the format of before PyTorch 1.6
     except pickle.UnpicklingError as e:
-        raise InputError(f"{path}: refused: no PyTorch file, or one that holds more than tensors and could run "
-                         "code; get it from its official source") from e
+        raise InputError(f"{path}: refused: no PyTorch file, or one that holds more than tensors and could "
+                         "run code; get it from its official source") from e
     except Exception as e:  # a broken file breaks PyTorch's reader in many ways
         raise InputError(f"{path}: not a complete PyTorch file ({type(e).__name__}); fetch it again") from e
     while isinstance(content, dict) and isinstance(content.get("model"), dict):
@@ -198,8 +198,8 @@ def convert_part(part: str, source: str, target: str, options: "Options"):
     try:
         sizes, expected = _expected(part, shapes, options)
     except (KeyError, ValueError, IndexError) as e:
-        raise InputError(f"{source}: does not fit as {part}: its sizes cannot be told ({e}); it is of another "
-                         "model") from e
+        raise InputError(f"{source}: does not fit as {part}: its sizes cannot be told ({e}); it is of "
+                         "another model") from e
     if sizes and sizes["width"] % sizes["n_heads"]:
         raise InputError(f"{source}: a width of {sizes['width']} is not for {sizes['n_heads']} heads; give "
                          "--heads")

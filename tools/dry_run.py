@@ -3,9 +3,9 @@
     python train.py configs/stage1.py --dry_run=True
     python chat.py --ckpt=out/stage2 --dry_run=True
 
-Sizes are read from the headers of the weight files; for those that are not there, the official sizes
-(EVA-ViT-g, BLIP-2's Q-Former, LLaMA-7B) are taken, and it says so. Memory is an estimate: the weights, what
-autograd keeps for the backward pass (measured by its hooks), gradients and AdamW's two moments.
+Sizes are read from the headers of the weight files and from LLaMA's config.json; where these are not there,
+the official sizes (EVA-ViT-g, BLIP-2's Q-Former, LLaMA-7B) are taken, and it says so. Memory is an estimate:
+the weights, what autograd keeps for the backward pass (measured by its hooks), gradients and AdamW's moments.
 """
 
 import sys
@@ -19,7 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configs.schema import Config, InputError, read_saved_config
 from data import open_source
-from model import PARTS, MiniGPT4, read_part
+from llama import LlamaConfig, read_json
+from model import PARTS, File, MiniGPT4, check_parts, read_part
 
 GIB = 2**30
 OFFICIAL_LLAMA = dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
@@ -33,7 +34,10 @@ def meta_model(config: Config) -> tuple[MiniGPT4, list[str]]:
     for name, source in sources.items():
         if isinstance(source, dict) or not source:
             continue
-        if Path(source).exists():
+        if name == "llama" and (Path(source) / "config.json").is_file():
+            sizes = Path(source) / "config.json"  # is enough
+            files[name] = File(source, {}, LlamaConfig.from_dict(read_json(sizes), str(sizes)))
+        elif Path(source).is_file():
             files[name] = read_part(name, source)
         else:
             notes.append(f"{source} is not here: official sizes are assumed for the {name} part")
@@ -64,8 +68,9 @@ def describe_parts(model: MiniGPT4) -> list[str]:
     return lines
 
 
-def describe_training(config: Config) -> str:
-    """The whole answer for train.py."""
+def describe_training(config: Config, world: int = 1) -> str:
+    """The whole answer for train.py, for `world` processes."""
+    check_parts(config.train, config.vision, config.qformer)
     model, notes = meta_model(config)
     n_image = model.image_shape[1]
     prompt = 1 + (PROMPT_TOKENS if config.template else 0)
@@ -101,12 +106,12 @@ def describe_training(config: Config) -> str:
               "process",
               f"peak memory           about {peak / GIB:.1f} GiB a process: {weight_bytes / GIB:.1f} weights, "
               f"{sum(kept.values()) / GIB:.1f} activations, {3 * learn_bytes / GIB:.2f} gradients, moments",
-              f"samples and epochs    {_epochs(config)}"]
+              f"samples and epochs    {_epochs(config, world)}"]
     return "\n".join([f"note: {n}" for n in notes] + lines)
 
 
-def _epochs(config):
-    drawn = config.batch_size * config.grad_accum * config.max_steps
+def _epochs(config, world):
+    drawn = world * config.batch_size * config.grad_accum * config.max_steps
     data = [config.data] if isinstance(config.data, str) else config.data
     weights = data if isinstance(data, dict) else dict.fromkeys(data, 1.0)
     found = []
@@ -117,7 +122,7 @@ def _epochs(config):
             found.append(f"{share / n:.2f} epochs of the {n:,} in {path}")
         except InputError:
             found.append(f"{share:,.0f} draws from {path}, which is not here")
-    return f"{drawn:,} samples in each process: " + "; ".join(found)
+    return f"{drawn:,} samples for {world} process(es): " + "; ".join(found)
 
 
 def describe_chat(options) -> str:

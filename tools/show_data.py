@@ -111,4 +111,5 @@ def main(argv: list[str]):
         few = islice(reader, max(1, n // config.batch_size))
         print(f"padding, {name:<16} {padding(few):.1%} of all tokens")
     looked_at = sum(min(n, sum(s.counts)) for s in samples.sources[:1])
-    print(f"cannot be used        {reader.account()}" if reader.skipped else f"of {looked_at} samples none is bad")
+    bad = reader.account() if reader.skipped else f"none of the first {looked_at}"
+    print(f"cannot be used        {bad}")
