@@ -158,8 +158,10 @@ class Shards:
         self.counts = counts
 
     def describe(self, shard: int, row: int) -> str:
-        table = index_tar(self.paths[shard])
-        key = table[row][0] if row < len(table) else f"sample {row}"
+        try:
+            key = index_tar(self.paths[shard])[row][0]
+        except (InputError, IndexError):  # the shard is broken
+            key = f"sample {row}"
         return f"{self.paths[shard]}:{key}"
 
     def __getitem__(self, place):

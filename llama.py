@@ -9,7 +9,7 @@ V vocabulary.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -75,8 +75,14 @@ class LlamaConfig:
             tie_word_embeddings=sizes.get("tie_word_embeddings", False),
         )
 
+    def to_hub(self) -> dict:
+        """The content of a Hugging Face config.json; from_dict is its inverse."""
+        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama"} | asdict(self)
+
 
 class RMSNorm(nn.Module):
+    """x (..., D) over its root mean square, in float32, times a weight."""
+
     def __init__(self, width: int, eps: float):
         super().__init__()
         self.eps = eps
@@ -119,6 +125,8 @@ class KVCache:
 
 
 class Attention(nn.Module):
+    """Causal self-attention with rotary positions, x (B, T, D) -> (B, T, D)."""
+
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
@@ -142,6 +150,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """SwiGLU, x (B, T, D) -> (B, T, D)."""
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -153,6 +163,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Pre-norm attention and MLP, x (B, T, D) -> (B, T, D)."""
+
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -175,7 +187,7 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        # Without a weight nn.Embedding would draw one, for which the meta device imports a second's worth of code
+        # without a weight nn.Embedding draws one, for which the meta device imports a second of code
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size,
                                          _weight=torch.empty(config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))

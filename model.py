@@ -203,8 +203,7 @@ class MiniGPT4(nn.Module):
         root.mkdir(parents=True, exist_ok=True)
         tensors = {k if k.startswith("lm_head") else f"model.{k}": t for k, t in tensors.items()}
         save_tensors(tensors, root / "model.safetensors", {"format": "pt"})
-        sizes = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"} | asdict(self.llama.config)
-        (root / "config.json").write_text(json.dumps(sizes, indent=1))
+        (root / "config.json").write_text(json.dumps(self.llama.config.to_hub(), indent=1))
         if Path(self.tokenizer.path) != root / "tokenizer.model":
             shutil.copyfile(self.tokenizer.path, root / "tokenizer.model")
 

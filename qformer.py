@@ -49,6 +49,8 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
+    """Post-norm: queries x (B, Q, D) look at each other, some layers at the image, then an MLP."""
+
     def __init__(self, config: QFormerConfig, looks: bool):
         super().__init__()
         self.self_attn = Attention(config, config.width)

@@ -170,7 +170,7 @@ def prepare_data(config: Config, rank: int):
     for data in (config.data, config.heldout_data):
         used += [data] if isinstance(data, str) else data
     for path, command in config.prepare.items():
-        if rank == 0 and not Path(path).exists() and (any(u.startswith(path) for u in used)):
+        if rank == 0 and not Path(path).exists() and any(u.startswith(path) for u in used):
             print(f"{path} is missing; making it: python {command}", file=sys.stderr)
             done = subprocess.run([sys.executable, *shlex.split(command)])
             if done.returncode:

@@ -89,6 +89,8 @@ class VisionConfig:
 
 
 class Attention(nn.Module):
+    """Self-attention over all tokens, x (B, N, D) -> (B, N, D)."""
+
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.n_heads = config.n_heads
@@ -107,6 +109,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two linear layers and an exact GELU, x (B, N, D) -> (B, N, D)."""
+
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.fc1 = nn.Linear(config.width, config.mlp_hidden)
@@ -117,6 +121,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Pre-norm attention and MLP, x (B, N, D) -> (B, N, D)."""
+
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)

@@ -87,8 +87,8 @@ class Config:
                 listed = ", ".join(repr(a) for a in allowed)
                 raise InputError(f"{name} = {getattr(self, name)!r}: give one of {listed}")
         if self.seed < 0 or len(self.betas) != 2 or not self.train:
-            raise InputError(f"seed = {self.seed}, betas = {self.betas}, train = {self.train}: give a seed of "
-                             "at least 0, two betas, and at least one part that learns")
+            raise InputError(f"seed = {self.seed}, betas = {self.betas}, train = {self.train}: give a seed "
+                             "of at least 0, two betas, and at least one part that learns")
         for name in ("batch_size", "grad_accum", "max_steps", "max_txt_len", "shuffle_shards", "length_group",
                      "log_interval", "eval_interval", "eval_samples", "save_interval"):
             if getattr(self, name) < 1:

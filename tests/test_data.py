@@ -424,3 +424,12 @@ def test_a_filter_cap_json_of_another_form_is_refused(tmp_path, content):
 def test_data_of_no_weight_is_refused(data):
     with pytest.raises(InputError, match="weights above 0"):
         open_samples(data, STAGE1, TOKENIZER, 28, N)
+
+
+def test_a_shard_that_is_gone_costs_its_samples_and_not_the_run(tmp_path):
+    write_tar(tmp_path / "00000.tar", {f"{i}.{end}": c for i in range(5) for end, c in
+                                       (("jpg", jpeg()), ("txt", b"n%d" % i))})
+    (tmp_path / "00001.tar").write_text("<html>404</html>")
+    (tmp_path / "index.json").write_text(json.dumps({"samples": {"00000.tar": 5, "00001.tar": 5}}))
+    it = reader(str(tmp_path), batch_size=10, length_group=1, max_bad_fraction=1.0)
+    assert len(numbers(next(iter(it)))) == 5 and it.skipped.total() == 5

@@ -320,3 +320,9 @@ def test_seeded_draws_repeat(tmp_path):
                                               generator=torch.Generator().manual_seed(seed)))
     assert answer(1) == answer(1)
     assert answer(1) != answer(2)
+
+
+def test_a_window_wider_than_a_conversation_makes_no_difference_and_is_taken():
+    from llama import LlamaConfig
+    sizes = LlamaConfig().to_hub() | {"model_type": "mistral", "sliding_window": 4096}
+    assert LlamaConfig.from_dict(sizes) == LlamaConfig()

@@ -93,7 +93,7 @@ def make_ours(folder: Path, size: str):
     (folder / "llama").mkdir()
     random_parts({k if k.startswith("lm_head") else f"model.{k}": s for k, s in shapes("llama").items()},
                  folder / "llama/model.safetensors", {"format": "pt"})
-    (folder / "llama/config.json").write_text(json.dumps({"model_type": "llama"} | asdict(llama)))
+    (folder / "llama/config.json").write_text(json.dumps(llama.to_hub()))
     (folder / "llama/tokenizer.model").write_bytes(random_weights.made_up_tokenizer(llama.vocab_size, 0))
     files = {part: f"{part}.safetensors" for part in ("vision", "qformer", "proj")}
     (folder / "config.json").write_text(to_json(replace(Config(), **files, llama="llama", template="vicuna")))

@@ -436,8 +436,7 @@ def _write_llama(folder, llama, dtype):
     bar.close()
     index = {"metadata": {"total_size": n_bytes}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-    sizes = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"} | asdict(llama.config)
-    (folder / "config.json").write_text(json.dumps(sizes, indent=1))
+    (folder / "config.json").write_text(json.dumps(llama.config.to_hub(), indent=1))
 
 
 # ---- and back ----------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configs.schema import Config, InputError, read_saved_config
 from data import open_source
-from llama import LlamaConfig, read_json
+from llama import CONTEXT, LlamaConfig, read_json
 from model import PARTS, File, MiniGPT4, check_parts, read_part
 
 GIB = 2**30
@@ -104,8 +104,8 @@ def describe_training(config: Config, world: int = 1) -> str:
                   f"{config.max_txt_len} of answer",
               f"FLOPs per step        {flops / 1e12:.3g} TFLOP for {B} x {config.grad_accum} samples in each "
               "process",
-              f"peak memory           about {peak / GIB:.1f} GiB a process: {weight_bytes / GIB:.1f} weights, "
-              f"{sum(kept.values()) / GIB:.1f} activations, {3 * learn_bytes / GIB:.2f} gradients, moments",
+              f"peak memory           about {peak / GIB:.1f} GiB a process: "
+              f"{weight_bytes / GIB:.1f} weights, {sum(kept.values()) / GIB:.1f} activations, {3 * learn_bytes / GIB:.2f} gradients, moments",
               f"samples and epochs    {_epochs(config, world)}"]
     return "\n".join([f"note: {n}" for n in notes] + lines)
 
@@ -132,8 +132,8 @@ def describe_chat(options) -> str:
     model, notes = meta_model(config)
     weights = sum(p.nbytes for p in model.parameters())
     llama = model.llama.config
-    cache = 2 * llama.num_hidden_layers * llama.num_key_value_heads * llama.head_dim * 2000 * 2
+    cache = 2 * llama.num_hidden_layers * llama.num_key_value_heads * llama.head_dim * CONTEXT * 2
     lines = describe_parts(model)
     lines += ["", f"peak memory           about {(weights + cache) / GIB:.1f} GiB: the weights, and "
-                  f"{cache / GIB:.2f} for keys and values of 2,000 tokens"]
+                  f"{cache / GIB:.2f} for keys and values of {CONTEXT} tokens"]
     return "\n".join(lines + [f"note: {n}" for n in notes])

@@ -16,7 +16,7 @@ import random
 import re
 import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import sentencepiece
@@ -134,8 +134,7 @@ def write_llama(folder, options, make):
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / f"{stem}.{options.format}.index.json").write_text(json.dumps(index))
-    sizes = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"} | asdict(config)
-    (folder / "config.json").write_text(json.dumps(sizes, indent=1))
+    (folder / "config.json").write_text(json.dumps(config.to_hub(), indent=1))
     if options.tokenizer:
         shutil.copyfile(options.tokenizer, folder / "tokenizer.model")
     else:

@@ -106,10 +106,8 @@ def main(argv: list[str]):
     print(f"tokens of a sample    {spread(lengths)}\nof these, trained     {spread(answers)}")
     print(f"at max_txt_len        {cut / n:.1%} of the samples: their answers are cut or just fit")
     print(f"unknown tokens        {unknown}")
-    for name, group in (("sorted by length", config.length_group), ("unsorted", 1)):
+    for group in (1, max(8, config.length_group)):
         reader = Reader(samples, weights, override(config, {"length_group": group, "num_workers": 0}))
         few = islice(reader, max(1, n // config.batch_size))
-        print(f"padding, {name:<16} {padding(few):.1%} of all tokens")
-    looked_at = sum(min(n, sum(s.counts)) for s in samples.sources[:1])
-    bad = reader.account() if reader.skipped else f"none of the first {looked_at}"
-    print(f"cannot be used        {bad}")
+        print(f"padding               {padding(few):.1%} of all tokens with length_group {group}")
+    print(f"cannot be used        {reader.account() if reader.skipped else f'none of {reader.looked_at}'}")
