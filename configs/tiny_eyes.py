@@ -7,7 +7,7 @@ python train.py configs/tiny_eyes.py
 """
 
 vision = "out/tiny_vision/vision.safetensors"
-qformer = dict(n_queries=16, width=128, n_layers=4, n_heads=4, ffn_hidden=256)
+qformer = dict(n_queries=19, width=128, n_layers=4, n_heads=4, ffn_hidden=256)
 llama = "out/tiny_teacher/llama"
 train = ("qformer", "proj")
 

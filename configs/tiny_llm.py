@@ -16,8 +16,8 @@ end_sym = "###"
 max_txt_len = 160
 chat_share = 0.3
 
-batch_size = 32
-max_steps = 2000
+batch_size = 16
+max_steps = 4000
 lr = 2e-3
 min_lr = 1e-4
 warmup_steps = 100

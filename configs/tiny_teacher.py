@@ -1,5 +1,5 @@
 """The language model that the eyes of the tiny world learn with, as BLIP-2's learnt with FlanT5.
-Thrown away after that.
+Thrown away after that. It reads a scene as a list of 19 words and tells it in a caption.
 
 python train.py configs/tiny_teacher.py
 """
@@ -9,8 +9,8 @@ llama = dict(hidden_size=96, num_hidden_layers=4, num_attention_heads=3, interme
 tokenizer = "data/tiny/tokenizer.model"
 train = ("llama",)
 
-data = "data/tiny/text/dense.jsonl"
-heldout_data = "data/tiny/text/dense_heldout.jsonl"
+data = "data/tiny/text/listed.jsonl"
+heldout_data = "data/tiny/text/listed_heldout.jsonl"
 prepare = {
     "data/tiny/text": "tools/make_scenes.py text data/tiny/text --n=60000",
     "data/tiny/tokenizer.model": "tools/make_scenes.py tokenizer data/tiny/tokenizer.model "
@@ -18,8 +18,8 @@ prepare = {
 }
 max_txt_len = 160
 
-batch_size = 64
-max_steps = 1500
+batch_size = 32
+max_steps = 1000
 lr = 3e-3
 min_lr = 1e-4
 warmup_steps = 100

@@ -19,8 +19,8 @@ prepare = {
 }
 max_txt_len = 160
 
-batch_size = 64
-max_steps = 1000
+batch_size = 32
+max_steps = 600
 lr = 2e-3
 min_lr = 1e-3
 warmup_steps = 100
@@ -30,7 +30,7 @@ grad_clip = 1.0
 dtype = "float32"
 num_workers = 1
 out_dir = "out/tiny_words"
-eval_interval = 250
+eval_interval = 200
 eval_samples = 256
-save_interval = 250
+save_interval = 200
 save_dtype = "bfloat16"

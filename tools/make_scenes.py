@@ -232,15 +232,25 @@ def dense_caption(scene: Scene) -> str:
     return ", ".join([_dense(o) for o in scene.objects] + [f"{scene.background} background"])
 
 
+def told_list(scene: Scene) -> str:
+    """All facts, one word for each, in a fixed order: "large red striped star top left ... gray". Always 19
+    words, those of objects that are not there filled with the background's."""
+    words = []
+    for o in scene.objects:
+        place = (("top", "center", "bottom")[o.cell // 3], ("left", "center", "right")[o.cell % 3])
+        words += [o.size, o.color, o.texture, o.shape, *place]
+    return " ".join(words + [scene.background] * (19 - len(words)))
+
+
 def told(scene: Scene, rng: random.Random) -> str:
-    """All facts in one of many loose wordings: what the language model gets in place of a picture."""
-    article, shuffled, short_cell = (rng.random() < 0.4 for _ in range(3))
+    """All facts, as a list or in one of many loose wordings: what a language model gets in place of a
+    picture."""
+    if rng.random() < 0.6:
+        return told_list(scene)
+    article, short_cell = (rng.random() < 0.4 for _ in range(2))
     parts = []
-    for obj in rng.sample(scene.objects, len(scene.objects)):
-        words = [w for w in (obj.size, obj.color, _texture(obj), obj.shape) if w]
-        if shuffled:
-            rng.shuffle(words)
-        phrase = _an(" ".join(words)) if article and not shuffled else " ".join(words)
+    for obj in scene.objects:
+        phrase = _an(_noun(obj)) if article else _noun(obj)
         parts.append(f"{phrase} {CELLS[obj.cell].split(' the ')[1] if short_cell else CELLS[obj.cell]}")
     background = rng.choice(("{} background", "{} background", "background {}", "on {}"))
     parts.insert(rng.choice((0, len(parts))), background.format(scene.background))
@@ -449,10 +459,9 @@ def rhyme_is_right(scene: Scene, text: str) -> bool:
 
 def conversation(scene: Scene, rng: random.Random) -> list[dict[str, str]]:
     """[{"user": ...}, {"assistant": ...}, ...]: a scene is told, then described, rhymed about and asked for
-    twice, in any order. All are of like length, so that a batch of them has little padding."""
-    first, second = (qa(scene, rng)[:2] for _ in range(2))
+    four times, in any order. All are of like length, so that a batch of them has little padding."""
     exchanges = [(rng.choice(DESCRIBE_PROMPTS), description(scene, rng)),
-                 (rng.choice(RHYME_PROMPTS), rhyme(scene, rng)), first, second]
+                 (rng.choice(RHYME_PROMPTS), rhyme(scene, rng)), *(qa(scene, rng)[:2] for _ in range(4))]
     rng.shuffle(exchanges)
     turns = [turn for request, answer in exchanges for turn in ({"user": request}, {"assistant": answer})]
     turns[0]["user"] = f"<Img> {told(scene, rng)} </Img> {turns[0]['user']}"
@@ -466,7 +475,8 @@ def document(scene: Scene, rng: random.Random, kind: str) -> dict:
     caption = dense_caption(scene)
     if kind == "noisy":  # as stage 1 cleans its captions
         caption = " ".join(re.sub(r'[.!"()*#:;~]', " ", noisy_caption(scene, rng).lower()).split())
-    return {"context": told(scene, rng), "text": f"{caption}\n"}
+    context = told_list(scene) if kind == "listed" else told(scene, rng)
+    return {"context": context, "text": f"{caption}\n"}
 
 
 @dataclass(frozen=True)
@@ -529,7 +539,7 @@ def write_stage2(kind, folder, n, options):
 
 def write_text(kind, folder, n, options):
     """dense.jsonl, noisy.jsonl and chat.jsonl, and for each a fiftieth as many held-out scenes."""
-    for name in ("dense", "noisy", "chat"):
+    for name in ("listed", "dense", "noisy", "chat"):
         for ending, count, heldout in (("", n, False), ("_heldout", max(1, n // 50), True)):
             with open(folder / f"{name}{ending}.jsonl", "w") as f:
                 for scene, rng in samples(f"{kind} {name}", count, options, heldout):
