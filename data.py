@@ -16,7 +16,9 @@ after a space.
 
 import functools
 import glob
+import hashlib
 import json
+import os
 import re
 import sys
 import tarfile
@@ -29,6 +31,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
@@ -307,11 +311,23 @@ def open_source(path: str) -> Shards | CaptionFolder | Conversations:
 
 
 class Batch(NamedTuple):
-    """images uint8 (pictures, 3, S, S) or None; tokens, targets int64 (B, T), padded on the right."""
+    """images uint8 (pictures, 3, S, S), features (pictures, N, width) or None; tokens, targets int64 (B, T),
+    padded on the right."""
 
     images: torch.Tensor | None
     tokens: torch.Tensor
     targets: torch.Tensor
+
+    @property
+    def n_targets(self) -> int:
+        """Answer tokens, those that the loss is the mean of."""
+        return int((self.targets[:, 1:] != IGNORE).sum())
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens without padding: a sequence ends with a target."""
+        ends = torch.arange(1, self.targets.shape[1] + 1) * (self.targets != IGNORE)
+        return int(ends.amax(dim=1).sum())
 
 
 class Order:
@@ -384,13 +400,44 @@ class Groups(Sampler):
             yield group
 
 
+class FeatureCache:
+    """On disk, the features (N, width) that a frozen vision side makes of a picture, found by its bytes.
+
+    `maker` names the vision side, dtype and picture size. An entry gets its name when it is whole; one that
+    cannot be read is as good as none."""
+
+    def __init__(self, folder: str, maker: str):
+        self.folder = Path(folder) / maker
+
+    def path(self, picture: str | bytes) -> Path:
+        """Where the features of a picture, given as a path or as its bytes, are or will be."""
+        content = picture if isinstance(picture, bytes) else Path(picture).read_bytes()
+        name = hashlib.sha256(content).hexdigest()
+        return self.folder / name[:2] / name[2:]
+
+    def get(self, path: Path) -> torch.Tensor | None:
+        try:
+            return load_file(path)["features"]
+        except (OSError, SafetensorError, KeyError):
+            return None
+
+    def put(self, path: Path, features: torch.Tensor):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        save_file({"features": features}, temporary)
+        os.replace(temporary, path)
+
+
 class Samples(Dataset):
-    """The samples of a run, ready for the model: (pictures uint8 (n, 3, S, S), ids, targets)."""
+    """The samples of a run, ready for the model: (pictures uint8 (n, 3, S, S), ids, targets).
+
+    With a `cache`, features stand in place of pictures."""
 
     def __init__(self, sources: list, config: Config, tokenizer: Tokenizer, image_size: int,
                  n_image_tokens: int):
         self.sources, self.config, self.tokenizer = sources, config, tokenizer
         self.image_size, self.n_image_tokens = image_size, n_image_tokens
+        self.cache: FeatureCache | None = None
 
     def __getitem__(self, batch: tuple[int, list[Key]]):
         """The samples of one batch -> (its group, source, good samples, [(cause, where)] of the others)."""
@@ -414,24 +461,37 @@ class Samples(Dataset):
 
     def _sample(self, key):
         sample = self.sources[key.source][key.shard, key.row]
-        images = []
-        for image in sample.images:
-            try:
-                images.append(load_image(image, self.image_size, smallest=2))
-            except InputError as e:
-                causes = {type(None): "picture too small", FileNotFoundError: "picture is missing",
-                          Image.DecompressionBombError: "picture too large"}
-                raise BadSample(causes.get(type(e.__cause__), "picture cannot be read"), str(e)) from e
+        images = [self.picture(image) for image in sample.images]
         return images, *self.tokenize(sample, np.random.default_rng((self.config.seed, key.source, key.draw)))
 
+    def picture(self, image: str | bytes) -> torch.Tensor:
+        """uint8 (3, S, S), or with a cache the features (N, width). Raises BadSample."""
+        try:
+            if self.cache and (features := self.cache.get(self.cache.path(image))) is not None:
+                return features
+            pixels = load_image(image, self.image_size, smallest=2)
+        except (InputError, OSError) as e:
+            causes = {type(None): "picture too small", FileNotFoundError: "picture is missing",
+                      Image.DecompressionBombError: "picture too large"}
+            cause = e if isinstance(e, OSError) else e.__cause__
+            raise BadSample(causes.get(type(cause), "picture cannot be read"), str(e)) from e
+        if self.cache:
+            raise BadSample("picture has changed since its features were cached")
+        return pixels
+
+    def places(self) -> Iterator[Key]:
+        """All samples in the order of the sources."""
+        for source, shards in enumerate(self.sources):
+            for shard, count in enumerate(shards.counts):
+                yield from (Key(source, shard, row, 0) for row in range(count))
+
     def first(self, n: int) -> Iterator[tuple]:
-        """The first n samples of the first source that can be read, always the same ones."""
-        places = ((shard, row) for shard, count in enumerate(self.sources[0].counts) for row in range(count))
-        for draw, place in enumerate(places):
+        """The first n samples that can be read, always the same ones."""
+        for draw, key in enumerate(self.places()):
             if n <= 0:
                 return
             try:
-                yield self.sample(Key(0, *place, draw))
+                yield self.sample(key._replace(draw=draw))
                 n -= 1
             except BadSample:
                 pass
@@ -512,6 +572,30 @@ def collate_group(parts: list) -> tuple[list[Batch], list[tuple[str, str]], int]
     spare = next(batch for batch in batches if batch)[:1]  # no batch may be empty
     bad = [b for _, _, _, some in parts for b in some]
     return [collate(batch or spare) for batch in batches], bad, len(bad) + sum(len(p[2]) for p in parts)
+
+
+class Uncached(Dataset):
+    """Every world-th sample's pictures that the cache lacks: [(path of the entry, uint8 (3, S, S)), ...]."""
+
+    def __init__(self, samples: Samples, cache: FeatureCache, rank: int = 0, world: int = 1):
+        self.samples, self.cache, self.keys = samples, cache, list(samples.places())[rank::world]
+
+    def __len__(self):
+        return len(self.keys)
+
+    def __getitem__(self, i: int) -> list[tuple[Path, torch.Tensor]]:
+        key, found = self.keys[i], []
+        try:
+            for image in self.samples.sources[key.source][key.shard, key.row].images:
+                if self.cache.get(path := self.cache.path(image)) is None:
+                    found.append((path, self.samples.picture(image)))
+        except (BadSample, OSError):  # the reader will count it
+            pass
+        return found
+
+
+def flatten(lists: list[list]) -> list:
+    return [item for one in lists for item in one]
 
 
 def open_samples(data: str | dict | list, config: Config, tokenizer: Tokenizer, image_size: int,

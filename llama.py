@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from sentencepiece import SentencePieceProcessor
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from configs.schema import InputError
 
@@ -144,8 +145,9 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        # A single new token may look at everything; otherwise the sequence starts here and is causal.
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=self.grouped)
+        # a single new token may look at everything; otherwise the sequence starts here and is causal
+        causal = cache is None or T > 1
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=self.grouped)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -187,6 +189,7 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
+        self.grad_checkpoint = False  # keep a block's input alone for the backward pass, compute it again then
         # without a weight nn.Embedding draws one, for which the meta device imports a second of code
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size,
                                          _weight=torch.empty(config.vocab_size, config.hidden_size))
@@ -204,7 +207,10 @@ class Llama(nn.Module):
         angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
         cos, sin = (t.to(x.dtype) for t in angles)
         for block in self.layers:
-            x = block(x, cos, sin, cache)
+            if self.grad_checkpoint and x.requires_grad:
+                x = checkpoint(block, x, cos, sin, cache, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, cache)
         if cache is not None:
             cache.length += T
         return self.norm(x)

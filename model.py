@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from configs.schema import InputError, override
 from llama import CONTEXT, IGNORE, IMAGE, KVCache, Llama, LlamaConfig, Tokenizer, read_llama_folder
@@ -30,6 +31,7 @@ from vision import VisionConfig, VisionTransformer, normalize
 
 PARTS = ("vision", "qformer", "proj", "llama")
 PATCHES_PER_TOKEN = 4  # joined into one image token where there is no Q-Former
+LOGITS_AT_ONCE = 256   # positions; of a vocabulary of 32,000 that is 33 MB in float32
 FILE_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
                torch.float64: "F64"}  # as safetensors files call them
 
@@ -64,7 +66,12 @@ class MiniGPT4(nn.Module):
         return (self.image_size, self.n_image_tokens) if self.vision else (0, 0)
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
-        """Pictures (B, 3, S, S), uint8 or normalised float -> (B, N, d_llama), in proj's dtype."""
+        """Pictures (B, 3, S, S), uint8 or normalised float, or their features -> (B, N, d_llama)."""
+        features = images if images.dim() == 3 else self.image_features(images)
+        return self.proj(cast(features, self.proj))
+
+    def image_features(self, images: torch.Tensor) -> torch.Tensor:
+        """Pictures (B, 3, S, S) -> what the projection is given, (B, N, its inputs): all before it is frozen."""
         x = normalize(images) if images.dtype == torch.uint8 else images
         x = self.vision(cast(x, self.vision))
         x = self.ln_vision(cast(x, self.ln_vision))
@@ -73,7 +80,7 @@ class MiniGPT4(nn.Module):
         else:
             B, _, D = x.shape
             x = x[:, 1:].reshape(B, -1, PATCHES_PER_TOKEN * D)  # without the class token
-        return self.proj(cast(x, self.proj))
+        return x
 
     def embed(self, tokens: torch.Tensor, image_embeds: torch.Tensor | None) -> torch.Tensor:
         """ids (B, T) -> (B, T, d_llama), the places of IMAGE filled from image_embeds in reading order."""
@@ -88,15 +95,22 @@ class MiniGPT4(nn.Module):
                 targets: torch.Tensor) -> torch.Tensor:
         """The mean cross entropy, float32, over all targets of the batch.
 
-        images: all pictures of the batch (any number, 3, S, S) in the order of their places, None if none.
+        images: all pictures of the batch (any number, 3, S, S) in the order of their places, or their
+        features, None if none.
         tokens: int64 (B, T), padded on the right with any id. targets: int64 (B, T), the same id where it is
         to be predicted, IGNORE elsewhere; the shift by one is made here."""
         image_embeds = self.encode_image(images) if images is not None else None
         hidden = self.llama(self.embed(tokens, image_embeds))
         targets = targets[:, 1:]
         predicted = targets != IGNORE
-        logits = self.llama.logits(hidden[:, :-1][predicted])
-        return F.cross_entropy(logits.float(), targets[predicted])
+        return self.cross_entropy(hidden[:, :-1][predicted], targets[predicted])
+
+    def cross_entropy(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The mean over positions, hidden (n, d_llama), targets (n,). A few logits exist at a time: those of
+        the backward pass are computed anew."""
+        sum_of = lambda h, t: F.cross_entropy(self.llama.logits(h).float(), t, reduction="sum")
+        chunks = zip(hidden.split(LOGITS_AT_ONCE), targets.split(LOGITS_AT_ONCE))
+        return sum(checkpoint(sum_of, h, t, use_reentrant=False) for h, t in chunks) / len(targets)
 
     @torch.no_grad()
     def generate(self, tokens: list[int], image_embeds: torch.Tensor | None = None, max_new_tokens: int = 300,
@@ -209,10 +223,12 @@ class MiniGPT4(nn.Module):
 
     def _companions(self):
         """{part: fingerprint} of what the projection stands beside; of parts that learn, as they are now."""
-        names = [n for n in PARTS if n != "proj" and getattr(self, n) is not None]
-        learning = [n for n in names if any(p.requires_grad for p in self.part_parameters(n).values())]
-        return {n: fingerprint(self.part_parameters(n)) if n in learning or n not in self.fingerprints
-                else self.fingerprints[n] for n in names}
+        marks = dict(self.fingerprints)
+        for name in ("vision", "qformer", "llama"):
+            tensors = self.part_parameters(name) if getattr(self, name) is not None else {}
+            if tensors and name not in marks or any(p.requires_grad for p in tensors.values()):
+                marks[name] = fingerprint(tensors)
+        return marks
 
     @torch.no_grad()
     def perplexity(self, text: str) -> float:

@@ -22,12 +22,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from configs.schema import PATHS, Config, InputError, load_config, parse_args, run_main, to_json
-from data import Batch, Reader, collate, open_samples, stop_sequences
+from data import Batch, FeatureCache, Reader, Uncached, collate, flatten, open_samples, stop_sequences
 from llama import IGNORE
 from model import MiniGPT4, load_tensors, pick_device, save_tensors
+from tools.meter import Meter, start_profiler
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -132,9 +134,9 @@ def heldout_loss(model: MiniGPT4, samples, config: Config, device) -> float:
     total, count = 0.0, 0
     first = list(samples.first(config.eval_samples))
     for at in range(0, len(first), config.batch_size):
-        batch = to_device(collate(first[at:at + config.batch_size]), device)
-        n = count_targets(batch)
-        total, count = total + model(*batch).item() * n, count + n
+        batch = collate(first[at:at + config.batch_size])
+        total += model(*to_device(batch, device)).item() * batch.n_targets
+        count += batch.n_targets
     return total / count
 
 
@@ -156,11 +158,6 @@ def to_device(batch: Batch, device) -> Batch:
     return Batch(*(t if t is None else t.to(device, non_blocking=True) for t in batch))
 
 
-def count_targets(batch: Batch) -> int:
-    """Answer tokens of a batch, those that its loss is the mean of."""
-    return int((batch.targets[:, 1:] != IGNORE).sum())
-
-
 # ---- the loop ----------------------------------------------------------------------------------------------
 
 
@@ -180,10 +177,50 @@ def prepare_data(config: Config, rank: int):
 
 
 def build(config: Config, device) -> MiniGPT4:
-    """The model of a config."""
+    """The model of a config, its blocks sharded, checkpointed and compiled as the config says."""
     torch.manual_seed(config.seed)
-    return MiniGPT4.from_files(config.vision, config.qformer, config.llama, config.proj, config.dtype, device,
-                               config.train, config.tokenizer, config.image_size, config.force)
+    model = MiniGPT4.from_files(config.vision, config.qformer, config.llama, config.proj, config.dtype,
+                                "cpu" if config.shard else device, config.train, config.tokenizer,
+                                config.image_size, config.force)
+    if config.shard:
+        if not dist.is_initialized():
+            raise InputError("shard = True: there is one process only; start several with torchrun")
+        from torch.distributed.fsdp import fully_shard  # a second of imports, and 45 MB
+        mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+        for block in model.llama.layers:  # each is moved to the device by itself, and shared out there
+            fully_shard(block, mesh=mesh)
+        model.to(device)
+    model.llama.grad_checkpoint = config.grad_checkpoint
+    if config.compile:
+        compile_blocks(model)
+    return model
+
+
+def compile_blocks(model: MiniGPT4):
+    """torch.compile each block by itself: one graph for all of a kind, whatever the number of tokens."""
+    for blocks in (model.vision and model.vision.blocks, model.qformer and model.qformer.layers,
+                   model.llama.layers):
+        for block in blocks or ():
+            block.compile(dynamic=True)
+
+
+@torch.no_grad()
+def cache_features(model: MiniGPT4, all_samples: list, config: Config, device, rank: int, world: int):
+    """Have the samples give features instead of pictures; the model then does without its towers."""
+    marks = [model.fingerprints.get(part, "none") for part in ("vision", "qformer")]
+    cache = FeatureCache(config.cache_dir, "-".join((*marks, config.dtype, str(model.image_size))))
+    for samples in all_samples:
+        loader = DataLoader(Uncached(samples, cache, rank, world), config.batch_size, collate_fn=flatten,
+                            num_workers=config.num_workers)
+        for pictures in tqdm(loader, desc="features", disable=rank > 0, dynamic_ncols=True):
+            if pictures:
+                paths, images = zip(*pictures)
+                for path, features in zip(paths, model.image_features(torch.stack(images).to(device)).cpu()):
+                    cache.put(path, features.clone())
+        samples.cache = cache
+    model.vision = model.ln_vision = model.qformer = None
+    if world > 1:
+        dist.barrier()
 
 
 def warn_of_chance(loss: float, vocab_size: int):
@@ -195,18 +232,19 @@ def warn_of_chance(loss: float, vocab_size: int):
 
 
 def train_step(wrapped, batches: list[Batch], optimizer, scaler, parameters: dict, config: Config,
-               lr: float) -> torch.Tensor:
+               lr: float, device) -> torch.Tensor:
     """One step of AdamW over the micro-batches. The loss is the mean over all answer tokens of all ranks, and
     so is the gradient: each micro-batch counts by its number of answer tokens."""
     world = dist.get_world_size() if dist.is_initialized() else 1
-    total = torch.tensor(float(sum(count_targets(b) for b in batches)))
+    counts = [b.n_targets for b in batches]
+    total = torch.tensor(float(sum(counts)), device=device)
     if world > 1:
         dist.all_reduce(total)
-    loss_sum = torch.zeros((), device=batches[0].tokens.device)
-    for i, batch in enumerate(batches):
+    loss_sum = torch.zeros((), device=device)
+    for i, (batch, count) in enumerate(zip(batches, counts)):
         last = i == len(batches) - 1
         with nullcontext() if last or world == 1 else wrapped.no_sync():
-            loss = wrapped(*batch) * (count_targets(batch) / total.item())
+            loss = wrapped(*to_device(batch, device)) * (count / total)
             scaler.scale(loss * world).backward()  # DistributedDataParallel takes the mean over ranks
         loss_sum += loss.detach()
     for group in optimizer.param_groups:
@@ -227,7 +265,10 @@ def train(config: Config, device, rank: int = 0, world: int = 1):
     model = build(config, device)
     make_samples = lambda data: open_samples(data, config, model.tokenizer, *model.image_shape)
     samples, weights = make_samples(config.data)
-    heldout = make_samples(config.heldout_data)[0] if config.heldout_data and rank == 0 else None
+    # blocks that are shared out need all ranks also to evaluate
+    heldout = make_samples(config.heldout_data)[0] if config.heldout_data and (rank == 0 or config.shard) else None
+    if config.cache_features:
+        cache_features(model, [samples] + [heldout] * bool(heldout), config, device, rank, world)
     parameters = {f"{name}.{k}": p for name in config.train for k, p in model.part_parameters(name).items()}
     optimizer = make_optimizer(parameters, config)
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
@@ -240,42 +281,50 @@ def train(config: Config, device, rank: int = 0, world: int = 1):
     wrapped = DistributedDataParallel(model, init_sync=False) if world > 1 else model
     reader = Reader(samples, weights, config, rank, world, read)
     batches = iter(reader)
+    profiler = start_profiler(config, device) if config.profile and rank == 0 else None
+    meter = Meter(model, config, device, world)
 
     bar = tqdm(total=config.max_steps, initial=done, disable=rank > 0, unit="step", dynamic_ncols=True)
-    since, n_images, n_tokens = time.perf_counter(), 0, 0
+    meter.start()
     for step in range(done, config.max_steps):
-        micro = [to_device(next(batches), device) for _ in range(config.grad_accum)]
-        n_images += sum(len(b.tokens) for b in micro) * world
-        n_tokens += sum(b.tokens.numel() for b in micro) * world
+        asked = time.perf_counter()
+        micro = [next(batches) for _ in range(config.grad_accum)]
+        meter.add(micro, time.perf_counter() - asked)
         lr = learning_rate(step, config)
-        loss = train_step(wrapped, micro, optimizer, scaler, parameters, config, lr)
+        loss = train_step(wrapped, micro, optimizer, scaler, parameters, config, lr, device)
+        if profiler:
+            profiler.step()
         finished = step + 1
+        due = lambda interval: finished % interval == 0 or finished == config.max_steps
         if step == 0 and rank == 0 and "llama" not in config.train:
             warn_of_chance(loss.item(), model.llama.config.vocab_size)
-        if finished % config.log_interval == 0 or finished == config.max_steps:
+        if due(config.log_interval):
             if world > 1:
                 dist.all_reduce(loss)
             if rank == 0:
-                seconds = time.perf_counter() - since
-                rates = {"images_per_s": round(n_images / seconds, 1),
-                         "tokens_per_s": round(n_tokens / seconds)}
-                log.write(step=finished, loss=loss.item(), lr=lr, **rates)
-                bar.set_postfix(loss=f"{loss.item():.3f}", lr=f"{lr:.1e}", **rates)
-            since, n_images, n_tokens = time.perf_counter(), 0, 0
+                value, rates = loss.item(), meter.rates()
+                log.write(step=finished, loss=value, lr=lr, **rates)
+                bar.set_postfix(loss=f"{value:.3f}", lr=f"{lr:.1e}", **rates)
+            meter.start()
         bar.update()
-        if rank == 0 and heldout and (finished % config.eval_interval == 0 or finished == config.max_steps):
+        if heldout and due(config.eval_interval):
             shown = show_answers(model, heldout, config, device)
             value = heldout_loss(model, heldout, config, device)
-            log.write(step=finished, heldout_loss=value, samples=shown)
-            bar.write(f"step {finished}: held-out loss {value:.4f}", file=sys.stderr)
-            for s in shown:
-                bar.write(f"  answer: {s['answer']!r}\n  data:   {s['data']!r}", file=sys.stderr)
-        if rank == 0 and (finished % config.save_interval == 0 or finished == config.max_steps):
+            if rank == 0:
+                log.write(step=finished, heldout_loss=value, samples=shown)
+                bar.write(f"step {finished}: held-out loss {value:.4f}", file=sys.stderr)
+                for s in shown:
+                    bar.write(f"  answer: {s['answer']!r}\n  data:   {s['data']!r}", file=sys.stderr)
+            meter.start()
+        if rank == 0 and due(config.save_interval):
             save_checkpoint(model, optimizer, scaler, parameters, finished, reader, config)
             if reader.skipped:
                 log.write(step=finished, skipped=dict(reader.skipped), of=reader.looked_at)
                 bar.write(f"step {finished}: {reader.account()}", file=sys.stderr)
+            meter.start()
     bar.close()
+    if profiler:
+        profiler.stop()
 
 
 def main(argv: list[str]):

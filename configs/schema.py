@@ -62,6 +62,13 @@ class Config:
     device: str = ""                     # "": cuda if there is one, else cpu
     dtype: str = "bfloat16"              # float32, bfloat16 or float16; parts that learn are float32
     num_workers: int = 2                 # data-loading processes per training process
+    cache_features: bool = False         # compute what the frozen vision side makes of each picture only once
+    cache_dir: str = "out/features"      # where that is kept, for other runs as well
+    grad_checkpoint: bool = False        # less memory for LLaMA's activations, a third more of its work
+    compile: bool = False                # torch.compile of all blocks
+    shard: bool = False                  # share LLaMA's weights out to the processes (fully_shard)
+    peak_tflops: float = 0.0             # of the device in `dtype`, for the utilisation; 0: measure it
+    profile: bool = False                # trace.json of three steps, and a table of the dearest operations
     shuffle_shards: int = 8              # shards whose samples are shuffled together
     length_group: int = 1                # batches whose samples are sorted by length together; 1: unsorted
     max_bad_fraction: float = 0.1        # of the samples; a run that meets more unusable ones stops
@@ -89,6 +96,9 @@ class Config:
         if self.seed < 0 or len(self.betas) != 2 or not self.train:
             raise InputError(f"seed = {self.seed}, betas = {self.betas}, train = {self.train}: give a seed "
                              "of at least 0, two betas, and at least one part that learns")
+        if self.cache_features and {"vision", "qformer"} & set(self.train) or self.shard and "llama" in self.train:
+            raise InputError(f"train = {self.train}: cache_features needs a frozen vision side, shard a frozen "
+                             "language model; switch them off")
         for name in ("batch_size", "grad_accum", "max_steps", "max_txt_len", "shuffle_shards", "length_group",
                      "log_interval", "eval_interval", "eval_samples", "save_interval"):
             if getattr(self, name) < 1:

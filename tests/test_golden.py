@@ -16,7 +16,7 @@ from PIL import Image
 from data import (BOS, TEMPLATES, Sample, Samples, answer_text, chat_segments, clean_caption, collate,
                   encode_segments, stop_sequences, user_message)
 from tests.common import GOLDEN, Golden
-from train import learning_rate, make_optimizer, train_step
+from train import compile_blocks, learning_rate, make_optimizer, train_step
 from vision import load_image, normalize, preprocess
 
 CASES = {"1_stage1": "", "2_stage2_vicuna": "vicuna", "3_stage2_llama2": "llama2"}  # case -> template
@@ -178,11 +178,21 @@ def test_all_four_instructions_are_the_originals(golden, name):
 # ---- loss, gradients, optimiser ----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("switch", ["", "checkpointed", "features", "compiled"])
 @pytest.mark.parametrize("name", CASES)
-def test_loss_and_gradients(golden, name):
+def test_loss_and_gradients(golden, name, switch):
+    if switch == "compiled" and (golden.full or name != "2_stage2_vicuna"):
+        pytest.skip("slow, and the same for all cases")
     model, case = golden.model(), golden.case(name, CASES[name])
     model.proj.requires_grad_(True)
-    loss = model(*collate(list(make_samples(golden, case))))
+    model.llama.grad_checkpoint = switch == "checkpointed"
+    batch = collate(list(make_samples(golden, case)))
+    if switch == "features":
+        batch = batch._replace(images=model.image_features(batch.images))
+        model.vision = model.ln_vision = model.qformer = None
+    if switch == "compiled":
+        compile_blocks(model)
+    loss = model(*batch)
     # the mean over all answer tokens of the batch: the answers differ in length
     close(loss.detach(), case.loss, 1e-5)
     loss.backward()
@@ -216,7 +226,8 @@ def test_five_steps_of_adamw(golden, name, micro_batches):
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     for step, rate, loss in zip(steps, rates, losses):
         assert (lr := learning_rate(step, config)) == pytest.approx(rate, rel=1e-12)
-        close(train_step(model, batches, optimizer, scaler, parameters, config, lr), loss, 1e-5)
+        close(train_step(model, batches, optimizer, scaler, parameters, config, lr,
+                         torch.device("cpu")), loss, 1e-5)
     close(model(*collate(samples)).detach(), losses[-1], 1e-5)
     assert len(losses) == 6
     tolerance = 2e-6 if name == "adamw5" else 2e-5

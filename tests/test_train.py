@@ -52,7 +52,7 @@ def micro(world, out, **changes) -> Config:
     parts = {k: v for k, v in world.items() if k != "stage2"}
     settings = dict(dtype="float32", batch_size=4, max_steps=6, warmup_steps=2, lr=0.01, min_lr=0.001,
                     num_workers=0, log_interval=1, save_interval=2, eval_interval=100, device="cpu",
-                    out_dir=str(out))
+                    peak_tflops=1.0, out_dir=str(out))
     return Config(**parts | settings | changes)
 
 
