@@ -29,7 +29,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from tqdm import tqdm
 
 from configs.schema import Config, InputError
@@ -487,12 +487,11 @@ def collate(samples: list) -> Batch:
     """Samples -> a Batch, padded on the right to the longest."""
     images = [image for images, _, _ in samples for image in images]
     longest = max(len(ids) for _, ids, _ in samples)
-    tokens = torch.zeros(len(samples), longest, dtype=torch.int64)
-    targets = torch.full((len(samples), longest), IGNORE, dtype=torch.int64)
-    for row, (_, ids, wanted) in enumerate(samples):
-        tokens[row, :len(ids)] = torch.tensor(ids)
-        targets[row, :len(ids)] = torch.tensor(wanted)
-    return Batch(torch.stack(images) if images else None, tokens, targets)
+    tokens = torch.tensor([ids + [0] * (longest - len(ids)) for _, ids, _ in samples])
+    targets = torch.tensor([wanted + [IGNORE] * (longest - len(wanted)) for _, _, wanted in samples])
+    # default_collate stacks them right in the memory that a worker process shares with the main one
+    return Batch(default_collate(images) if images else None, tokens, targets)
+
 
 def collate_group(parts: list) -> tuple[list[Batch], list[tuple[str, str]], int]:
     """The batches of a group, their bad samples, and how many samples were looked at.
