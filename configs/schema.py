@@ -35,8 +35,8 @@ class Config:
     image_size: int = 0                  # pixels; 0: the size that the vision part was trained with
 
     # The data: a path, a list of paths, or {path: weight}. A path is shards (*.tar, {00000..00099}.tar, a
-    # folder of them, or a .txt that lists them), a folder with filter_cap.json, or a .jsonl of captions and
-    # conversations. One source is drawn per batch, by weight.
+    # folder of them, a .txt that lists them, or pipe:COMMAND that prints them), a folder with
+    # filter_cap.json, or a .jsonl of captions and conversations. One source is drawn per batch, by weight.
     data: str | dict | list = ""
     heldout_data: str | dict | list = ""  # "": no evaluation during training
     prepare: dict = field(default_factory=dict)  # {path: python arguments that make it if missing}

@@ -2,10 +2,10 @@
 
     python tools/bench.py data [--folder=out/bench/data] [--runs=5] [--memory_samples=50000]
 
-Both sides read the same tar shards with the same worker processes, decode and resize with the same PIL calls,
+Both sides read the same tar shards with as many worker processes, decode and resize with the same PIL calls,
 tokenize with the same tokenizer, and end in normalised float32 batches in the main process. The peer is
-written as webdataset's own documentation does it: normalised in the workers, sample by sample. `uint8_peer` is
-the same with what data.py does instead, bytes sent and the whole batch normalised where it arrives. The limit
+written as webdataset's own examples are: each picture is normalised by the worker. `uint8_peer` is the same
+with what data.py does instead: bytes are sent, and the whole batch is normalised where it arrives. The limit
 is PIL alone: a bare loop of decode and resize over pictures in memory, in as many processes.
 
 The shards, 224 x 224 and 640 x 480, are drawn on first use. It needs the package `webdataset`.
@@ -86,7 +86,7 @@ def make_shards(folder: Path, size: tuple[int, int], n: int):
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
             for row in rows.tolist():
                 caption = " ".join(rng.choice(WORDS, rng.integers(5, 15)))
-                text = json.dumps({"caption": caption, "url": f"http://example.org/{row}.jpg", "key": str(row)})
+                text = json.dumps({"caption": caption, "key": f"{row:09d}", "status": "success"})
                 for kind, content in (("jpg", photograph(rng, size)), ("json", text.encode()),
                                       ("txt", caption.encode())):
                     member = tarfile.TarInfo(f"{row:09d}.{kind}")
