@@ -278,7 +278,7 @@ def test_a_shard_whose_command_fails_costs_its_samples_and_not_the_run(seven, bu
     shutil.copytree(seven / "a", tmp_path / "a")
     (tmp_path / "a/00003.tar").unlink()
     it = reader(f"pipe:cat {tmp_path}/a/{{00000..00006}}.tar", batch_size=20, length_group=7, max_bad_fraction=0.5)
-    seen = [n for b, _ in zip(it, range(7)) for n in numbers(b)]
+    seen = [n for _, b in zip(range(7), it) for n in numbers(b)]
     assert it.skipped == {"shard cannot be fetched": 20}
     assert set(seen) == {f"a{i}" for i in range(140) if i // 20 != 3}
     assert "00003.tar: No such file" in capsys.readouterr().err
