@@ -1,13 +1,15 @@
 """Speed and memory beside what one would use instead, both measured in one run.
 
     python tools/bench.py chat [--size=full|small] [--folder=out/bench]
+    python tools/bench.py data [--key=value ...]
 
+data: how fast pictures and captions come from tar shards, beside `webdataset`; see tools/bench_data.py.
 chat: from the start of the process to the first word about a picture, and the peak memory, in bfloat16; the
 peer is InstructBLIP-Vicuna of Hugging Face `transformers` of the same shape. Both have random weights, which
 are made in --folder on first use (full: 32 GB of disk) and are in the page cache when the clock starts.
 
 The last line printed is one JSON object: for each row what was measured (higher is better), of the peer and
-of the limit. It needs the package `transformers`.
+of the limit. chat needs the package `transformers`, data `webdataset`.
 """
 
 import json
@@ -23,6 +25,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tools"))
+import bench_data
 import random_weights
 from configs.schema import Config, InputError, override, parse_args, run_main, to_json
 from data import TEMPLATES, chat_segments, encode_segments, user_message
@@ -135,6 +138,10 @@ def until_first_word(command: list[str]) -> tuple[float, float]:
 
 
 def bench_chat(options: Options) -> list[dict]:
+    try:
+        import transformers  # noqa: F401
+    except ImportError as e:
+        raise InputError("the benchmark needs the package transformers: pip install transformers") from e
     folder = Path(options.folder).resolve() / options.size
     for name, make in (("ours", make_ours), ("peer", make_peer)):
         if not (folder / name / "config.json").is_file():
@@ -184,18 +191,15 @@ def read_seconds(n_bytes: int) -> float:
     return (time.perf_counter() - start) / 3 * n_bytes / 2**30
 
 
-BENCHES = {"chat": bench_chat}
+BENCHES = {"chat": (bench_chat, Options), "data": (bench_data.bench, bench_data.Options)}
 
 
 def main(argv: list[str]):
     positional, given = parse_args(argv)
     if len(positional) != 1 or positional[0] not in BENCHES:
         raise InputError(f"usage: python tools/bench.py {'|'.join(BENCHES)} [--key=value ...]")
-    try:
-        import transformers  # noqa: F401
-    except ImportError as e:
-        raise InputError("the benchmark needs the package transformers: pip install transformers") from e
-    rows = BENCHES[positional[0]](override(Options(), given))
+    bench, options = BENCHES[positional[0]]
+    rows = bench(override(options(), given))
     rows = [{k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows]
     print(json.dumps({"bench": positional[0], "device": "cpu", "rows": rows}))
 
