@@ -15,6 +15,7 @@ after a space.
 """
 
 import functools
+import getpass
 import glob
 import hashlib
 import json
@@ -235,14 +236,15 @@ def open_pipe(command: str, keep: int) -> Shards:
     """Shards that a command prints: `aws s3 cp s3://bucket/{00000..00099}.tar -`.
 
     The same command with index.json in the place of the shard's name has to print their index. They are kept
-    in the system's folder for temporary files (TMPDIR)."""
+    in the system's folder for temporary files (TMPDIR), to be emptied by hand if shards change in the store."""
     name = re.compile(r"[\w.-]+\.tar\b")
     commands = expand_braces(command)
     names = [m[0] for m in map(name.search, commands) if m]
     if len(names) < len(commands):
         raise InputError(f"data pipe:{command}: the command has to name a .tar file, for instance "
                          "`pipe:aws s3 cp s3://bucket/{00000..00099}.tar -`")
-    cache = Path(tempfile.gettempdir(), "nanominigpt4", hashlib.sha256(command.encode()).hexdigest()[:12])
+    key = hashlib.sha256(command.encode()).hexdigest()[:12]
+    cache = Path(tempfile.gettempdir(), f"nanominigpt4-{getpass.getuser()}", key)
     cache.mkdir(parents=True, exist_ok=True)
     try:
         fetch(name.sub("index.json", commands[0]), cache / "index.json")

@@ -252,7 +252,7 @@ def bucket(seven, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     counts = {f"{i:05d}.tar": 20 for i in range(7)}
     (seven / "a/index.json").write_text(json.dumps({"samples": counts}))
-    yield f"pipe:cat {seven}/a/{{00000..00006}}.tar", lambda: list(tmp_path.glob("nanominigpt4/*/*.tar"))
+    yield f"pipe:cat {seven}/a/{{00000..00006}}.tar", lambda: list(tmp_path.glob("nanominigpt4-*/*/*.tar"))
     (seven / "a/index.json").unlink()
 
 
