@@ -207,6 +207,8 @@ class Shards:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if path.exists():  # another process was faster
                 return
+            for part in path.parent.glob(f"{path.name}.*.part"):  # of a process that was killed
+                part.unlink()
             try:
                 fetch(self.commands[shard], path)
             except BadSample as e:
@@ -236,7 +238,7 @@ def open_pipe(command: str, keep: int) -> Shards:
     """Shards that a command prints: `aws s3 cp s3://bucket/{00000..00099}.tar -`.
 
     The same command with index.json in the place of the shard's name has to print their index. They are kept
-    in the system's folder for temporary files (TMPDIR), to be emptied by hand if shards change in the store."""
+    in the system's folder for temporary files (TMPDIR); empty it if shards have changed in the store."""
     name = re.compile(r"[\w.-]+\.tar\b")
     commands = expand_braces(command)
     names = [m[0] for m in map(name.search, commands) if m]
