@@ -15,13 +15,16 @@ after a space.
 """
 
 import functools
+import getpass
 import glob
 import hashlib
 import json
 import os
 import re
+import subprocess
 import sys
 import tarfile
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,7 +36,7 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from tqdm import tqdm
 
 from configs.schema import Config, InputError
@@ -147,10 +150,14 @@ class Shards:
 
     A shard's headers are read when its first sample is asked for. How many samples it holds, which the order
     of an epoch needs at once, is in the folder's index.json ({"samples": {"00000.tar": 9123}}) or in
-    img2dataset's own *_stats.json; where neither is, the headers of all shards are read at the start."""
+    img2dataset's own *_stats.json; where neither is, the headers of all shards are read at the start.
 
-    def __init__(self, paths: list[str]):
+    With `commands`, one for each path, a shard that is missing is what its command prints, and only the
+    `keep` that were used last stay on disk. Any number of processes can share them."""
+
+    def __init__(self, paths: list[str], commands: list[str] | None = None, keep: int = 0):
         self.name, self.paths = paths[0] if paths else "no shards", paths
+        self.commands, self.keep, self.failed = commands, keep, {}
         known = {str(folder): _known_counts(folder) for folder in {Path(p).parent for p in paths}}
         counts = [known[str(Path(p).parent)].get(Path(p).name) for p in paths]
         bar = tqdm(total=counts.count(None), desc="reading tar headers", unit="shard", delay=1)
@@ -170,6 +177,8 @@ class Shards:
 
     def __getitem__(self, place):
         shard, row = place
+        if self.commands:
+            self._have(shard)
         table = index_tar(self.paths[shard])
         if row >= len(table):
             raise BadSample("lost in a broken tar file")
@@ -184,6 +193,82 @@ class Shards:
         except (ValueError, KeyError, TypeError) as e:
             raise BadSample("no caption in its .json", repr(e)) from e
         return Sample(images=[image], caption=caption)
+
+    def _have(self, shard):
+        """Fetch a shard if it is not on disk. One that failed is not asked for again."""
+        import fcntl  # Windows has none; all else here runs without
+        path = Path(self.paths[shard])
+        if shard in self.failed:
+            raise self.failed[shard].with_traceback(None)
+        try:
+            os.utime(path)  # it was used now
+            return
+        except FileNotFoundError:
+            pass
+        with open(f"{path}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if path.exists():  # another process was faster
+                return
+            for part in path.parent.glob(f"{path.name}.*.part"):  # of a process that was killed
+                part.unlink()
+            try:
+                fetch(self.commands[shard], path)
+            except BadSample as e:
+                self.failed[shard] = e
+                raise
+        try:
+            for old in sorted(path.parent.glob("*.tar"), key=os.path.getmtime)[:-self.keep]:
+                old.unlink()
+        except FileNotFoundError:  # another process is clearing up
+            pass
+
+
+def fetch(command: str, path: Path):
+    """A command's stdout -> a file, whole or not at all. Raises BadSample with its last words."""
+    part = Path(f"{path}.{os.getpid()}.part")
+    with open(part, "wb") as f:
+        done = subprocess.run(command, shell=True, stdin=subprocess.DEVNULL, stdout=f, stderr=subprocess.PIPE)
+    if done.returncode:
+        part.unlink()
+        said = done.stderr.decode("utf-8", "replace").strip().splitlines()
+        raise BadSample("shard cannot be fetched", f"`{command}` ended with {done.returncode}, saying: "
+                        f"{said[-1] if said else 'nothing'}")
+    part.replace(path)
+
+
+def open_pipe(command: str, keep: int) -> Shards:
+    """Shards that a command prints: `aws s3 cp s3://bucket/{00000..00099}.tar -`.
+
+    The same command with index.json in the place of the shard's name has to print their index. They are kept
+    in the system's folder for temporary files (TMPDIR); empty it if shards have changed in the store."""
+    name = re.compile(r"[\w.-]+\.tar\b")
+    commands = expand_braces(command)
+    names = [m[0] for m in map(name.search, commands) if m]
+    if len(names) < len(commands):
+        raise InputError(f"data pipe:{command}: the command has to name a .tar file, for instance "
+                         "`pipe:aws s3 cp s3://bucket/{00000..00099}.tar -`")
+    key = hashlib.sha256(command.encode()).hexdigest()[:12]
+    cache = Path(tempfile.gettempdir(), f"nanominigpt4-{getpass.getuser()}", key)
+    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        fetch(name.sub("index.json", commands[0]), cache / "index.json")
+    except BadSample as e:
+        raise InputError(f"data pipe:{command}: no index.json beside the shards ({e}); "
+                         "`python tools/prepare_stage1.py check FOLDER` writes one, upload it") from e
+    unknown = set(names) - _known_counts(cache).keys()
+    if unknown:
+        raise InputError(f"data pipe:{command}: index.json beside the shards does not tell how many samples "
+                         f"{min(unknown)} has")
+    return Shards([str(cache / n) for n in names], commands, keep)
+
+
+def expand_braces(text: str) -> list[str]:
+    """"a{08..10}.tar" -> ["a08.tar", "a09.tar", "a10.tar"]."""
+    braces = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", text)
+    if not braces:
+        return [text]
+    before, first, last, after = braces.groups()
+    return [f"{before}{i:0{len(first)}d}{after}" for i in range(int(first), int(last) + 1)]
 
 
 def _known_counts(folder):
@@ -287,23 +372,26 @@ class Conversations:
             raise e if isinstance(e, BadSample) else BadSample("not a sample", str(e)) from e
 
 
-def open_source(path: str) -> Shards | CaptionFolder | Conversations:
-    """The source at a path of the config's `data`. Raises InputError when there is none, or nothing in it."""
-    braces = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", path)
-    if path.endswith(".jsonl") and Path(path).is_file():
+def open_source(path: str, keep: int = 16) -> Shards | CaptionFolder | Conversations:
+    """The source at a path of the config's `data`. Raises InputError when there is none, or nothing in it.
+
+    So many shards of a pipe are kept on disk."""
+    if path.startswith("pipe:"):
+        source = open_pipe(path.removeprefix("pipe:").strip(), keep)
+    elif path.endswith(".jsonl") and Path(path).is_file():
         source = Conversations(path)
     elif (Path(path) / "filter_cap.json").is_file():
         source = CaptionFolder(path)
     elif path.endswith(".txt") and Path(path).is_file():  # a list of shards, one a line
         source = Shards([line.strip() for line in Path(path).read_text().splitlines() if line.strip()])
-    elif braces:
-        before, first, last, after = braces.groups()
-        source = Shards([f"{before}{i:0{len(first)}d}{after}" for i in range(int(first), int(last) + 1)])
+    elif (shards := expand_braces(path)) != [path]:
+        source = Shards(shards)
     else:
         source = Shards(sorted(glob.glob(f"{path}/*.tar") if Path(path).is_dir() else glob.glob(path)))
     if sum(source.counts) == 0:
         raise InputError(f"data {path}: no samples there; give *.tar shards, a folder of them, a .txt that "
-                         "lists them, a folder with filter_cap.json, or a .jsonl file")
+                         "lists them, a pipe:COMMAND that prints them, a folder with filter_cap.json, or a "
+                         ".jsonl file")
     return source
 
 
@@ -547,12 +635,11 @@ def collate(samples: list) -> Batch:
     """Samples -> a Batch, padded on the right to the longest."""
     images = [image for images, _, _ in samples for image in images]
     longest = max(len(ids) for _, ids, _ in samples)
-    tokens = torch.zeros(len(samples), longest, dtype=torch.int64)
-    targets = torch.full((len(samples), longest), IGNORE, dtype=torch.int64)
-    for row, (_, ids, wanted) in enumerate(samples):
-        tokens[row, :len(ids)] = torch.tensor(ids)
-        targets[row, :len(ids)] = torch.tensor(wanted)
-    return Batch(torch.stack(images) if images else None, tokens, targets)
+    tokens = torch.tensor([ids + [0] * (longest - len(ids)) for _, ids, _ in samples])
+    targets = torch.tensor([wanted + [IGNORE] * (longest - len(wanted)) for _, _, wanted in samples])
+    # default_collate stacks them right in the memory that a worker process shares with the main one
+    return Batch(default_collate(images) if images else None, tokens, targets)
+
 
 def collate_group(parts: list) -> tuple[list[Batch], list[tuple[str, str]], int]:
     """The batches of a group, their bad samples, and how many samples were looked at.
@@ -605,7 +692,8 @@ def open_samples(data: str | dict | list, config: Config, tokenizer: Tokenizer, 
     weights = data if isinstance(data, dict) else dict.fromkeys(data, 1.0)
     if not weights or not all(isinstance(w, (int, float)) and w > 0 for w in weights.values()):
         raise InputError(f"data = {data!r}: give at least one path, and weights above 0")
-    sources = [open_source(path) for path in weights]
+    # the window in use, and the one that is being fetched
+    sources = [open_source(path, keep=2 * config.shuffle_shards) for path in weights]
     return Samples(sources, config, tokenizer, image_size, n_image_tokens), list(weights.values())
 
 

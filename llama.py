@@ -189,7 +189,7 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        self.grad_checkpoint = False  # keep a block's input alone for the backward pass, compute it again then
+        self.grad_checkpoint = False  # keep only the inputs of the blocks for the backward pass
         # without a weight nn.Embedding draws one, for which the meta device imports a second of code
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size,
                                          _weight=torch.empty(config.vocab_size, config.hidden_size))

@@ -71,7 +71,7 @@ class MiniGPT4(nn.Module):
         return self.proj(cast(features, self.proj))
 
     def image_features(self, images: torch.Tensor) -> torch.Tensor:
-        """Pictures (B, 3, S, S) -> what the projection is given, (B, N, its inputs): all before it is frozen."""
+        """Pictures (B, 3, S, S) -> what the projection is given, (B, N, its inputs)."""
         x = normalize(images) if images.dtype == torch.uint8 else images
         x = self.vision(cast(x, self.vision))
         x = self.ln_vision(cast(x, self.ln_vision))

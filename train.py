@@ -265,8 +265,8 @@ def train(config: Config, device, rank: int = 0, world: int = 1):
     model = build(config, device)
     make_samples = lambda data: open_samples(data, config, model.tokenizer, *model.image_shape)
     samples, weights = make_samples(config.data)
-    # blocks that are shared out need all ranks also to evaluate
-    heldout = make_samples(config.heldout_data)[0] if config.heldout_data and (rank == 0 or config.shard) else None
+    evaluates = config.heldout_data and (rank == 0 or config.shard)  # sharded blocks need all ranks
+    heldout = make_samples(config.heldout_data)[0] if evaluates else None
     if config.cache_features:
         cache_features(model, [samples] + [heldout] * bool(heldout), config, device, rank, world)
     parameters = {f"{name}.{k}": p for name in config.train for k, p in model.part_parameters(name).items()}

@@ -36,7 +36,8 @@ def load_image(source: str | bytes, image_size: int, smallest: int = 1) -> torch
         with Image.open(source if isinstance(source, str) else io.BytesIO(source)) as image:
             if min(image.size) < smallest:
                 raise InputError(f"{name}: only {image.width} x {image.height} pixels; give a larger picture")
-            return preprocess(to_rgb(ImageOps.exif_transpose(image)), image_size)
+            ImageOps.exif_transpose(image, in_place=True)
+            return preprocess(to_rgb(image), image_size)
     except FileNotFoundError as e:
         raise InputError(f"{name}: there is no such picture") from e
     except InputError:
@@ -55,12 +56,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would be a copy
 
 
 def preprocess(image: Image.Image, image_size: int) -> torch.Tensor:
     """RGB picture -> uint8 (3, image_size, image_size) by PIL's bicubic resize, both sides alike."""
-    image = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
+    if image.size != (image_size, image_size):
+        image = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
@@ -68,7 +70,7 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
     """uint8 (B, 3, S, S), 0..255 -> float32 (B, 3, S, S) normalised by CLIP's mean and standard deviation."""
     mean = torch.tensor(IMAGE_MEAN, device=images.device).view(3, 1, 1)
     std = torch.tensor(IMAGE_STD, device=images.device).view(3, 1, 1)
-    return (images.float() / 255 - mean) / std
+    return images.float().div_(255).sub_(mean).div_(std)  # in place: memory costs more than the arithmetic
 
 
 @dataclass(frozen=True)

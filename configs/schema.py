@@ -35,8 +35,8 @@ class Config:
     image_size: int = 0                  # pixels; 0: the size that the vision part was trained with
 
     # The data: a path, a list of paths, or {path: weight}. A path is shards (*.tar, {00000..00099}.tar, a
-    # folder of them, or a .txt that lists them), a folder with filter_cap.json, or a .jsonl of captions and
-    # conversations. One source is drawn per batch, by weight.
+    # folder of them, a .txt that lists them, or pipe:COMMAND that prints them), a folder with
+    # filter_cap.json, or a .jsonl of captions and conversations. One source is drawn per batch, by weight.
     data: str | dict | list = ""
     heldout_data: str | dict | list = ""  # "": no evaluation during training
     prepare: dict = field(default_factory=dict)  # {path: python arguments that make it if missing}
@@ -96,9 +96,10 @@ class Config:
         if self.seed < 0 or len(self.betas) != 2 or not self.train:
             raise InputError(f"seed = {self.seed}, betas = {self.betas}, train = {self.train}: give a seed "
                              "of at least 0, two betas, and at least one part that learns")
-        if self.cache_features and {"vision", "qformer"} & set(self.train) or self.shard and "llama" in self.train:
-            raise InputError(f"train = {self.train}: cache_features needs a frozen vision side, shard a frozen "
-                             "language model; switch them off")
+        if (self.cache_features and {"vision", "qformer"} & set(self.train)
+                or self.shard and "llama" in self.train):
+            raise InputError(f"train = {self.train}: cache_features needs a frozen vision side, shard a "
+                             "frozen language model; switch them off")
         for name in ("batch_size", "grad_accum", "max_steps", "max_txt_len", "shuffle_shards", "length_group",
                      "log_interval", "eval_interval", "eval_samples", "save_interval"):
             if getattr(self, name) < 1:

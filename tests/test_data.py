@@ -3,7 +3,9 @@
 import functools
 import io
 import json
+import shutil
 import tarfile
+import tempfile
 import time
 from collections import Counter
 
@@ -244,6 +246,53 @@ def reader(data, rank=0, world=1, state=None, **settings):
     return Reader(samples, weights, config, rank, world, state)
 
 
+@pytest.fixture
+def bucket(seven, tmp_path, monkeypatch):
+    """(command that prints a shard of `seven`, the cache's shards now)."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    counts = {f"{i:05d}.tar": 20 for i in range(7)}
+    (seven / "a/index.json").write_text(json.dumps({"samples": counts}))
+    yield f"pipe:cat {seven}/a/{{00000..00006}}.tar", lambda: list(tmp_path.glob("nanominigpt4-*/*/*.tar"))
+    (seven / "a/index.json").unlink()
+
+
+def test_a_pipe_gives_the_same_batches_and_keeps_few_shards(seven, bucket):
+    command, cached = bucket
+    for workers in (0, 3):
+        for a, b, _ in zip(reader(command, num_workers=workers), reader(f"{seven}/a"), range(150)):
+            assert all(torch.equal(x, y) for x, y in zip(a, b))
+        assert 3 <= len(cached()) <= 6  # shuffle_shards is 3
+    folder, = {path.parent for path in cached()}
+    assert not list(folder.glob("*.part"))
+
+
+def test_a_pipe_fetches_a_shard_once_whatever_the_number_of_processes(seven, bucket, tmp_path):
+    command, _ = bucket
+    command = command.replace("pipe:cat ", f"pipe:echo x >> {tmp_path}/calls; sleep 0.2; cat ")
+    ranks = [iter(reader(command, rank, 2, num_workers=2, length_group=1)) for rank in range(2)]
+    seen = [n for _ in range(35) for rank in ranks for n in numbers(next(rank))]
+    assert len(set(seen)) == 140 and len((tmp_path / "calls").read_text().split()) == 2 + 7  # 2: the index
+
+
+def test_a_shard_whose_command_fails_costs_its_samples_and_not_the_run(seven, bucket, tmp_path, capsys):
+    shutil.copytree(seven / "a", tmp_path / "a")
+    (tmp_path / "a/00003.tar").unlink()
+    it = reader(f"pipe:cat {tmp_path}/a/{{00000..00006}}.tar", batch_size=20, length_group=7, max_bad_fraction=0.5)
+    seen = [n for _, b in zip(range(7), it) for n in numbers(b)]
+    assert it.skipped == {"shard cannot be fetched": 20}
+    assert set(seen) == {f"a{i}" for i in range(140) if i // 20 != 3}
+    assert "00003.tar: No such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command, words", [
+    ("cat /nowhere/{00..02}.tar", "no index.json beside the shards .*prepare_stage1.py check"),
+    ("cat /nowhere/{00..02}", "has to name a .tar file"),
+    ("cat SEVEN/a/{00006..00008}.tar", "does not tell how many samples 00007.tar has")])
+def test_a_pipe_without_counts_is_refused(seven, bucket, command, words):
+    with pytest.raises(InputError, match=words):
+        open_source("pipe:" + command.replace("SEVEN", str(seven)))
+
+
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_batches_do_not_depend_on_the_number_of_workers(seven, workers):
     mixed = {f"{seven}/a": 3, f"{seven}/b": 1}
@@ -348,11 +397,11 @@ WAYS = ("truncated", "html", "noise", "empty picture", "one pixel", "bomb", "emp
 
 
 def test_a_tenth_of_bad_samples_is_left_out_counted_and_named_once(tmp_path, capfd):
-    """1,200 samples, 120 broken in 12 ways; all good ones arrive, once."""
+    """10,000 samples, 1,000 broken in 12 ways; all good ones arrive, once."""
     causes = Counter()
     for shard in range(4):
         members = {}
-        for i in range(300):
+        for i in range(2500):
             key = f"{shard}{i:04d}"
             members |= {f"{key}.jpg": jpeg(), f"{key}.json": json.dumps({"caption": f"n{key}"}).encode()}
             if i % 10 == 3:
@@ -361,13 +410,13 @@ def test_a_tenth_of_bad_samples_is_left_out_counted_and_named_once(tmp_path, cap
                 causes[cause] += 1
         write_tar(tmp_path / f"{shard:05d}.tar", members)
     it = reader(str(tmp_path), batch_size=10, length_group=4, num_workers=2, max_bad_fraction=0.2)
-    seen = [n for _, b in zip(range(120), it) for n in numbers(b)]
-    good = [f"n{shard}{i:04d}" for shard in range(4) for i in range(300) if i % 10 != 3]
+    seen = [n for _, b in zip(range(1000), it) for n in numbers(b)]
+    good = [f"n{shard}{i:04d}" for shard in range(4) for i in range(2500) if i % 10 != 3]
     assert sorted(seen) == sorted(good)
-    assert it.skipped == causes and sum(causes.values()) == 120 and it.looked_at == 1200
+    assert it.skipped == causes and sum(causes.values()) == 1000 and it.looked_at == 10_000
     said = [line for line in capfd.readouterr().err.splitlines() if "first of its kind" in line]
     assert len(said) == len(causes) and all(".tar:" in line for line in said)
-    assert "120 of 1200 samples cannot be used" in it.account()
+    assert "1000 of 10000 samples cannot be used" in it.account()
 
 
 def test_what_lies_behind_a_damage_in_a_tar_is_still_read(tmp_path):

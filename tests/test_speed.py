@@ -113,8 +113,8 @@ def test_a_bad_picture_is_counted_beside_cached_ones(world, tmp_path):  # noqa: 
     (folder / "broken.jpg").write_bytes(b"no picture")
     lines.append({"image": "broken.jpg", "caption": "a star"})
     (folder / "own.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    log = run(micro(world, tmp_path / "run", data=str(folder / "own.jsonl"), cache_features=True, batch_size=6,
-                    cache_dir=str(tmp_path / "features"), max_bad_fraction=0.5))
+    log = run(micro(world, tmp_path / "run", data=str(folder / "own.jsonl"), cache_features=True,
+                    batch_size=6, cache_dir=str(tmp_path / "features"), max_bad_fraction=0.5))
     assert log[-1]["skipped"] == {"picture cannot be read": 6}
 
 
@@ -158,7 +158,7 @@ def test_tokens_are_counted_without_padding():
 
 
 def test_flops_are_those_that_a_step_computes(world, tmp_path):  # noqa: F811
-    """Against PyTorch's counter on a real step; its attention in LLaMA and the logits' second pass are extra."""
+    """Against PyTorch's counter on a real step, less padding and the logits that are computed again."""
     from torch.utils.flop_counter import FlopCounterMode
     config = micro(world, tmp_path)
     model = train.build(config, torch.device("cpu"))

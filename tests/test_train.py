@@ -11,8 +11,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -313,3 +315,25 @@ def test_mistakes_give_one_line_and_status_2(arguments):
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=ENV, capture_output=True, text=True)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2 and len(errors) == 1 and "Traceback" not in done.stderr
+
+
+def test_twenty_photographs_and_a_jsonl_train_with_no_other_step(tmp_path):
+    """As the README says, from the tiny weights: captions, and a conversation about two pictures."""
+    lines = []
+    for i in range(20):
+        pixels = np.random.default_rng(i).integers(0, 255, (30 + i, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((400, 300)).save(tmp_path / f"IMG_{i}.JPG")
+        lines.append({"image": f"IMG_{i}.JPG", "caption": f"Our garden, number {i}."})
+    talk = [{"user": "What changed?"}, {"assistant": "The cat left."}]
+    lines.append({"image": ["IMG_0.JPG", "IMG_1.JPG"], "conversation": talk})
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = ["--max_steps=6", "--warmup_steps=1", "--log_interval=1", f"--out_dir={tmp_path}/out"]
+    done = subprocess.run([sys.executable, "train.py", "configs/finetune_own.py",
+                           f"--data={tmp_path}/data.jsonl", *options], cwd=ROOT, capture_output=True,
+                           text=True)
+    assert done.returncode == 0, done.stderr
+    log = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log] == [1, 2, 3, 4, 5, 6] and not any("skipped" in row for row in log)
+    before = load_file(ROOT / "assets/tiny/proj.safetensors")
+    after = load_file(tmp_path / "out/proj.safetensors")
+    assert not torch.equal(before["proj.weight"], after["proj.weight"])

@@ -1,10 +1,12 @@
 """Speed and memory beside what one would use instead, both measured in one run.
 
-    python tools/bench.py chat     until the first word about a picture, beside transformers' InstructBLIP
+    python tools/bench.py data     reading tar shards, beside the webdataset library
     python tools/bench.py train    a training step, beside the same step of transformers' BLIP-2
+    python tools/bench.py chat     until the first word about a picture, beside transformers' InstructBLIP
 
-Each has options of its own, described in tools/bench_chat.py and so on. The last line printed is one JSON
-object: for each row what was measured of ours (higher is better), of the peer, and of the limit.
+Each has options of its own, described in tools/bench_data.py and so on, and needs the package of its peer.
+The last line printed is one JSON object: for each row what was measured of ours (higher is better), of the
+peer, and of the limit.
 """
 
 import json
@@ -13,9 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configs.schema import InputError, override, parse_args, run_main
-from tools import bench_chat, bench_train
+from tools import bench_chat, bench_data, bench_train
 
-BENCHES = {"chat": bench_chat, "train": bench_train}
+BENCHES = {"data": bench_data, "train": bench_train, "chat": bench_chat}
 
 
 def main(argv: list[str]):

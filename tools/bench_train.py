@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -112,7 +113,7 @@ def our_step(case: Case):
     costs = model_flops(model, config.train)
     parameters = {k: p for k, p in model.named_parameters() if p.requires_grad}
     optimizer, scaler = make_optimizer(parameters, config), torch.amp.GradScaler("cpu", enabled=False)
-    wrapped = torch.nn.parallel.DistributedDataParallel(model, init_sync=False) if case.processes > 1 else model
+    wrapped = DistributedDataParallel(model, init_sync=False) if case.processes > 1 else model
     step = lambda: train_step(wrapped, [batch], optimizer, scaler, parameters, config, 1e-4, device)
     return step, sum(n * cost for n, cost in zip((case.batch_size, batch.n_tokens, batch.n_targets), costs))
 

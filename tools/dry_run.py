@@ -105,7 +105,8 @@ def describe_training(config: Config, world: int = 1) -> str:
               f"FLOPs per step        {flops / 1e12:.3g} TFLOP for {B} x {config.grad_accum} samples in each "
               "process",
               f"peak memory           about {peak / GIB:.1f} GiB a process: "
-              f"{weight_bytes / GIB:.1f} weights, {sum(kept.values()) / GIB:.1f} activations, {3 * learn_bytes / GIB:.2f} gradients, moments",
+              f"{weight_bytes / GIB:.1f} weights, {sum(kept.values()) / GIB:.1f} activations, "
+              f"{3 * learn_bytes / GIB:.2f} gradients, moments",
               f"samples and epochs    {_epochs(config, world)}"]
     return "\n".join([f"note: {n}" for n in notes] + lines)
 

@@ -34,8 +34,8 @@ def model_flops(model: MiniGPT4, train: tuple[str, ...]) -> tuple[float, float, 
                        (whole.get_total_flops() - look) * (3 if {"vision", "qformer"} & set(train) else 1))
     passes = 2 + ("llama" in train)  # forward, backward to the input, backward to the weights
     llama = model.llama.config
-    attention = llama.hidden_size * llama.head_dim * (llama.num_attention_heads + llama.num_key_value_heads) * 2
-    block = attention + 3 * llama.hidden_size * llama.intermediate_size
+    heads = 2 * llama.num_attention_heads + 2 * llama.num_key_value_heads  # of q and o, k and v
+    block = llama.hidden_size * (llama.head_dim * heads + 3 * llama.intermediate_size)
     return (per_picture, 2 * passes * block * llama.num_hidden_layers,
             2 * passes * llama.vocab_size * llama.hidden_size)
 
