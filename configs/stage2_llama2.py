@@ -28,5 +28,6 @@ weight_decay = 0.05
 dtype = "bfloat16"
 num_workers = 4
 length_group = 8
+cache_features = True  # the same pictures come again: see them once
 out_dir = "out/stage2_llama2"
 save_interval = 200
