@@ -15,7 +15,6 @@ after a space.
 """
 
 import functools
-import getpass
 import glob
 import hashlib
 import json
@@ -25,6 +24,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import uuid
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -179,7 +179,10 @@ class Shards:
         shard, row = place
         if self.commands:
             self._have(shard)
-        table = index_tar(self.paths[shard])
+        try:
+            table = index_tar(self.paths[shard])
+        except InputError as e:
+            raise BadSample("lost in a broken tar file", str(e)) from e
         if row >= len(table):
             raise BadSample("lost in a broken tar file")
         _, picture, text, is_json = table[row]
@@ -213,9 +216,13 @@ class Shards:
                 part.unlink()
             try:
                 fetch(self.commands[shard], path)
-            except BadSample as e:
-                self.failed[shard] = e
-                raise
+                if (found := len(index_tar(str(path)))) < self.counts[shard]:
+                    raise InputError(f"`{self.commands[shard]}` gave {found} samples of {self.counts[shard]}")
+            except InputError as e:
+                index_tar.cache_clear()
+                path.unlink(missing_ok=True)
+                self.failed[shard] = BadSample("shard cannot be fetched", str(e))
+                raise self.failed[shard] from e
         try:
             for old in sorted(path.parent.glob("*.tar"), key=os.path.getmtime)[:-self.keep]:
                 old.unlink()
@@ -241,14 +248,14 @@ def open_pipe(command: str, keep: int) -> Shards:
 
     The same command with index.json in the place of the shard's name has to print their index. They are kept
     in the system's folder for temporary files (TMPDIR); empty it if shards have changed in the store."""
-    name = re.compile(r"[\w.-]+\.tar\b")
+    name = re.compile(r"[\w.-]+\.tar(?![\w.])")
     commands = expand_braces(command)
     names = [m[0] for m in map(name.search, commands) if m]
-    if len(names) < len(commands):
+    if len(names) < len(commands) or not commands:
         raise InputError(f"data pipe:{command}: the command has to name a .tar file, for instance "
                          "`pipe:aws s3 cp s3://bucket/{00000..00099}.tar -`")
     key = hashlib.sha256(command.encode()).hexdigest()[:12]
-    cache = Path(tempfile.gettempdir(), f"nanominigpt4-{getpass.getuser()}", key)
+    cache = Path(tempfile.gettempdir(), f"nanominigpt4-{os.getuid()}", key)
     cache.mkdir(parents=True, exist_ok=True)
     try:
         fetch(name.sub("index.json", commands[0]), cache / "index.json")
@@ -496,6 +503,10 @@ class FeatureCache:
 
     def __init__(self, folder: str, maker: str):
         self.folder = Path(folder) / maker
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise InputError(f"cache_dir {folder}: cannot be made ({e}); choose another --cache_dir") from e
 
     def path(self, picture: str | bytes) -> Path:
         """Where the features of a picture, given as a path or as its bytes, are or will be."""
@@ -511,7 +522,7 @@ class FeatureCache:
 
     def put(self, path: Path, features: torch.Tensor):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         save_file({"features": features}, temporary)
         os.replace(temporary, path)
 
@@ -542,15 +553,21 @@ class Samples(Dataset):
         """One sample. Raises BadSample, whatever is wrong with it."""
         try:
             return self._sample(key)
-        except BadSample:
+        except InputError:
             raise
         except Exception as e:  # what people's files hold has no end, and a run must outlive it
             raise BadSample("not a sample", repr(e)) from e
 
     def _sample(self, key):
         sample = self.sources[key.source][key.shard, key.row]
+        if not sample.images and "llama" not in self.config.train:
+            raise BadSample("no picture, but only the way from pictures to words learns")
         images = [self.picture(image) for image in sample.images]
-        return images, *self.tokenize(sample, np.random.default_rng((self.config.seed, key.source, key.draw)))
+        rng = np.random.default_rng((self.config.seed, key.source, key.draw))
+        ids, targets = self.tokenize(sample, rng)
+        if set(targets[1:]) <= {IGNORE}:
+            raise BadSample("nothing to learn")
+        return images, ids, targets
 
     def picture(self, image: str | bytes) -> torch.Tensor:
         """uint8 (3, S, S), or with a cache the features (N, width). Raises BadSample."""
@@ -662,7 +679,9 @@ def collate_group(parts: list) -> tuple[list[Batch], list[tuple[str, str]], int]
 
 
 class Uncached(Dataset):
-    """Every world-th sample's pictures that the cache lacks: [(path of the entry, uint8 (3, S, S)), ...]."""
+    """Every world-th sample's pictures that the cache lacks: [(path of the entry, uint8 (3, S, S)), ...].
+
+    Entries are read to know that they are whole."""
 
     def __init__(self, samples: Samples, cache: FeatureCache, rank: int = 0, world: int = 1):
         self.samples, self.cache, self.keys = samples, cache, list(samples.places())[rank::world]
@@ -676,7 +695,7 @@ class Uncached(Dataset):
             for image in self.samples.sources[key.source][key.shard, key.row].images:
                 if self.cache.get(path := self.cache.path(image)) is None:
                     found.append((path, self.samples.picture(image)))
-        except (BadSample, OSError):  # the reader will count it
+        except Exception:  # the reader will count it
             pass
         return found
 

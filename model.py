@@ -209,7 +209,7 @@ class MiniGPT4(nn.Module):
         parameters = self.part_parameters(name)
         tensors = {k: p.detach().to("cpu", getattr(torch, dtype)) for k, p in parameters.items()}
         if name != "llama":
-            about = self._companions() if name == "proj" else asdict(getattr(self, name).config)
+            about = self.companions() if name == "proj" else asdict(getattr(self, name).config)
             key = "trained_with" if name == "proj" else "config"
             save_tensors(tensors, Path(folder) / f"{name}.safetensors", {key: json.dumps(about)})
             return
@@ -221,7 +221,7 @@ class MiniGPT4(nn.Module):
         if Path(self.tokenizer.path) != root / "tokenizer.model":
             shutil.copyfile(self.tokenizer.path, root / "tokenizer.model")
 
-    def _companions(self):
+    def companions(self) -> dict[str, str]:
         """{part: fingerprint} of what the projection stands beside; of parts that learn, as they are now."""
         marks = dict(self.fingerprints)
         for name in ("vision", "qformer", "llama"):

@@ -11,6 +11,7 @@ state.safetensors, from which a killed run goes on. Stage 1 and stage 2 are the 
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -167,7 +168,7 @@ def prepare_data(config: Config, rank: int):
     for data in (config.data, config.heldout_data):
         used += [data] if isinstance(data, str) else data
     for path, command in config.prepare.items():
-        if rank == 0 and not Path(path).exists() and any(u.startswith(path) for u in used):
+        if rank == 0 and not Path(path).exists() and any(f"{u}/".startswith(f"{path}/") for u in used):
             print(f"{path} is missing; making it: python {command}", file=sys.stderr)
             done = subprocess.run([sys.executable, *shlex.split(command)])
             if done.returncode:
@@ -178,13 +179,13 @@ def prepare_data(config: Config, rank: int):
 
 def build(config: Config, device) -> MiniGPT4:
     """The model of a config, its blocks sharded, checkpointed and compiled as the config says."""
+    if config.shard and not dist.is_initialized():
+        raise InputError("shard = True: there is one process only; start several with torchrun")
     torch.manual_seed(config.seed)
     model = MiniGPT4.from_files(config.vision, config.qformer, config.llama, config.proj, config.dtype,
                                 "cpu" if config.shard else device, config.train, config.tokenizer,
                                 config.image_size, config.force)
     if config.shard:
-        if not dist.is_initialized():
-            raise InputError("shard = True: there is one process only; start several with torchrun")
         from torch.distributed.fsdp import fully_shard  # a second of imports, and 45 MB
         mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
         for block in model.llama.layers:  # each is moved to the device by itself, and shared out there
@@ -192,6 +193,8 @@ def build(config: Config, device) -> MiniGPT4:
         model.to(device)
     model.llama.grad_checkpoint = config.grad_checkpoint
     if config.compile:
+        if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+            raise InputError("compile = True: on a CPU it needs a C++ compiler; install g++, or switch it off")
         compile_blocks(model)
     return model
 
@@ -207,7 +210,7 @@ def compile_blocks(model: MiniGPT4):
 @torch.no_grad()
 def cache_features(model: MiniGPT4, all_samples: list, config: Config, device, rank: int, world: int):
     """Have the samples give features instead of pictures; the model then does without its towers."""
-    marks = [model.fingerprints.get(part, "none") for part in ("vision", "qformer")]
+    marks = [model.companions().get(part, "none") for part in ("vision", "qformer")]
     cache = FeatureCache(config.cache_dir, "-".join((*marks, config.dtype, str(model.image_size))))
     for samples in all_samples:
         loader = DataLoader(Uncached(samples, cache, rank, world), config.batch_size, collate_fn=flatten,
@@ -221,14 +224,6 @@ def cache_features(model: MiniGPT4, all_samples: list, config: Config, device, r
     model.vision = model.ln_vision = model.qformer = None
     if world > 1:
         dist.barrier()
-
-
-def warn_of_chance(loss: float, vocab_size: int):
-    """A frozen language model whose first loss is that of drawing lots has the wrong weights."""
-    if loss > log(vocab_size) - 0.5:
-        print(f"warning: the first loss, {loss:.2f}, is that of guessing among {vocab_size} tokens "
-              f"({log(vocab_size):.2f}); look whether the language model is whole, with python chat.py "
-              "--ckpt=OUT_DIR --check=True", file=sys.stderr)
 
 
 def train_step(wrapped, batches: list[Batch], optimizer, scaler, parameters: dict, config: Config,
@@ -258,6 +253,14 @@ def train_step(wrapped, batches: list[Batch], optimizer, scaler, parameters: dic
     return loss_sum
 
 
+def warn_of_chance(loss: float, vocab_size: int):
+    """A frozen language model whose first loss is that of drawing lots has the wrong weights."""
+    if loss > log(vocab_size) - 0.5:
+        print(f"warning: the first loss, {loss:.2f}, is that of guessing among {vocab_size} tokens "
+              f"({log(vocab_size):.2f}); look whether the language model is whole, with python chat.py "
+              "--ckpt=OUT_DIR --check=True", file=sys.stderr)
+
+
 def train(config: Config, device, rank: int = 0, world: int = 1):
     """Run the config from its first or its last saved step to max_steps."""
     refuse_to_overwrite(config)
@@ -265,8 +268,7 @@ def train(config: Config, device, rank: int = 0, world: int = 1):
     model = build(config, device)
     make_samples = lambda data: open_samples(data, config, model.tokenizer, *model.image_shape)
     samples, weights = make_samples(config.data)
-    evaluates = config.heldout_data and (rank == 0 or config.shard)  # sharded blocks need all ranks
-    heldout = make_samples(config.heldout_data)[0] if evaluates else None
+    heldout = make_samples(config.heldout_data)[0] if config.heldout_data else None
     if config.cache_features:
         cache_features(model, [samples] + [heldout] * bool(heldout), config, device, rank, world)
     parameters = {f"{name}.{k}": p for name in config.train for k, p in model.part_parameters(name).items()}
@@ -281,6 +283,8 @@ def train(config: Config, device, rank: int = 0, world: int = 1):
     wrapped = DistributedDataParallel(model, init_sync=False) if world > 1 else model
     reader = Reader(samples, weights, config, rank, world, read)
     batches = iter(reader)
+    if config.profile and config.max_steps - done < 6:
+        raise InputError("profile = True: it looks at the steps 4 to 6; raise max_steps")
     profiler = start_profiler(config, device) if config.profile and rank == 0 else None
     meter = Meter(model, config, device, world)
 
@@ -307,7 +311,7 @@ def train(config: Config, device, rank: int = 0, world: int = 1):
                 bar.set_postfix(loss=f"{value:.3f}", lr=f"{lr:.1e}", **rates)
             meter.start()
         bar.update()
-        if heldout and due(config.eval_interval):
+        if heldout and due(config.eval_interval) and (rank == 0 or config.shard):  # shards need all ranks
             shown = show_answers(model, heldout, config, device)
             value = heldout_loss(model, heldout, config, device)
             if rank == 0:

@@ -8,6 +8,7 @@ with one line.
 import ast
 import difflib
 import json
+import os
 import runpy
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -96,10 +97,13 @@ class Config:
         if self.seed < 0 or len(self.betas) != 2 or not self.train:
             raise InputError(f"seed = {self.seed}, betas = {self.betas}, train = {self.train}: give a seed "
                              "of at least 0, two betas, and at least one part that learns")
-        if (self.cache_features and {"vision", "qformer"} & set(self.train)
-                or self.shard and "llama" in self.train):
-            raise InputError(f"train = {self.train}: cache_features needs a frozen vision side, shard a "
-                             "frozen language model; switch them off")
+        if self.cache_features and (not self.vision or {"vision", "qformer"} & set(self.train)):
+            raise InputError("cache_features = True: there is no frozen vision side; switch it off")
+        if self.shard and ("llama" in self.train or isinstance(self.llama, dict)):
+            raise InputError("shard = True: it is for a frozen language model from files; switch it off")
+        for name in ("num_workers", "peak_tflops"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} = {getattr(self, name)}: give at least 0")
         for name in ("batch_size", "grad_accum", "max_steps", "max_txt_len", "shuffle_shards", "length_group",
                      "log_interval", "eval_interval", "eval_samples", "save_interval"):
             if getattr(self, name) < 1:
@@ -201,3 +205,5 @@ def run_main(main):
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # the reader of our output, such as head, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -8,7 +8,8 @@ python train.py configs/tiny_talk.py
 llama = "out/tiny_llm/llama"
 train = ("llama",)
 
-data = {"data/tiny/text/chat.jsonl": 1, "data/tiny/text/asked.jsonl": 2}
+data = {"data/tiny/text/dense.jsonl": 1, "data/tiny/text/noisy.jsonl": 1, "data/tiny/text/chat.jsonl": 2,
+        "data/tiny/text/asked.jsonl": 4}
 heldout_data = "data/tiny/text/asked_heldout.jsonl"
 prepare = {"data/tiny/text": "tools/make_scenes.py text data/tiny/text --n=60000"}
 template = "vicuna"
@@ -17,7 +18,7 @@ max_txt_len = 160
 chat_share = 0.3
 
 batch_size = 16
-max_steps = 2000
+max_steps = 1500
 lr = 1.5e-3
 min_lr = 1e-4
 warmup_steps = 100

@@ -100,9 +100,22 @@ def test_other_eyes_and_broken_entries_are_never_used(world, tmp_path):  # noqa:
     same(weights(tmp_path / "c"), weights(tmp_path / "d"))
 
 
+def test_new_random_towers_have_features_of_their_own(world, tmp_path):  # noqa: F811
+    sizes = dict(n_queries=4, width=16, n_layers=2, n_heads=2, ffn_hidden=32)
+    for seed in (1, 2):
+        config = cached(world, tmp_path / f"cached{seed}", tmp_path / "features", qformer=sizes, seed=seed)
+        run(config)
+        run(replace(config, cache_features=False, out_dir=str(tmp_path / f"fresh{seed}")))
+        same(weights(tmp_path / f"cached{seed}"), weights(tmp_path / f"fresh{seed}"))
+
+
 def test_features_of_a_part_that_learns_are_refused(world, tmp_path):  # noqa: F811
-    with pytest.raises(InputError, match="cache_features"):
-        run(micro(world, tmp_path, cache_features=True, train=("qformer", "proj")))
+    for changes in (dict(train=("qformer", "proj")), dict(vision="", qformer="", train=("llama",))):
+        with pytest.raises(InputError, match="cache_features"):
+            micro(world, tmp_path, cache_features=True, **changes)
+    with pytest.raises(InputError, match="cache_dir"):
+        (tmp_path / "file").write_text("")
+        run(micro(world, tmp_path / "run", cache_features=True, cache_dir=str(tmp_path / "file")))
 
 
 def test_a_bad_picture_is_counted_beside_cached_ones(world, tmp_path):  # noqa: F811
@@ -112,10 +125,11 @@ def test_a_bad_picture_is_counted_beside_cached_ones(world, tmp_path):  # noqa: 
     lines = [{"image": str(source / f"image/{i}.jpg"), "caption": "a star"} for i in range(5)]
     (folder / "broken.jpg").write_bytes(b"no picture")
     lines.append({"image": "broken.jpg", "caption": "a star"})
+    lines += [{"image": "nul\0.jpg", "caption": "a star"}, {"image": 7}]
     (folder / "own.jsonl").write_text("\n".join(map(json.dumps, lines)))
     log = run(micro(world, tmp_path / "run", data=str(folder / "own.jsonl"), cache_features=True,
-                    batch_size=6, cache_dir=str(tmp_path / "features"), max_bad_fraction=0.5))
-    assert log[-1]["skipped"] == {"picture cannot be read": 6}
+                    batch_size=8, cache_dir=str(tmp_path / "features"), max_bad_fraction=0.5))
+    assert log[-1]["skipped"] == {"picture cannot be read": 6, "not a sample": 12}
 
 
 # ---- several processes -------------------------------------------------------------------------------------
@@ -125,7 +139,7 @@ def test_a_bad_picture_is_counted_beside_cached_ones(world, tmp_path):  # noqa: 
     (2, {"shard": True}, 29521), (4, {}, 29522), (2, {"grad_accum": 2, "batch_size": 2}, 29523),
     (2, {"cache_features": True}, 29524)])
 def test_processes_give_the_curve_of_one(world, tmp_path, processes, changes, port):  # noqa: F811
-    heldout = dict(heldout_data=world["data"], eval_interval=3, eval_samples=8)
+    heldout = dict(heldout_data=world["other"], eval_interval=3, eval_samples=8)
     one = micro(world, tmp_path / "one", batch_size=8, **heldout)
     many = replace(one, out_dir=str(tmp_path / "many"), cache_dir=str(tmp_path / "features"),
                    **{"batch_size": 8 // processes} | changes)
@@ -135,11 +149,14 @@ def test_processes_give_the_curve_of_one(world, tmp_path, processes, changes, po
         [r["heldout_loss"] for r in a if "heldout_loss" in r], rel=1e-4)
 
 
-def test_sharding_needs_processes_and_a_frozen_llama(world, tmp_path):  # noqa: F811
+def test_switches_say_what_they_need(world, tmp_path, monkeypatch):  # noqa: F811
     with pytest.raises(InputError, match="torchrun"):
         run(micro(world, tmp_path, shard=True))
     with pytest.raises(InputError, match="frozen"):
         micro(world, tmp_path, shard=True, train=("proj", "llama"))
+    with pytest.raises(InputError, match="compiler"):
+        monkeypatch.setenv("CXX", "/nonexistent")
+        run(micro(world, tmp_path, compile=True))
 
 
 # ---- what the log says -------------------------------------------------------------------------------------
@@ -175,7 +192,9 @@ def test_flops_are_those_that_a_step_computes(world, tmp_path):  # noqa: F811
 
 
 def test_a_profile_is_written(world, tmp_path, capsys):  # noqa: F811
+    with pytest.raises(InputError, match="profile"):
+        run(micro(world, tmp_path / "short", profile=True, max_steps=5))
     run(micro(world, tmp_path, profile=True))
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     table = capsys.readouterr().err
-    assert "Self CPU" in table and "aten::addmm" in table
+    assert "Self CPU" in table and table.count("aten::") >= 5

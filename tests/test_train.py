@@ -46,12 +46,14 @@ def world(tmp_path_factory) -> dict:
         model.save_part(part, root)
     make_scenes.main(["stage1", str(root / "stage1"), "--n=64"])
     make_scenes.main(["stage2", str(root / "stage2"), "--n=24"])
+    make_scenes.main(["stage1", str(root / "other"), "--n=16", "--heldout=True"])
     return {"vision": f"{root}/vision.safetensors", "qformer": f"{root}/qformer.safetensors",
-            "llama": f"{root}/llama", "data": f"{root}/stage1", "stage2": f"{root}/stage2"}
+            "llama": f"{root}/llama", "data": f"{root}/stage1", "stage2": f"{root}/stage2",
+            "other": f"{root}/other"}
 
 
 def micro(world, out, **changes) -> Config:
-    parts = {k: v for k, v in world.items() if k != "stage2"}
+    parts = {k: v for k, v in world.items() if k not in ("stage2", "other")}
     settings = dict(dtype="float32", batch_size=4, max_steps=6, warmup_steps=2, lr=0.01, min_lr=0.001,
                     num_workers=0, log_interval=1, save_interval=2, eval_interval=100, device="cpu",
                     peak_tflops=1.0, out_dir=str(out))

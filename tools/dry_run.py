@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -77,7 +76,11 @@ def describe_training(config: Config, world: int = 1) -> str:
     B, T = config.batch_size, prompt + n_image + config.max_txt_len
     tokens = torch.zeros(B, T, dtype=torch.int64, device="meta")
     images = None
-    if n_image:
+    model.llama.grad_checkpoint = config.grad_checkpoint
+    if config.cache_features:
+        images = torch.empty(B, n_image, model.proj.in_features, device="meta")
+        model.vision = model.ln_vision = model.qformer = None
+    elif n_image:
         images = torch.empty(B, 3, model.image_size, model.image_size, dtype=torch.uint8, device="meta")
     kept: dict[int, int] = {}  # storage -> bytes
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
@@ -93,8 +96,7 @@ def describe_training(config: Config, world: int = 1) -> str:
         if images is not None:
             x = torch.cat((model.encode_image(images).to(x.dtype), x[:, n_image:]), dim=1)
         answers = model.llama(x)[:, -config.max_txt_len:]
-        logits = model.llama.logits(answers).float().flatten(0, 1)
-        F.cross_entropy(logits, tokens[:, -config.max_txt_len:].flatten()).backward()
+        model.cross_entropy(answers.flatten(0, 1), tokens[:, -config.max_txt_len:].flatten()).backward()
     flops = counter.get_total_flops() * config.grad_accum
     weight_bytes = sum(p.nbytes for p in model.parameters())
     learn_bytes = sum(p.nbytes for p in model.parameters() if p.requires_grad)

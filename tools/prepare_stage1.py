@@ -90,8 +90,11 @@ def read_entries(path: str) -> Iterator:
 def write_list(src: str, dst: Path) -> Counter:
     """SRC's addresses and captions as a .tsv or .parquet; how many entries there were of which kind."""
     counts, part = Counter(), Path(f"{dst}.part")
-    dst.parent.mkdir(parents=True, exist_ok=True)
-    write, close = (_parquet if dst.suffix == ".parquet" else _tsv)(part)
+    try:
+        dst.parent.mkdir(parents=True, exist_ok=True)
+        write, close = (_parquet if dst.suffix == ".parquet" else _tsv)(part)
+    except OSError as e:
+        raise InputError(f"{dst}: cannot be written ({e}); give another --list or DST") from e
     try:
         for entry in tqdm(read_entries(src), desc=f"writing {dst}", unit="entry", unit_scale=True, delay=1):
             url, caption = (entry.get(k) for k in ("url", "caption")) if isinstance(entry, dict) else (0, 0)

@@ -58,12 +58,7 @@ def tokens_as_text(ids: list[int], targets: list[int], tokenizer: Tokenizer, pla
 
 def padding(batches) -> float:
     """The share of a run's tokens that are padding: those behind the last one to be predicted."""
-    real = total = 0
-    for batch in batches:
-        ends = (batch.targets != IGNORE).flip(1).to(float).argmax(1)
-        total += batch.tokens.numel()
-        real += batch.tokens.numel() - int(ends.sum())
-    return 1 - real / total
+    return 1 - sum(b.n_tokens for b in batches) / sum(b.tokens.numel() for b in batches)
 
 
 def main(argv: list[str]):
