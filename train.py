@@ -194,7 +194,7 @@ def build(config: Config, device) -> MiniGPT4:
     model.llama.grad_checkpoint = config.grad_checkpoint
     if config.compile:
         if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-            raise InputError("compile = True: on a CPU it needs a C++ compiler; install g++, or switch it off")
+            raise InputError("compile = True: on a CPU it needs a C++ compiler; install g++ or switch it off")
         compile_blocks(model)
     return model
 
@@ -210,7 +210,8 @@ def compile_blocks(model: MiniGPT4):
 @torch.no_grad()
 def cache_features(model: MiniGPT4, all_samples: list, config: Config, device, rank: int, world: int):
     """Have the samples give features instead of pictures; the model then does without its towers."""
-    marks = [model.companions().get(part, "none") for part in ("vision", "qformer")]
+    model.fingerprints = model.companions()  # while all parts are there
+    marks = [model.fingerprints.get(part, "none") for part in ("vision", "qformer")]
     cache = FeatureCache(config.cache_dir, "-".join((*marks, config.dtype, str(model.image_size))))
     for samples in all_samples:
         loader = DataLoader(Uncached(samples, cache, rank, world), config.batch_size, collate_fn=flatten,

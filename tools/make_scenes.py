@@ -4,9 +4,9 @@
     python tools/make_scenes.py eyes DST           the same, but every caption tells the whole picture
     python tools/make_scenes.py names DST          the same with one object in each, "red star" the caption
     python tools/make_scenes.py stage2 DST         filter_cap.json and image/, with long clean descriptions
-    python tools/make_scenes.py text DST           what language models read: listed.jsonl, dense.jsonl and
-                                                   noisy.jsonl (a scene told in words, then a caption),
-                                                   chat.jsonl, asked.jsonl, and *_heldout.jsonl of each
+    python tools/make_scenes.py text DST           what language models read: dense.jsonl and noisy.jsonl (a
+                                                   scene told in words, then a caption), chat.jsonl, and
+                                                   *_heldout.jsonl of each
     python tools/make_scenes.py tokenizer DST_FILE --text=chat.jsonl [--vocab_size=...]
     python tools/make_scenes.py test DST           held-out pictures and scenes.json, to score answers
 
@@ -457,14 +457,11 @@ def rhyme_is_right(scene: Scene, text: str) -> bool:
 
 # ---- samples -----------------------------------------------------------------------------------------------
 
-def conversation(scene: Scene, rng: random.Random, kind: str = "chat") -> list[dict[str, str]]:
+def conversation(scene: Scene, rng: random.Random) -> list[dict[str, str]]:
     """[{"user": ...}, {"assistant": ...}, ...]: a scene is told, then described, rhymed about and asked for
-    four times, in any order; or, of the kind "asked", asked for six times. All of a kind are of like length,
-    so that a batch of them has little padding."""
-    exchanges = [qa(scene, rng)[:2] for _ in range(6 if kind == "asked" else 4)]
-    if kind == "chat":
-        exchanges += [(rng.choice(DESCRIBE_PROMPTS), description(scene, rng)),
-                      (rng.choice(RHYME_PROMPTS), rhyme(scene, rng))]
+    four times, in any order. All are of like length, so that a batch of them has little padding."""
+    exchanges = [(rng.choice(DESCRIBE_PROMPTS), description(scene, rng)),
+                 (rng.choice(RHYME_PROMPTS), rhyme(scene, rng)), *(qa(scene, rng)[:2] for _ in range(4))]
     rng.shuffle(exchanges)
     turns = [turn for request, answer in exchanges for turn in ({"user": request}, {"assistant": answer})]
     turns[0]["user"] = f"<Img> {told(scene, rng)} </Img> {turns[0]['user']}"
@@ -473,8 +470,8 @@ def conversation(scene: Scene, rng: random.Random, kind: str = "chat") -> list[d
 
 def document(scene: Scene, rng: random.Random, kind: str) -> dict:
     """A line of the language model's text: a caption of a scene told before it, or a conversation."""
-    if kind in ("chat", "asked"):
-        return {"conversation": conversation(scene, rng, kind)}
+    if kind == "chat":
+        return {"conversation": conversation(scene, rng)}
     caption = dense_caption(scene)
     if kind == "noisy":  # as stage 1 cleans its captions
         caption = " ".join(re.sub(r'[.!"()*#:;~]', " ", noisy_caption(scene, rng).lower()).split())
@@ -541,8 +538,8 @@ def write_stage2(kind, folder, n, options):
 
 
 def write_text(kind, folder, n, options):
-    """A .jsonl of each kind, and for each a fiftieth as many held-out scenes."""
-    for name in ("listed", "dense", "noisy", "chat", "asked"):
+    """dense.jsonl, noisy.jsonl and chat.jsonl, and for each a fiftieth as many held-out scenes."""
+    for name in ("listed", "dense", "noisy", "chat"):
         for ending, count, heldout in (("", n, False), ("_heldout", max(1, n // 50), True)):
             with open(folder / f"{name}{ending}.jsonl", "w") as f:
                 for scene, rng in samples(f"{kind} {name}", count, options, heldout):
