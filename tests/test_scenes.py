@@ -105,13 +105,14 @@ def test_text_and_its_tokenizer(tmp_path):
     read = lambda name: [json.loads(line) for line in lines(name)]
     for line in read("chat"):
         first = line["conversation"][0]["user"]
-        assert first.startswith("<Img> ") and first.count(" </Img> ") == 1 and len(line["conversation"]) == 8
+        assert first.startswith("<Img> ") and first.count(" </Img> ") == 1 and len(line["conversation"]) == 12
     assert all(line["context"] and line["text"].endswith("\n") for line in read("dense") + read("noisy"))
     assert len(read("dense")) == 3000 and len(read("dense_heldout")) == 60
     model = tmp_path / "tokenizer.model"
     world.main(["tokenizer", str(model), f"--text={tmp_path / 'text' / 'chat.jsonl'}"])
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(model))
     assert all(len(tokenizer.encode(word)) == 1 for word in (*world.COLORS, *world.SHAPES, "striped"))
+    assert {len(tokenizer.encode(line["context"])) for line in read("listed")} == {19}  # a token each
     assert tokenizer.encode("a star.###", out_type=str)[-2:] == [".", "###"]
     assert tokenizer.decode(tokenizer.encode("A star.\n~é~")) == "A star.\n~é~"
 

@@ -71,13 +71,14 @@ def describe_training(config: Config, world: int = 1) -> str:
     """The whole answer for train.py, for `world` processes."""
     check_parts(config.train, config.vision, config.qformer)
     model, notes = meta_model(config)
-    n_image = model.image_shape[1]
+    table, n_image = describe_parts(model), model.image_shape[1]
     prompt = 1 + (PROMPT_TOKENS if config.template else 0)
     B, T = config.batch_size, prompt + n_image + config.max_txt_len
     tokens = torch.zeros(B, T, dtype=torch.int64, device="meta")
     images = None
     model.llama.grad_checkpoint = config.grad_checkpoint
     if config.cache_features:
+        notes.append("once the features are cached, vision and qformer are not in memory, nor counted below")
         images = torch.empty(B, n_image, model.proj.in_features, device="meta")
         model.vision = model.ln_vision = model.qformer = None
     elif n_image:
@@ -101,8 +102,7 @@ def describe_training(config: Config, world: int = 1) -> str:
     weight_bytes = sum(p.nbytes for p in model.parameters())
     learn_bytes = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     peak = weight_bytes + sum(kept.values()) + 3 * learn_bytes
-    lines = describe_parts(model)
-    lines += ["", f"tokens per sample     at most {T}: {prompt} of prompt, {n_image} of image, "
+    lines = [*table, "", f"tokens per sample     at most {T}: {prompt} of prompt, {n_image} of image, "
                   f"{config.max_txt_len} of answer",
               f"FLOPs per step        {flops / 1e12:.3g} TFLOP for {B} x {config.grad_accum} samples in each "
               "process",
