@@ -114,7 +114,12 @@ def our_step(case: Case):
     parameters = {k: p for k, p in model.named_parameters() if p.requires_grad}
     optimizer, scaler = make_optimizer(parameters, config), torch.amp.GradScaler("cpu", enabled=False)
     wrapped = DistributedDataParallel(model, init_sync=False) if case.processes > 1 else model
-    step = lambda: train_step(wrapped, [batch], optimizer, scaler, parameters, config, 1e-4, device)
+
+    def step():
+        loss = train_step(wrapped, [batch], optimizer, scaler, parameters, config, 1e-4, device)
+        if case.processes > 1:
+            torch.distributed.all_reduce(loss)
+        return loss
     return step, sum(n * cost for n, cost in zip((case.batch_size, batch.n_tokens, batch.n_targets), costs))
 
 
