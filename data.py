@@ -701,6 +701,7 @@ class Uncached(Dataset):
 
 
 def flatten(lists: list[list]) -> list:
+    """[[1], [2, 3]] -> [1, 2, 3]: the collate function for Uncached."""
     return [item for one in lists for item in one]
 
 

@@ -288,9 +288,7 @@ def train(config: Config, device, rank: int = 0, world: int = 1):
         raise InputError("profile = True: it looks at the steps 4 to 6; raise max_steps")
     profiler = start_profiler(config, device) if config.profile and rank == 0 else None
     meter = Meter(model, config, device, world)
-
     bar = tqdm(total=config.max_steps, initial=done, disable=rank > 0, unit="step", dynamic_ncols=True)
-    meter.start()
     for step in range(done, config.max_steps):
         asked = time.perf_counter()
         micro = [next(batches) for _ in range(config.grad_accum)]

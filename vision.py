@@ -139,6 +139,8 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
+    """Each patch of the picture as one vector, (B, 3, S, S) -> (B, (S / patch_size)^2, D)."""
+
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.proj = nn.Conv2d(3, config.width, kernel_size=config.patch_size, stride=config.patch_size)

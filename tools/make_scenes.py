@@ -4,9 +4,9 @@
     python tools/make_scenes.py eyes DST           the same, but every caption tells the whole picture
     python tools/make_scenes.py names DST          the same with one object in each, "red star" the caption
     python tools/make_scenes.py stage2 DST         filter_cap.json and image/, with long clean descriptions
-    python tools/make_scenes.py text DST           what language models read: dense.jsonl and noisy.jsonl (a
-                                                   scene told in words, then a caption), chat.jsonl, and
-                                                   *_heldout.jsonl of each
+    python tools/make_scenes.py text DST           what language models read: listed.jsonl, dense.jsonl and
+                                                   noisy.jsonl (a scene told in words, then a caption),
+                                                   chat.jsonl, and *_heldout.jsonl of each
     python tools/make_scenes.py tokenizer DST_FILE --text=chat.jsonl [--vocab_size=...]
     python tools/make_scenes.py test DST           held-out pictures and scenes.json, to score answers
 
@@ -538,7 +538,7 @@ def write_stage2(kind, folder, n, options):
 
 
 def write_text(kind, folder, n, options):
-    """dense.jsonl, noisy.jsonl and chat.jsonl, and for each a fiftieth as many held-out scenes."""
+    """A .jsonl of each kind, and for each a fiftieth as many held-out scenes."""
     for name in ("listed", "dense", "noisy", "chat"):
         for ending, count, heldout in (("", n, False), ("_heldout", max(1, n // 50), True)):
             with open(folder / f"{name}{ending}.jsonl", "w") as f:

@@ -74,7 +74,7 @@ class Meter:
             counts = (0 if b.images is None else len(b.images), b.n_tokens, b.n_targets)
             self.flops += sum(n * cost for n, cost in zip(counts, self.costs))
             self.images += counts[0] or len(b.tokens)  # of a text, the samples
-            self.tokens, self.places = self.tokens + b.n_tokens, self.places + b.tokens.numel()
+            self.tokens, self.places = self.tokens + counts[1], self.places + b.tokens.numel()
 
     def rates(self) -> dict[str, float]:
         seconds = time.perf_counter() - self.since
