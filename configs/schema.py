@@ -101,8 +101,9 @@ class Config:
             raise InputError("cache_features = True: there is no frozen vision side; switch it off")
         if self.shard and ("llama" in self.train or isinstance(self.llama, dict)):
             raise InputError("shard = True: it is for a frozen language model from files; switch it off")
-        for name in ("num_workers", "peak_tflops"):
-            if getattr(self, name) < 0:
+        for name in ("num_workers", "peak_tflops", "lr", "min_lr", "warmup_lr", "warmup_steps", "weight_decay",
+                     "grad_clip", "chat_share", "image_size", "show_samples"):
+            if not getattr(self, name) >= 0:  # nor NaN
                 raise InputError(f"{name} = {getattr(self, name)}: give at least 0")
         for name in ("batch_size", "grad_accum", "max_steps", "max_txt_len", "shuffle_shards", "length_group",
                      "log_interval", "eval_interval", "eval_samples", "save_interval"):
@@ -196,9 +197,13 @@ def to_json(config) -> str:
 
 
 def run_main(main):
-    """Call `main(argv)`; an InputError becomes one line on stderr and exit status 2."""
+    """Call `main(argv)`; an InputError becomes one line on stderr and exit status 2. --help prints the program's
+    docstring."""
     try:
-        main(sys.argv[1:])
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            print(sys.modules["__main__"].__doc__)
+        else:
+            main(sys.argv[1:])
     except InputError as e:
         message = str(e).strip().splitlines()[-1]  # of an error in a data worker, the last line of its report
         print(f"error: {message.removeprefix('configs.schema.InputError: ')}", file=sys.stderr)

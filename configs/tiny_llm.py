@@ -8,7 +8,8 @@ python train.py configs/tiny_llm.py
 llama = "out/tiny_words/llama"
 train = ("llama",)
 
-data = {"data/tiny/text/dense.jsonl": 1, "data/tiny/text/noisy.jsonl": 1, "data/tiny/text/chat.jsonl": 5}
+data = {"data/tiny/text/dense.jsonl": 1, "data/tiny/text/noisy.jsonl": 1, "data/tiny/text/terse.jsonl": 2,
+        "data/tiny/text/chat.jsonl": 4, "data/tiny/text/asked.jsonl": 2}
 heldout_data = "data/tiny/text/chat_heldout.jsonl"
 prepare = {"data/tiny/text": "tools/make_scenes.py text data/tiny/text --n=60000"}
 template = "vicuna"
@@ -18,7 +19,7 @@ chat_share = 0.3
 
 batch_size = 16
 max_steps = 4000
-lr = 2e-3
+lr = 1.5e-3
 min_lr = 1e-4
 warmup_steps = 100
 betas = (0.9, 0.99)

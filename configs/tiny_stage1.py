@@ -16,7 +16,7 @@ data = {  # drawn per batch, as LAION and CC + SBU are at full size
 heldout_data = "data/tiny/stage1_heldout"
 prepare = {
     "data/tiny/stage1": "tools/make_scenes.py stage1 data/tiny/stage1 --n=10000",
-    "data/tiny/stage1_clean": "tools/make_scenes.py eyes data/tiny/stage1_clean --n=10000 --seed=1",
+    "data/tiny/stage1_clean": "tools/make_scenes.py clean data/tiny/stage1_clean --n=10000",
     "data/tiny/stage1_heldout": "tools/make_scenes.py stage1 data/tiny/stage1_heldout --n=500 --heldout=True",
 }
 max_txt_len = 48

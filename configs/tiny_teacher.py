@@ -1,10 +1,11 @@
 """The language model that the eyes of the tiny world learn with, as BLIP-2's learnt with FlanT5.
-Thrown away after that. It reads a scene as a list of 19 words and tells it in a caption.
+Thrown away after that. It repeats a scene told as a list of 19 words, and has one layer: what it reads has to
+be like words, and so have the Q-Former's outputs.
 
 python train.py configs/tiny_teacher.py
 """
 
-llama = dict(hidden_size=96, num_hidden_layers=4, num_attention_heads=3, intermediate_size=256,
+llama = dict(hidden_size=96, num_hidden_layers=1, num_attention_heads=3, intermediate_size=256,
              rms_norm_eps=1e-5, tie_word_embeddings=True)
 tokenizer = "data/tiny/tokenizer.model"
 train = ("llama",)
@@ -19,7 +20,7 @@ prepare = {
 max_txt_len = 160
 
 batch_size = 32
-max_steps = 1000
+max_steps = 600
 lr = 3e-3
 min_lr = 1e-4
 warmup_steps = 100
@@ -30,5 +31,5 @@ seed = 7
 dtype = "float32"
 num_workers = 1
 out_dir = "out/tiny_teacher"
-eval_interval = 250
-save_interval = 250
+eval_interval = 200
+save_interval = 200

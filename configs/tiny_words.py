@@ -1,4 +1,4 @@
-"""The tiny world's language model, first step: from a scene told in words to its caption.
+"""The tiny world's language model, first step: from a scene told in words to its caption, and to single facts.
 
 Here it learns to look back and copy, on short texts; conversations (configs/tiny_llm.py) come easily then.
 
@@ -10,8 +10,8 @@ llama = dict(hidden_size=128, num_hidden_layers=6, num_attention_heads=4, interm
 tokenizer = "data/tiny/tokenizer.model"
 train = ("llama",)
 
-data = "data/tiny/text/dense.jsonl"
-heldout_data = "data/tiny/text/dense_heldout.jsonl"
+data = {"data/tiny/text/dense.jsonl": 1, "data/tiny/text/terse.jsonl": 3}
+heldout_data = "data/tiny/text/terse_heldout.jsonl"
 prepare = {
     "data/tiny/text": "tools/make_scenes.py text data/tiny/text --n=60000",
     "data/tiny/tokenizer.model": "tools/make_scenes.py tokenizer data/tiny/tokenizer.model "
@@ -20,8 +20,8 @@ prepare = {
 max_txt_len = 160
 
 batch_size = 32
-max_steps = 600
-lr = 2e-3
+max_steps = 5000
+lr = 1.5e-3
 min_lr = 1e-3
 warmup_steps = 100
 betas = (0.9, 0.99)

@@ -82,6 +82,14 @@ def test_conversations_learn_the_assistants_words_of_every_turn():
     assert TOKENIZER.decode(ids[1:]).count("Human:") == 2
 
 
+def test_without_a_template_turns_are_plain_and_pictures_refused():
+    ids, targets = tokenized(Config(), Sample(turns=[("size star", "large"), ("shape red", "star")]))
+    assert TOKENIZER.decode(ids[1:]).split() == "size star large shape red star".split()
+    assert [t for t in targets if t != IGNORE] == TOKENIZER.encode("large\n") + TOKENIZER.encode("star\n")
+    with pytest.raises(InputError, match="needs a template"):
+        tokenized(Config(), Sample(images=[b""], turns=[("Hello", "A dog.")]))
+
+
 def test_chat_share_lays_a_conversation_out_as_chat_does():
     config = Config(template="vicuna", end_sym="###", max_txt_len=160, chat_share=1.0)
     ids, _ = tokenized(config, Sample(turns=[("Hello", "A dog.")]))

@@ -89,6 +89,18 @@ def test_true_answers_are_right_and_altered_ones_wrong():
         assert not world.answer_is_right(scene, question, kind, "", truth)
 
 
+def test_terse_answers_are_true_and_no_question_comes_twice():
+    for i in range(300):
+        rng = random.Random(i)
+        scene = world.random_scene(rng, n_objects=3)
+        asked = world.terse_questions(scene, rng, 8)
+        assert len({question for question, _ in asked}) == 8
+        for question, answer in asked:
+            kind, *about = question.split()
+            (obj,) = (o for o in scene.objects if {o.color, o.shape} >= set(about))  # no doubt which is meant
+            assert answer == (world.CELLS[obj.cell] if kind == "where" else getattr(obj, kind))
+
+
 def test_shards_have_the_members_of_img2dataset(tmp_path):
     world.main(["stage1", str(tmp_path / "shards"), "--n=3"])
     with tarfile.open(tmp_path / "shards" / "00000.tar") as tar:
@@ -106,7 +118,10 @@ def test_text_and_its_tokenizer(tmp_path):
     for line in read("chat"):
         first = line["conversation"][0]["user"]
         assert first.startswith("<Img> ") and first.count(" </Img> ") == 1 and len(line["conversation"]) == 12
+    assert all(len(line["conversation"]) == 16 for line in read("asked"))
+    assert all(len(line["conversation"]) == 16 for line in read("terse"))
     assert all(line["context"] and line["text"].endswith("\n") for line in read("dense") + read("noisy"))
+    assert all(line["text"] == line["context"] + "\n" for line in read("listed"))
     assert len(read("dense")) == 3000 and len(read("dense_heldout")) == 60
     model = tmp_path / "tokenizer.model"
     world.main(["tokenizer", str(model), f"--text={tmp_path / 'text' / 'chat.jsonl'}"])

@@ -229,6 +229,11 @@ def run(case: Case) -> dict:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+def as_peer(case: Case) -> Case:
+    """What transformers is measured at beside a case of ours: eager, as users get it."""
+    return replace(case, side="peer", compile=False, grad_checkpoint=False)
+
+
 def cases(folder: str, options: Options) -> list[Case]:
     """Of our side, the rows of the table."""
     case = Case(folder, steps=-(-options.steps // options.rounds))
@@ -240,8 +245,10 @@ def cases(folder: str, options: Options) -> list[Case]:
     if options.size == "full":
         return [case]
     sizes = (8, 32) if options.size == "medium" else (2,)
-    return ([replace(case, batch_size=n, compile=c) for n in sizes for c in (False, True)] +
-            [replace(case, dtype="float32")] * (options.size == "medium"))
+    rows = [replace(case, batch_size=n, compile=c) for n in sizes for c in (False, True)]
+    if options.size == "medium":
+        rows += [replace(case, batch_size=32, grad_checkpoint=True), replace(case, dtype="float32")]
+    return rows
 
 
 def bench(options: Options) -> list[dict]:
@@ -258,7 +265,7 @@ def bench(options: Options) -> list[dict]:
     peaks: dict[str, list[float]] = {}
     for n in range(options.rounds):
         for case in cases(str(folder), options):
-            peer = replace(case, side="peer", compile=False)
+            peer = as_peer(case)
             for c in [case] + [peer] * (peers and len(found.get(peer, [])) == n):
                 found.setdefault(c, []).append(run(c))
                 peak = matmul_peak(torch.device("cpu"), getattr(torch, c.dtype))
@@ -277,7 +284,7 @@ def bench(options: Options) -> list[dict]:
                "vs_limit": images(case) / limit, "seconds": seconds(case), "peak_mib": memory(case),
                "peak_tflops": statistics.median(peaks[case.dtype]) / 1e12}
         if peers:
-            peer = replace(case, side="peer", compile=False)
+            peer = as_peer(case)
             row |= {"peer": images(peer), "peer_name": "transformers BLIP-2",
                     "vs_peer": images(case) / images(peer), "peer_peak_mib": memory(peer),
                     "loss": found[case][0]["loss"], "peer_loss": found[peer][0]["loss"]}

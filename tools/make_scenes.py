@@ -1,18 +1,19 @@
 """The tiny world: seeded drawings of 1-3 colored shapes and text about them, in the formats of real data.
 
     python tools/make_scenes.py stage1 DST [--n=...] [--seed=...]   tar shards like img2dataset's
-    python tools/make_scenes.py eyes DST           the same, but every caption tells the whole picture
+    python tools/make_scenes.py clean DST          the same, but every caption tells the whole picture
+    python tools/make_scenes.py eyes DST           the same, told as a list of 19 words
     python tools/make_scenes.py names DST          the same with one object in each, "red star" the caption
     python tools/make_scenes.py stage2 DST         filter_cap.json and image/, with long clean descriptions
-    python tools/make_scenes.py text DST           what language models read: listed.jsonl, dense.jsonl and
-                                                   noisy.jsonl (a scene told in words, then a caption),
-                                                   chat.jsonl, and *_heldout.jsonl of each
+    python tools/make_scenes.py text DST           what language models read: listed.jsonl (a list, twice),
+                                                   dense.jsonl and noisy.jsonl (a scene told in words, then
+                                                   a caption), chat.jsonl, asked.jsonl and terse.jsonl
+                                                   (conversations), and *_heldout.jsonl of each
     python tools/make_scenes.py tokenizer DST_FILE --text=chat.jsonl [--vocab_size=...]
     python tools/make_scenes.py test DST           held-out pictures and scenes.json, to score answers
 
 The captions of stage1 are short and noisy. A tenth of all sets of (color, shape) is held out by a hash,
-whatever the seed: training data never shows them. --heldout=True makes stage1, eyes, names or stage2 of that
-tenth alone. Sample i depends on the kind of data, the seed and i only. Every `rng` is a random.Random.
+whatever the seed: training data never shows them. --heldout=True makes pictures of that tenth alone. Sample i depends on the kind of data, the seed and i only. Every `rng` is a random.Random.
 """
 
 import io
@@ -233,19 +234,20 @@ def dense_caption(scene: Scene) -> str:
 
 
 def told_list(scene: Scene) -> str:
-    """All facts, one word for each, in a fixed order: "large red striped star top left ... gray". Always 19
-    words, those of objects that are not there filled with the background's."""
+    """All facts, one word for each, in a fixed order: "star red large striped top left ... gray". Always 19
+    words, those of objects that are not there filled with the background's. The shape stands first: a causal
+    model then knows at each word whose fact it is."""
     words = []
     for o in scene.objects:
         place = (("top", "center", "bottom")[o.cell // 3], ("left", "center", "right")[o.cell % 3])
-        words += [o.size, o.color, o.texture, o.shape, *place]
+        words += [o.shape, o.color, o.size, o.texture, *place]
     return " ".join(words + [scene.background] * (19 - len(words)))
 
 
 def told(scene: Scene, rng: random.Random) -> str:
     """All facts, as a list or in one of many loose wordings: what a language model gets in place of a
     picture."""
-    if rng.random() < 0.6:
+    if rng.random() < 0.75:
         return told_list(scene)
     article, short_cell = (rng.random() < 0.4 for _ in range(2))
     parts = []
@@ -409,6 +411,17 @@ def qa(scene: Scene, rng: random.Random) -> tuple[str, str, str]:
             return rng.choice(PHRASINGS[kind]).format(asked[0]), asked[1], kind
 
 
+def terse_questions(scene: Scene, rng: random.Random, n: int) -> list[tuple[str, str]]:
+    """n different questions of the simplest kinds with their answers, in few words: [("size star", "large")]."""
+    facts = []
+    for o in scene.objects:
+        name = _named(scene, o).removeprefix("the ")
+        facts += [(f"size {name}", o.size), (f"texture {name}", o.texture), (f"where {name}", CELLS[o.cell])]
+        facts += [(f"color {name}", o.color)] * (name == o.shape)
+        facts += [(f"shape {o.color}", o.shape)] * (sum(p.color == o.color for p in scene.objects) == 1)
+    return rng.sample(facts, n)
+
+
 def answer_is_right(scene: Scene, question: str, kind: str, answer: str, truth: str) -> bool:
     """Whether the answer says what `truth` says; only the words that decide it are compared."""
     if kind == "relation":
@@ -457,26 +470,34 @@ def rhyme_is_right(scene: Scene, text: str) -> bool:
 
 # ---- samples -----------------------------------------------------------------------------------------------
 
-def conversation(scene: Scene, rng: random.Random) -> list[dict[str, str]]:
-    """[{"user": ...}, {"assistant": ...}, ...]: a scene is told, then described, rhymed about and asked for
-    four times, in any order. All are of like length, so that a batch of them has little padding."""
-    exchanges = [(rng.choice(DESCRIBE_PROMPTS), description(scene, rng)),
-                 (rng.choice(RHYME_PROMPTS), rhyme(scene, rng)), *(qa(scene, rng)[:2] for _ in range(4))]
+def conversation(scene: Scene, rng: random.Random, kind: str) -> list[dict[str, str]]:
+    """[{"user": ...}, {"assistant": ...}, ...]: a scene is told, then, of the kind "chat", described, rhymed
+    about and asked for four times, in any order; "asked": asked for eight times; "terse": the same in a few
+    words."""
+    if kind == "terse":
+        exchanges = terse_questions(scene, rng, 8)
+    else:
+        exchanges = [qa(scene, rng)[:2] for _ in range(8 if kind == "asked" else 4)]
+    if kind == "chat":
+        exchanges += [(rng.choice(DESCRIBE_PROMPTS), description(scene, rng)),
+                      (rng.choice(RHYME_PROMPTS), rhyme(scene, rng))]
     rng.shuffle(exchanges)
     turns = [turn for request, answer in exchanges for turn in ({"user": request}, {"assistant": answer})]
-    turns[0]["user"] = f"<Img> {told(scene, rng)} </Img> {turns[0]['user']}"
+    scene_told = told_list(scene) if kind == "terse" else told(scene, rng)
+    turns[0]["user"] = f"<Img> {scene_told} </Img> {turns[0]['user']}"
     return turns
 
 
 def document(scene: Scene, rng: random.Random, kind: str) -> dict:
     """A line of the language model's text: a caption of a scene told before it, or a conversation."""
-    if kind == "chat":
-        return {"conversation": conversation(scene, rng)}
+    if kind in ("chat", "asked", "terse"):
+        return {"conversation": conversation(scene, rng, kind)}
+    if kind == "listed":
+        return {"context": told_list(scene), "text": f"{told_list(scene)}\n"}
     caption = dense_caption(scene)
     if kind == "noisy":  # as stage 1 cleans its captions
         caption = " ".join(re.sub(r'[.!"()*#:;~]', " ", noisy_caption(scene, rng).lower()).split())
-    context = told_list(scene) if kind == "listed" else told(scene, rng)
-    return {"context": context, "text": f"{caption}\n"}
+    return {"context": told(scene, rng), "text": f"{caption}\n"}
 
 
 @dataclass(frozen=True)
@@ -492,7 +513,8 @@ def samples(kind: str, n: int, options: Options, heldout: bool):
     """Yield n (scene, rng), the rng ready for the sample's picture and text."""
     for i in tqdm(range(n), desc=kind):
         rng = random.Random(f"{kind} {options.seed} {heldout} {i}")
-        yield random_scene(rng, heldout, n_objects=1 if kind == "names" else 0), rng
+        n_objects = {"names": 1, "text terse": 3}.get(kind, 0)
+        yield random_scene(rng, heldout, n_objects), rng
 
 
 def _jpeg(scene, rng):
@@ -503,7 +525,8 @@ def _jpeg(scene, rng):
 
 CAPTIONS = {
     "stage1": noisy_caption,
-    "eyes": lambda scene, rng: dense_caption(scene),
+    "clean": lambda scene, rng: dense_caption(scene),
+    "eyes": lambda scene, rng: told_list(scene),
     "names": lambda scene, rng: f"{scene.objects[0].color} {scene.objects[0].shape}",
 }
 
@@ -539,7 +562,7 @@ def write_stage2(kind, folder, n, options):
 
 def write_text(kind, folder, n, options):
     """A .jsonl of each kind, and for each a fiftieth as many held-out scenes."""
-    for name in ("listed", "dense", "noisy", "chat"):
+    for name in ("listed", "dense", "noisy", "terse", "chat", "asked"):
         for ending, count, heldout in (("", n, False), ("_heldout", max(1, n // 50), True)):
             with open(folder / f"{name}{ending}.jsonl", "w") as f:
                 for scene, rng in samples(f"{kind} {name}", count, options, heldout):
@@ -591,8 +614,8 @@ def train_tokenizer(kind, path, n, options):
     path.write_bytes(model.getvalue())
 
 
-COMMANDS = {"stage1": (write_shards, 20_000), "eyes": (write_shards, 20_000), "names": (write_shards, 20_000),
-            "stage2": (write_stage2, 2000),
+COMMANDS = {"stage1": (write_shards, 20_000), "clean": (write_shards, 20_000), "eyes": (write_shards, 20_000),
+            "names": (write_shards, 20_000), "stage2": (write_stage2, 2000),
             "text": (write_text, 50_000), "test": (write_test, 500), "tokenizer": (train_tokenizer, 1)}
 
 
