@@ -155,6 +155,17 @@ def test_meta_s_own_files_are_permuted_and_joined(tmp_path, files):
     same(converted(meta_folder(tmp_path / "7B", tensors, files), tmp_path / "ours")[1], tensors)
 
 
+def test_meta_s_params_without_a_field_are_refused(tmp_path):
+    folder = meta_folder(tmp_path / "7B", random_llama()[1], 1)
+    (folder / "params.json").write_text(json.dumps({"dim": 32, "n_layers": 2, "norm_eps": 1e-6}))
+    assert "n_heads = None is no number above 0" in fails("llama", folder, tmp_path / "ours")
+
+
+def test_tensors_without_names_are_refused(tmp_path):
+    torch.save({0: torch.ones(2)}, tmp_path / "a.pth")
+    assert "holds no tensors by name" in fails("vision", tmp_path / "a.pth", tmp_path / "a.safetensors")
+
+
 def test_a_lora_adapter_is_merged(tmp_path):
     sizes, tensors = random_llama()
     folder, adapter = hub_folder(tmp_path / "hub", sizes, tensors), tmp_path / "adapter"
@@ -170,6 +181,8 @@ def test_a_lora_adapter_is_merged(tmp_path):
         torch.testing.assert_close(got[k.removeprefix("model.")].detach(), t)
     save_file({f"{name}.lora_A.weight": a}, adapter / "adapter_model.safetensors")
     assert "lora_B is missing" in fails("llama", folder, tmp_path / "b", f"--lora={adapter}")
+    (adapter / "adapter_config.json").write_text(json.dumps({"r": 0, "lora_alpha": 8}))
+    assert "r = 0 is no number above 0" in fails("llama", folder, tmp_path / "c", f"--lora={adapter}")
 
 
 def test_dtype_casts_and_without_it_tensors_stay_as_they_are(tmp_path):

@@ -274,10 +274,17 @@ def test_every_config_is_valid(name):
 @pytest.mark.parametrize("options, words", [
     ({"learning_rate": "1"}, "'learning_rate'"), ({"bath_size": "4"}, "did you mean batch_size"),
     ({"batch_size": "many"}, "batch_size = 'many' is not of type int"), ({"lr": "True"}, "lr = True"),
-    ({"resume": "yes"}, "resume = 'yes' is not of type bool"), ({"train": "7"}, "train = 7")])
+    ({"resume": "yes"}, "resume = 'yes' is not of type bool"), ({"train": "7"}, "train = 7"),
+    ({"lr": "-1"}, "lr = -1.0: give at least 0"), ({"grad_clip": "nan"}, "grad_clip = ")])
 def test_wrong_options_are_refused(options, words):
     with pytest.raises(InputError, match=words):
         load_config(str(ROOT / "configs" / "stage1.py"), options)
+
+
+@pytest.mark.parametrize("program", ["train.py", "chat.py", "data.py", "tools/convert.py"])
+def test_help_tells_what_a_program_does(program):
+    done = subprocess.run([sys.executable, program, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and f"python {program}" in done.stdout and not done.stderr
 
 
 def test_options_are_parsed_as_their_type():

@@ -147,9 +147,11 @@ def open_weights(path: Path) -> dict[str, torch.Tensor]:
         raise InputError(f"{path}: not a complete PyTorch file ({type(e).__name__}); fetch it again") from e
     while isinstance(content, dict) and isinstance(content.get("model"), dict):
         content = content["model"]
-    if not isinstance(content, dict) or not any(isinstance(t, torch.Tensor) for t in content.values()):
+    named = content.items() if isinstance(content, dict) else ()
+    tensors = {k: t for k, t in named if isinstance(k, str) and isinstance(t, torch.Tensor)}
+    if not tensors:
         raise InputError(f"{path}: holds no tensors by name; it is not a file of weights")
-    return {k: t for k, t in content.items() if isinstance(t, torch.Tensor)}
+    return tensors
 
 
 # ---- vision, qformer, proj ---------------------------------------------------------------------------------
@@ -288,6 +290,7 @@ def _open_meta(folder):
     params, files = read_json(folder / "params.json"), sorted(folder.glob("consolidated.*.pth"))
     if not files:
         raise InputError(f"{folder}: no consolidated.*.pth beside params.json; fetch the weights too")
+    _needs(params, ("dim", "n_layers", "n_heads", "norm_eps"), folder / "params.json")
     tensors = open_weights(files[0])
     renamed = rename_all(tensors, META_NAMES, files[0])
     joined = lambda k: None if tensors[renamed[k]].dim() == 1 else int(any(s in k for s in SPLIT_BY_INPUT))
@@ -321,6 +324,13 @@ def _open_meta(folder):
     return Source(config, [by_layer[i] for i in sorted(by_layer)], layout, get)
 
 
+def _needs(settings, names, path):
+    """Raise InputError where one of the names is no number above 0."""
+    for name in names:
+        if not isinstance(value := settings.get(name), (int, float)) or value <= 0:
+            raise InputError(f"{path}: {name} = {value!r} is no number above 0; fetch the file again")
+
+
 def add_base(delta: Source, base: Source) -> Source:
     """The sum of two models; rows that only one of them has are left out (Vicuna v0's 32,001st)."""
     misfits = delta.layout.keys() ^ base.layout.keys()
@@ -348,6 +358,7 @@ def merge_lora(source: Source, folder: Path) -> Source:
         raise InputError(f"--lora={folder}: no adapter_model.safetensors or .bin in it")
     if settings.get("fan_in_fan_out") or settings.get("use_dora") or settings.get("bias", "none") != "none":
         raise InputError(f"--lora={folder}: only plain LoRA can be merged, no bias, DoRA or fan_in_fan_out")
+    _needs(settings, ("r", "lora_alpha"), folder / "adapter_config.json")
     rank = settings["r"]
     scale = settings["lora_alpha"] / (rank ** 0.5 if settings.get("use_rslora") else rank)
     pairs, adapter = {}, dict(open_weights(path))
