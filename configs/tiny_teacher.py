@@ -1,11 +1,11 @@
 """The language model that the eyes of the tiny world learn with, as BLIP-2's learnt with FlanT5.
-Thrown away after that. It repeats a scene told as a list of 19 words, and has one layer: what it reads has to
-be like words, and so have the Q-Former's outputs.
+Thrown away after that. It repeats a scene told as a list of 19 words, and has one layer with next to no MLP: it
+can read little but words, so the Q-Former's outputs become like words, and one linear layer can carry them.
 
 python train.py configs/tiny_teacher.py
 """
 
-llama = dict(hidden_size=96, num_hidden_layers=1, num_attention_heads=3, intermediate_size=256,
+llama = dict(hidden_size=96, num_hidden_layers=1, num_attention_heads=3, intermediate_size=8,
              rms_norm_eps=1e-5, tie_word_embeddings=True)
 tokenizer = "data/tiny/tokenizer.model"
 train = ("llama",)
