@@ -101,8 +101,8 @@ class Config:
             raise InputError("cache_features = True: there is no frozen vision side; switch it off")
         if self.shard and ("llama" in self.train or isinstance(self.llama, dict)):
             raise InputError("shard = True: it is for a frozen language model from files; switch it off")
-        for name in ("num_workers", "peak_tflops", "lr", "min_lr", "warmup_lr", "warmup_steps", "weight_decay",
-                     "grad_clip", "chat_share", "image_size", "show_samples"):
+        for name in ("num_workers", "peak_tflops", "lr", "min_lr", "warmup_lr", "warmup_steps",
+                     "weight_decay", "grad_clip", "chat_share", "image_size", "show_samples"):
             if not getattr(self, name) >= 0:  # nor NaN
                 raise InputError(f"{name} = {getattr(self, name)}: give at least 0")
         for name in ("batch_size", "grad_accum", "max_steps", "max_txt_len", "shuffle_shards", "length_group",
@@ -197,8 +197,8 @@ def to_json(config) -> str:
 
 
 def run_main(main):
-    """Call `main(argv)`; an InputError becomes one line on stderr and exit status 2. --help prints the program's
-    docstring."""
+    """Call `main(argv)`; an InputError becomes one line on stderr and exit status 2. With --help, print the
+    program's docstring instead."""
     try:
         if {"-h", "--help"} & set(sys.argv[1:]):
             print(sys.modules["__main__"].__doc__)

@@ -1,6 +1,6 @@
 """The language model that the eyes of the tiny world learn with, as BLIP-2's learnt with FlanT5.
-Thrown away after that. It repeats a scene told as a list of 19 words, and has one layer with next to no MLP: it
-can read little but words, so the Q-Former's outputs become like words, and one linear layer can carry them.
+Thrown away after that. It repeats a scene told as a list of 19 words, and has one layer with next to no MLP:
+it can read little but words, so the Q-Former's outputs become like words, which one linear layer can carry.
 
 python train.py configs/tiny_teacher.py
 """

@@ -1,4 +1,4 @@
-"""The tiny world's language model, first step: from a scene told in words to its caption, and to single facts.
+"""The tiny world's language model, first step: from a scene told in words to its caption and single facts.
 
 Here it learns to look back and copy, on short texts; conversations (configs/tiny_llm.py) come easily then.
 

@@ -13,7 +13,8 @@
     python tools/make_scenes.py test DST           held-out pictures and scenes.json, to score answers
 
 The captions of stage1 are short and noisy. A tenth of all sets of (color, shape) is held out by a hash,
-whatever the seed: training data never shows them. --heldout=True makes pictures of that tenth alone. Sample i depends on the kind of data, the seed and i only. Every `rng` is a random.Random.
+whatever the seed: training data never shows them. --heldout=True makes pictures of that tenth alone. Sample i
+depends on the kind of data, the seed and i only. Every `rng` is a random.Random.
 """
 
 import io
@@ -412,7 +413,7 @@ def qa(scene: Scene, rng: random.Random) -> tuple[str, str, str]:
 
 
 def terse_questions(scene: Scene, rng: random.Random, n: int) -> list[tuple[str, str]]:
-    """n different questions of the simplest kinds with their answers, in few words: [("size star", "large")]."""
+    """n different questions of the simplest kinds with their answers: [("size star", "large"), ...]."""
     facts = []
     for o in scene.objects:
         name = _named(scene, o).removeprefix("the ")
