@@ -3,11 +3,15 @@
 import functools
 import io
 import json
+import re
 import shutil
+import subprocess
+import sys
 import tarfile
 import tempfile
 import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +26,7 @@ from llama import IGNORE, IMAGE, Tokenizer
 from tests.common import GOLDEN
 from tools import make_scenes
 
+ROOT = Path(__file__).resolve().parent.parent
 N = 3  # image tokens
 TOKENIZER = Tokenizer(GOLDEN / "tokenizer" / "tokenizer.model")
 STAGE1 = Config(num_workers=0, batch_size=4)
@@ -490,3 +495,13 @@ def test_a_shard_that_is_gone_costs_its_samples_and_not_the_run(tmp_path):
     (tmp_path / "index.json").write_text(json.dumps({"samples": {"00000.tar": 5, "00001.tar": 5}}))
     it = reader(str(tmp_path), batch_size=10, length_group=1, max_bad_fraction=1.0)
     assert len(numbers(next(iter(it)))) == 5 and it.skipped.total() == 5
+
+
+def test_data_py_shows_the_samples_and_what_they_amount_to(shards):
+    done = subprocess.run([sys.executable, "data.py", "configs/tiny_stage1.py", f"--data={shards}", "--n=100",
+                           "--heldout_data=", "--plain=True"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("picture (3, 48, 48)") == 3 and done.stdout.count("<image x 19>") == 3
+    assert "100 samples of 1,030, 19 image tokens" in done.stdout
+    shares = [float(share) for share in re.findall(r"padding +([\d.]+)%", done.stdout)]
+    assert len(shares) == 2 and 0 < shares[1] < shares[0] < 100  # as drawn, and with length_group 8

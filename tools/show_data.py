@@ -103,6 +103,6 @@ def main(argv: list[str]):
     print(f"unknown tokens        {unknown}")
     for group in (1, max(8, config.length_group)):
         reader = Reader(samples, weights, override(config, {"length_group": group, "num_workers": 0}))
-        few = islice(reader, max(1, n // config.batch_size))
+        few = list(islice(reader, max(1, n // config.batch_size)))
         print(f"padding               {padding(few):.1%} of all tokens with length_group {group}")
     print(f"cannot be used        {reader.account() if reader.skipped else f'none of {reader.looked_at}'}")
