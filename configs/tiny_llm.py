@@ -8,8 +8,8 @@ python train.py configs/tiny_llm.py
 llama = "out/tiny_words/llama"
 train = ("llama",)
 
-data = {"data/tiny/text/dense.jsonl": 1, "data/tiny/text/noisy.jsonl": 1, "data/tiny/text/terse.jsonl": 2,
-        "data/tiny/text/chat.jsonl": 4, "data/tiny/text/asked.jsonl": 2}
+data = {"data/tiny/text/dense.jsonl": 1, "data/tiny/text/noisy.jsonl": 1, "data/tiny/text/chat.jsonl": 4,
+        "data/tiny/text/asked.jsonl": 4}
 heldout_data = "data/tiny/text/chat_heldout.jsonl"
 prepare = {"data/tiny/text": "tools/make_scenes.py text data/tiny/text --n=60000"}
 template = "vicuna"
@@ -18,10 +18,10 @@ max_txt_len = 160
 chat_share = 0.3
 
 batch_size = 16
-max_steps = 4000
-lr = 1.5e-3
+max_steps = 4500
+lr = 1.2e-3
 min_lr = 1e-4
-warmup_steps = 100
+warmup_steps = 1500  # long: a template that is all new makes it forget the facts at a higher rate
 betas = (0.9, 0.99)
 grad_clip = 1.0
 

@@ -1,6 +1,7 @@
 """The tiny world's language model, first step: from a scene told in words to its caption and single facts.
 
-Here it learns to look back and copy, on short texts; conversations (configs/tiny_llm.py) come easily then.
+Here it learns to look back and copy, on short texts without a chat template. Late does it find
+which object a fact belongs to: colors first, sizes and places last.
 
 python train.py configs/tiny_words.py
 """
@@ -10,8 +11,8 @@ llama = dict(hidden_size=128, num_hidden_layers=6, num_attention_heads=4, interm
 tokenizer = "data/tiny/tokenizer.model"
 train = ("llama",)
 
-data = {"data/tiny/text/dense.jsonl": 1, "data/tiny/text/terse.jsonl": 3}
-heldout_data = "data/tiny/text/terse_heldout.jsonl"
+data = {"data/tiny/text/dense.jsonl": 1, "data/tiny/text/facts.jsonl": 5}
+heldout_data = "data/tiny/text/facts_heldout.jsonl"
 prepare = {
     "data/tiny/text": "tools/make_scenes.py text data/tiny/text --n=60000",
     "data/tiny/tokenizer.model": "tools/make_scenes.py tokenizer data/tiny/tokenizer.model "
@@ -20,7 +21,8 @@ prepare = {
 max_txt_len = 160
 
 batch_size = 32
-max_steps = 5000
+length_group = 8
+max_steps = 6500
 lr = 1.5e-3
 min_lr = 1e-3
 warmup_steps = 100

@@ -89,16 +89,27 @@ def test_true_answers_are_right_and_altered_ones_wrong():
         assert not world.answer_is_right(scene, question, kind, "", truth)
 
 
-def test_terse_answers_are_true_and_no_question_comes_twice():
+def test_single_facts_are_true_and_none_comes_twice():
+    begun = {"color": "The color of the {} is", "size": "The size of the {} is", "where": "The {} is located",
+             "texture": "The texture of the {} is", "shape": "The {} object is"}
+    forms = set()
     for i in range(300):
         rng = random.Random(i)
         scene = world.random_scene(rng, n_objects=3)
-        asked = world.terse_questions(scene, rng, 8)
-        assert len({question for question, _ in asked}) == 8
-        for question, answer in asked:
-            kind, *about = question.split()
-            (obj,) = (o for o in scene.objects if {o.color, o.shape} >= set(about))  # no doubt which is meant
-            assert answer == (world.CELLS[obj.cell] if kind == "where" else getattr(obj, kind))
+        truths = {}
+        for obj in scene.objects:
+            same = {trait: sum(getattr(o, trait) == getattr(obj, trait) for o in scene.objects) > 1
+                    for trait in ("color", "shape")}
+            name = f"{obj.color} {obj.shape}" if same["shape"] else obj.shape
+            for kind in begun:
+                about = obj.color if kind == "shape" else name
+                fact = {"where": world.CELLS[obj.cell], "shape": f"a {obj.shape}"}.get(kind, vars(obj).get(kind))
+                if not (kind == "shape" and same["color"] or kind == "color" and same["shape"]):
+                    truths |= {f"{kind} {about}": fact, begun[kind].format(about): f"{fact}."}
+        told = world.facts(scene, rng, 8)
+        assert len(dict(told)) == 8 and dict(told).items() <= truths.items()
+        forms |= {question.startswith("The ") for question, _ in told}
+    assert forms == {True, False}
 
 
 def test_shards_have_the_members_of_img2dataset(tmp_path):
@@ -119,7 +130,7 @@ def test_text_and_its_tokenizer(tmp_path):
         first = line["conversation"][0]["user"]
         assert first.startswith("<Img> ") and first.count(" </Img> ") == 1 and len(line["conversation"]) == 12
     assert all(len(line["conversation"]) == 16 for line in read("asked"))
-    assert all(len(line["conversation"]) == 16 for line in read("terse"))
+    assert all(len(line["conversation"]) == 16 for line in read("facts"))
     assert all(line["context"] and line["text"].endswith("\n") for line in read("dense") + read("noisy"))
     assert all(line["text"] == line["context"] + "\n" for line in read("listed"))
     assert len(read("dense")) == 3000 and len(read("dense_heldout")) == 60

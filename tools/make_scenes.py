@@ -7,7 +7,7 @@
     python tools/make_scenes.py stage2 DST         filter_cap.json and image/, with long clean descriptions
     python tools/make_scenes.py text DST           what language models read: listed.jsonl (a list, twice),
                                                    dense.jsonl and noisy.jsonl (a scene told in words, then
-                                                   a caption), chat.jsonl, asked.jsonl and terse.jsonl
+                                                   a caption), chat.jsonl, asked.jsonl and facts.jsonl
                                                    (conversations), and *_heldout.jsonl of each
     python tools/make_scenes.py tokenizer DST_FILE --text=chat.jsonl [--vocab_size=...]
     python tools/make_scenes.py test DST           held-out pictures and scenes.json, to score answers
@@ -312,31 +312,19 @@ def _noun(obj, form=0):
             _join(obj.size, obj.color, obj.shape, _texture(obj) and f"with {TEXTURES[obj.texture]}"))[form]
 
 
-def _describe(scene, rng, vary):
-    """One wording of a description. `vary`: with rarer words, for objects that are much alike."""
-    forms, places = [0, 1, 2], ["", "placed ", "seen "]
-    if vary:
-        rng.shuffle(forms)
-        rng.shuffle(places)
-    items = [f"a {_noun(o, forms[i * vary])} {places[i * vary]}{CELLS[o.cell]}"
-             for i, o in enumerate(scene.objects)]
+def description(scene: Scene, rng: random.Random) -> str:
+    """All facts in reading order, then how successive objects stand. Each object has a wording of its own and
+    the relations have two, so that objects much alike do not repeat 4 words in a row."""
+    items = [f"a {_noun(obj, i)} {_join(('', 'placed', 'seen')[i], CELLS[obj.cell])}"
+             for i, obj in enumerate(scene.objects)]
     text = rng.choice(OPENINGS).format(items=_listed(items), count=COUNTS[len(items) - 1])
     text += " " + rng.choice(BACKDROPS).format(scene.background)
-    for i, (a, b) in enumerate(zip(scene.objects, scene.objects[1:])):
-        if i == 0:
-            text += " " + _sentence(f"{_named(scene, a)} is {_side(a, b)} {_named(scene, b)}")
-        else:
-            side = _side(a, b).replace("to the ", "")
-            subject = rng.choice((", which", f". {_named(scene, a).capitalize()}"))
-            text = f"{text[:-1]}{subject} is {side} {_named(scene, b)}."
-    return text
-
-
-def description(scene: Scene, rng: random.Random) -> str:
-    """All facts in reading order, then how successive objects stand. No 4 words in a row come twice."""
-    text = _describe(scene, rng, vary=False)
-    while repeats(text):
-        text = _describe(scene, rng, vary=True)
+    if len(items) > 1:
+        a, b = scene.objects[:2]
+        relations = f"{_named(scene, a)} is {_side(a, b)} {_named(scene, b)}"
+        for c in scene.objects[2:]:
+            relations += f", and {_named(scene, c)} is {_side(c, b).removeprefix('to the ')} it"
+        text += " " + _sentence(relations)
     return text
 
 
@@ -385,10 +373,10 @@ def _ask(scene, kind, obj, rng):
     if kind == "background":
         return "", f"The background is {scene.background}."
     if kind == "color":
-        return (name, f"The {obj.shape} is {obj.color}.") if obj.color not in name else None
+        return (name, f"The color of {name} is {obj.color}.") if obj.color not in name else None
     if kind == "shape":
         alone = sum(o.color == obj.color for o in scene.objects) == 1
-        return (obj.color, f"It is {_an(obj.shape)}.") if alone else None
+        return (obj.color, f"The {obj.color} object is {_an(obj.shape)}.") if alone else None
     if kind == "exists":
         color, shape, present = _exists(scene, obj, rng)
         thing = f"{color} {shape}"
@@ -400,8 +388,9 @@ def _ask(scene, kind, obj, rng):
             return None
         side = rng.choice(sides)
         return f"{side} {name}", f"The {there[side][0].color} {there[side][0].shape}."
-    fact = {"size": obj.size, "texture": obj.texture, "where": CELLS[obj.cell]}[kind]
-    return name, f"{name.capitalize()} is {fact}."
+    if kind == "where":
+        return name, f"{name.capitalize()} is located {CELLS[obj.cell]}."
+    return name, f"The {kind} of {name} is {getattr(obj, kind)}."  # size, texture
 
 
 def qa(scene: Scene, rng: random.Random) -> tuple[str, str, str]:
@@ -412,15 +401,17 @@ def qa(scene: Scene, rng: random.Random) -> tuple[str, str, str]:
             return rng.choice(PHRASINGS[kind]).format(asked[0]), asked[1], kind
 
 
-def terse_questions(scene: Scene, rng: random.Random, n: int) -> list[tuple[str, str]]:
-    """n different questions of the simplest kinds with their answers: [("size star", "large"), ...]."""
-    facts = []
-    for o in scene.objects:
-        name = _named(scene, o).removeprefix("the ")
-        facts += [(f"size {name}", o.size), (f"texture {name}", o.texture), (f"where {name}", CELLS[o.cell])]
-        facts += [(f"color {name}", o.color)] * (name == o.shape)
-        facts += [(f"shape {o.color}", o.shape)] * (sum(p.color == o.color for p in scene.objects) == 1)
-    return rng.sample(facts, n)
+def facts(scene: Scene, rng: random.Random, n: int) -> list[tuple[str, str]]:
+    """n different single facts, all asked for in two or three words, ("size star", "large"), or all told up to
+    the fact as an answer of qa() is: ("The size of the star is", "large.")."""
+    brief, pairs = rng.random() < 0.6, []
+    for kind in ("color", "shape", "size", "texture", "where"):
+        for obj in scene.objects:
+            if asked := _ask(scene, kind, obj, rng):
+                about, answer = asked
+                begun, fact = re.split(r"(?<= is) (?!located)|(?<= located) ", answer, maxsplit=1)
+                pairs.append((f"{kind} {about.removeprefix('the ')}", fact[:-1]) if brief else (begun, fact))
+    return rng.sample(pairs, n)
 
 
 def answer_is_right(scene: Scene, question: str, kind: str, answer: str, truth: str) -> bool:
@@ -473,10 +464,10 @@ def rhyme_is_right(scene: Scene, text: str) -> bool:
 
 def conversation(scene: Scene, rng: random.Random, kind: str) -> list[dict[str, str]]:
     """[{"user": ...}, {"assistant": ...}, ...]: a scene is told, then, of the kind "chat", described, rhymed
-    about and asked for four times, in any order; "asked": asked for eight times; "terse": the same in a few
-    words."""
-    if kind == "terse":
-        exchanges = terse_questions(scene, rng, 8)
+    about and asked for four times, in any order; "asked": asked for eight times; "facts": asked
+    for eight single facts."""
+    if kind == "facts":
+        exchanges = facts(scene, rng, 8)
     else:
         exchanges = [qa(scene, rng)[:2] for _ in range(8 if kind == "asked" else 4)]
     if kind == "chat":
@@ -484,14 +475,14 @@ def conversation(scene: Scene, rng: random.Random, kind: str) -> list[dict[str, 
                       (rng.choice(RHYME_PROMPTS), rhyme(scene, rng))]
     rng.shuffle(exchanges)
     turns = [turn for request, answer in exchanges for turn in ({"user": request}, {"assistant": answer})]
-    scene_told = told_list(scene) if kind == "terse" else told(scene, rng)
+    scene_told = told_list(scene) if kind == "facts" else told(scene, rng)
     turns[0]["user"] = f"<Img> {scene_told} </Img> {turns[0]['user']}"
     return turns
 
 
 def document(scene: Scene, rng: random.Random, kind: str) -> dict:
     """A line of the language model's text: a caption of a scene told before it, or a conversation."""
-    if kind in ("chat", "asked", "terse"):
+    if kind in ("chat", "asked", "facts"):
         return {"conversation": conversation(scene, rng, kind)}
     if kind == "listed":
         return {"context": told_list(scene), "text": f"{told_list(scene)}\n"}
@@ -514,7 +505,7 @@ def samples(kind: str, n: int, options: Options, heldout: bool):
     """Yield n (scene, rng), the rng ready for the sample's picture and text."""
     for i in tqdm(range(n), desc=kind):
         rng = random.Random(f"{kind} {options.seed} {heldout} {i}")
-        n_objects = {"names": 1, "text terse": 3}.get(kind, 0)
+        n_objects = {"names": 1, "text facts": 3}.get(kind, 0)
         yield random_scene(rng, heldout, n_objects), rng
 
 
@@ -563,7 +554,7 @@ def write_stage2(kind, folder, n, options):
 
 def write_text(kind, folder, n, options):
     """A .jsonl of each kind, and for each a fiftieth as many held-out scenes."""
-    for name in ("listed", "dense", "noisy", "terse", "chat", "asked"):
+    for name in ("listed", "dense", "noisy", "facts", "chat", "asked"):
         for ending, count, heldout in (("", n, False), ("_heldout", max(1, n // 50), True)):
             with open(folder / f"{name}{ending}.jsonl", "w") as f:
                 for scene, rng in samples(f"{kind} {name}", count, options, heldout):
