@@ -172,6 +172,7 @@ class Shards:
         self.counts = counts
 
     def describe(self, shard: int, row: int) -> str:
+        """Where a sample is, for messages: "data/00000.tar:000001234"; in all sources alike."""
         try:
             key = index_tar(self.paths[shard])[row][0]
         except (InputError, IndexError):  # the shard is broken
@@ -477,9 +478,6 @@ class Groups(Sampler):
         self.config, self.rank, self.world = config, rank, world
         self.drawn, self.choices = drawn or [0] * len(counts), choices
 
-    def choose(self, rng) -> int:
-        return int(np.searchsorted(self.shares, rng.random(), side="right"))
-
     def __iter__(self) -> Iterator[list[tuple[int, list[Key]]]]:
         config, drawn = self.config, list(self.drawn)
         orders = [Order(c, config.seed, i, config.shuffle_shards) for i, c in enumerate(self.counts)]
@@ -489,7 +487,7 @@ class Groups(Sampler):
         while True:
             group = []
             for _ in range(config.length_group):
-                source = self.choose(rng)
+                source = int(np.searchsorted(self.shares, rng.random(), side="right"))
                 first = drawn[source] + self.rank * config.batch_size
                 drawn[source] += self.world * config.batch_size
                 draws = range(first, first + config.batch_size)
@@ -518,12 +516,14 @@ class FeatureCache:
         return self.folder / name[:2] / name[2:]
 
     def get(self, path: Path) -> torch.Tensor | None:
+        """The features (N, width), or None if they are not there or cannot be read."""
         try:
             return load_file(path)["features"]
         except (OSError, SafetensorError, KeyError):
             return None
 
     def put(self, path: Path, features: torch.Tensor):
+        """Save the features of one picture; any number of processes may do so at once."""
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         save_file({"features": features}, temporary)

@@ -123,6 +123,7 @@ class Log:
         self.file.writelines(kept)
 
     def write(self, **values):
+        """One line, on disk at once."""
         self.file.write(json.dumps(values) + "\n")
 
 
@@ -152,6 +153,17 @@ def show_answers(model: MiniGPT4, samples, config: Config, device) -> list[dict]
         wanted = [t for t in targets if t != IGNORE]
         shown.append({"answer": model.tokenizer.decode(list(answer)), "data": model.tokenizer.decode(wanted)})
     return shown
+
+
+def report_heldout(model: MiniGPT4, samples, config: Config, device, step: int, log: Log | None, bar: tqdm):
+    """The held-out loss and a few answers, in the log and above the progress bar of the rank that has a log."""
+    shown = show_answers(model, samples, config, device)
+    loss = heldout_loss(model, samples, config, device)
+    if log:
+        log.write(step=step, heldout_loss=loss, samples=shown)
+        bar.write(f"step {step}: held-out loss {loss:.4f}", file=sys.stderr)
+        for s in shown:
+            bar.write(f"  answer: {s['answer']!r}\n  data:   {s['data']!r}", file=sys.stderr)
 
 
 def to_device(batch: Batch, device) -> Batch:
@@ -311,13 +323,7 @@ def train(config: Config, device, rank: int = 0, world: int = 1):
             meter.start()
         bar.update()
         if heldout and due(config.eval_interval) and (rank == 0 or config.shard):  # shards need all ranks
-            shown = show_answers(model, heldout, config, device)
-            value = heldout_loss(model, heldout, config, device)
-            if rank == 0:
-                log.write(step=finished, heldout_loss=value, samples=shown)
-                bar.write(f"step {finished}: held-out loss {value:.4f}", file=sys.stderr)
-                for s in shown:
-                    bar.write(f"  answer: {s['answer']!r}\n  data:   {s['data']!r}", file=sys.stderr)
+            report_heldout(model, heldout, config, device, finished, log, bar)
             meter.start()
         if rank == 0 and due(config.save_interval):
             save_checkpoint(model, optimizer, scaler, parameters, finished, reader, config)

@@ -1,7 +1,7 @@
 """The tiny world's language model, first step: from a scene told in words to its caption and single facts.
 
-Here it learns to look back and copy, on short texts without a chat template. Late does it find
-which object a fact belongs to: colors first, sizes and places last.
+Here it learns to look back and copy, on short texts without a chat template. That a
+fact belongs to an object it finds late: first the colors, last the sizes and the places.
 
 python train.py configs/tiny_words.py
 """

@@ -69,7 +69,7 @@ class Golden:
         return model
 
     def convert(self, folder: Path) -> dict[str, str]:
-        """The weights as the original's files; from these, by tools/convert.py, the arguments of from_files."""
+        """The weights as the original's files; from these, by tools/convert.py, from_files' arguments."""
         given = {k: t.contiguous() for k, t in self.weights.items()
                  if not (self.variant == "noqformer" and k.startswith(("Qformer.", "query_tokens")))}
         whole, hub = folder / "original.pth", folder / "hub"

@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 
 from configs.schema import Config, InputError
-from data import (BOS, EOS, TEMPLATES, BadSample, CaptionFolder, Conversations, Groups, Reader, Sample, Samples,
-                  Shards, chat_segments, clean_caption, collate, encode_segments, open_samples, open_source,
+from data import (BOS, EOS, TEMPLATES, BadSample, CaptionFolder, Conversations, Groups, Reader, Sample,
+                  Samples, Shards, chat_segments, clean_caption, collate, encode_segments, open_samples, open_source,
                   stop_sequences, user_message)
 from llama import IGNORE, IMAGE, Tokenizer
 from tests.common import GOLDEN
@@ -212,7 +212,8 @@ def test_an_epoch_shows_every_sample_once_and_the_next_in_another_order():
 
 
 def test_a_window_of_shards_is_read_before_the_next():
-    seen = [shard for batch in keys(1, 0, 8, ((10,) * 8,), batch=10, shuffle_shards=2) for _, shard, _ in batch]
+    batches = keys(1, 0, 8, ((10,) * 8,), batch=10, shuffle_shards=2)
+    seen = [shard for batch in batches for _, shard, _ in batch]
     assert all(len(set(seen[at:at + 20])) == 2 for at in range(0, 80, 20))
 
 
@@ -290,7 +291,8 @@ def test_a_pipe_fetches_a_shard_once_whatever_the_number_of_processes(seven, buc
 def test_a_shard_whose_command_fails_costs_its_samples_and_not_the_run(seven, bucket, tmp_path, capsys):
     shutil.copytree(seven / "a", tmp_path / "a")
     (tmp_path / "a/00003.tar").unlink()
-    it = reader(f"pipe:cat {tmp_path}/a/{{00000..00006}}.tar", batch_size=20, length_group=7, max_bad_fraction=0.5)
+    it = reader(f"pipe:cat {tmp_path}/a/{{00000..00006}}.tar", batch_size=20, length_group=7,
+                max_bad_fraction=0.5)
     seen = [n for _, b in zip(range(7), it) for n in numbers(b)]
     assert it.skipped == {"shard cannot be fetched": 20}
     assert set(seen) == {f"a{i}" for i in range(140) if i // 20 != 3}
@@ -321,7 +323,8 @@ def test_four_ranks_of_three_workers_share_seven_shards_without_repeating_any(se
 
 
 def test_batches_hold_samples_of_like_length_and_the_same_ones_as_unsorted(seven):
-    take = lambda group: [b for b, _ in zip(reader(f"{seven}/a", batch_size=5, length_group=group), range(28))]
+    of_length = lambda group: reader(f"{seven}/a", batch_size=5, length_group=group)
+    take = lambda group: [b for b, _ in zip(of_length(group), range(28))]
     alike, chance = take(28), take(1)
     assert sorted(n for b in alike for n in numbers(b)) == sorted(n for b in chance for n in numbers(b))
     padding = lambda batches: sum((b.targets[:, 1 + N:] == IGNORE).sum().item() for b in batches)
@@ -451,7 +454,8 @@ def test_too_many_bad_samples_stop_the_run_with_one_line(tmp_path):
     members = {f"{i}.{end}": c for i in range(300) for end, c in
                (("jpg", jpeg() if i % 4 else b"x"), ("txt", b"a dog"))}
     write_tar(tmp_path / "a.tar", members)
-    with pytest.raises(InputError, match=r"cannot be used \(picture cannot be read \d+\), more than max_bad_fraction"):
+    said = r"cannot be used \(picture cannot be read \d+\), more than max_bad_fraction"
+    with pytest.raises(InputError, match=said):
         for _, _ in zip(reader(str(tmp_path), batch_size=10), range(40)):
             pass
 
@@ -464,9 +468,10 @@ def test_collate_pads_on_the_right():
     assert batch.targets.tolist() == [[-100, -100, 5], [-100, -100, -100]]
 
 
-@pytest.mark.parametrize("line", ['{"text": 5}', '{"image": "a.jpg", "caption": "\\ud800"}', "[" * 100_000,
-                                  '{"img": "a.jpg", "caption": "A dog."}', '{"image": "a.jpg", "caption": ""}',
-                                  '{"image": "none.jpg", "caption": "A dog."}', '[1]', '{"conversation": []}'])
+@pytest.mark.parametrize("line", [
+    '{"text": 5}', '{"image": "a.jpg", "caption": "\\ud800"}', "[" * 100_000,
+    '{"img": "a.jpg", "caption": "A dog."}', '{"image": "a.jpg", "caption": ""}',
+    '{"image": "none.jpg", "caption": "A dog."}', '[1]', '{"conversation": []}'])
 def test_any_odd_line_of_a_jsonl_is_one_bad_sample(tmp_path, line):
     (tmp_path / "a.jpg").write_bytes(jpeg())
     path = tmp_path / "own.jsonl"
@@ -475,7 +480,8 @@ def test_any_odd_line_of_a_jsonl_is_one_bad_sample(tmp_path, line):
     assert numbers(next(iter(it))) == ["a"] and it.skipped.total() == 1
 
 
-@pytest.mark.parametrize("content", ["[]", '{"annotations": null}', '{"annotations": 7}', '{"annotations": {}}'])
+@pytest.mark.parametrize("content", [
+    "[]", '{"annotations": null}', '{"annotations": 7}', '{"annotations": {}}'])
 def test_a_filter_cap_json_of_another_form_is_refused(tmp_path, content):
     (tmp_path / "filter_cap.json").write_text(content)
     with pytest.raises(InputError, match="filter_cap.json"):

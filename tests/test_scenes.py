@@ -103,7 +103,7 @@ def test_single_facts_are_true_and_none_comes_twice():
             name = f"{obj.color} {obj.shape}" if same["shape"] else obj.shape
             for kind in begun:
                 about = obj.color if kind == "shape" else name
-                fact = {"where": world.CELLS[obj.cell], "shape": f"a {obj.shape}"}.get(kind, vars(obj).get(kind))
+                fact = {**vars(obj), "where": world.CELLS[obj.cell], "shape": f"a {obj.shape}"}[kind]
                 if not (kind == "shape" and same["color"] or kind == "color" and same["shape"]):
                     truths |= {f"{kind} {about}": fact, begun[kind].format(about): f"{fact}."}
         told = world.facts(scene, rng, 8)

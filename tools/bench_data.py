@@ -129,6 +129,7 @@ def peer(folder: Path, options: Options, uint8: bool = False) -> Iterator[int]:
 
 
 def tokenizer() -> Tokenizer:
+    """The tiny model's: both sides tokenise with it."""
     return Tokenizer(ROOT / "assets/tiny/llama/tokenizer.model")
 
 

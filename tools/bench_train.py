@@ -79,6 +79,7 @@ class Case:
     processes: int = 1
 
     def name(self, size: str) -> str:
+        """The row's label: "medium bf16 b32 checkpointed"."""
         words = [size, {"bfloat16": "bf16", "float32": "fp32"}[self.dtype], f"b{self.batch_size}"]
         words += [f"{self.length} tokens"] * (self.length != 12) + ["compiled"] * self.compile
         words += ["checkpointed"] * self.grad_checkpoint + ["cached features"] * self.cached

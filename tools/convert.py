@@ -158,6 +158,7 @@ def open_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def vision_sizes(shapes: dict, options: "Options") -> VisionConfig:
+    """The sizes that {our name: shape} tells; layers and heads are options, since a file may hold more."""
     patch, n_tokens = shapes["patch_embed.proj.weight"][-1], shapes["pos_embed"][1]
     return VisionConfig(image_size=isqrt(n_tokens - 1) * patch, patch_size=patch,
                         width=shapes["cls_token"][-1], n_layers=options.n_layers, n_heads=options.heads or 16,
@@ -165,6 +166,7 @@ def vision_sizes(shapes: dict, options: "Options") -> VisionConfig:
 
 
 def qformer_sizes(shapes: dict, options: "Options") -> QFormerConfig:
+    """The sizes that {our name: shape} tells, and the number of heads from the options."""
     looks = [int(k.split(".")[1]) for k in shapes if k.endswith("cross_attn.key.weight")]
     layers = [int(k.split(".")[1]) for k in shapes if k.startswith("layers.")]
     _, n_queries, width = shapes["query_tokens"]

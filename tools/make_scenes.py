@@ -402,8 +402,8 @@ def qa(scene: Scene, rng: random.Random) -> tuple[str, str, str]:
 
 
 def facts(scene: Scene, rng: random.Random, n: int) -> list[tuple[str, str]]:
-    """n different single facts, all asked for in two or three words, ("size star", "large"), or all told up to
-    the fact as an answer of qa() is: ("The size of the star is", "large.")."""
+    """n different single facts, all asked for in two or three words, ("size star", "large"), or all as an
+    answer of qa() that is to be ended: ("The size of the star is", "large.")."""
     brief, pairs = rng.random() < 0.6, []
     for kind in ("color", "shape", "size", "texture", "where"):
         for obj in scene.objects:
