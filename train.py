@@ -156,7 +156,7 @@ def show_answers(model: MiniGPT4, samples, config: Config, device) -> list[dict]
 
 
 def report_heldout(model: MiniGPT4, samples, config: Config, device, step: int, log: Log | None, bar: tqdm):
-    """The held-out loss and a few answers, in the log and above the progress bar of the rank that has a log."""
+    """Held-out loss and a few answers, into the log and above the progress bar of the rank that has a log."""
     shown = show_answers(model, samples, config, device)
     loss = heldout_loss(model, samples, config, device)
     if log:

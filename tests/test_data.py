@@ -20,8 +20,8 @@ from PIL import Image
 
 from configs.schema import Config, InputError
 from data import (BOS, EOS, TEMPLATES, BadSample, CaptionFolder, Conversations, Groups, Reader, Sample,
-                  Samples, Shards, chat_segments, clean_caption, collate, encode_segments, open_samples, open_source,
-                  stop_sequences, user_message)
+                  Samples, Shards, chat_segments, clean_caption, collate, encode_segments, open_samples,
+                  open_source, stop_sequences, user_message)
 from llama import IGNORE, IMAGE, Tokenizer
 from tests.common import GOLDEN
 from tools import make_scenes
