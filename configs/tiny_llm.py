@@ -1,11 +1,11 @@
 """The tiny world's language model: a small LLaMA that learns to talk, as chat, about scenes told in words.
 
-It never sees a picture. It begins where configs/tiny_words.py ended.
+It never sees a picture. It begins where configs/tiny_facts.py ended.
 
 python train.py configs/tiny_llm.py
 """
 
-llama = "out/tiny_words/llama"
+llama = "out/tiny_facts/llama"
 train = ("llama",)
 
 data = {"data/tiny/text/dense.jsonl": 1, "data/tiny/text/noisy.jsonl": 1, "data/tiny/text/chat.jsonl": 4,
@@ -18,7 +18,7 @@ max_txt_len = 160
 chat_share = 0.3
 
 batch_size = 16
-max_steps = 4500
+max_steps = 4000
 lr = 1.2e-3
 min_lr = 1e-4
 warmup_steps = 1500  # long: a template that is all new makes it forget the facts at a higher rate

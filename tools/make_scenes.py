@@ -7,7 +7,8 @@
     python tools/make_scenes.py stage2 DST         filter_cap.json and image/, with long clean descriptions
     python tools/make_scenes.py text DST           what language models read: listed.jsonl (a list, twice),
                                                    dense.jsonl and noisy.jsonl (a scene told in words, then
-                                                   a caption), chat.jsonl, asked.jsonl and facts.jsonl
+                                                   a caption), terse.jsonl and facts.jsonl (single
+                                                   facts), chat.jsonl and asked.jsonl
                                                    (conversations), and *_heldout.jsonl of each
     python tools/make_scenes.py tokenizer DST_FILE --text=chat.jsonl [--vocab_size=...]
     python tools/make_scenes.py test DST           held-out pictures and scenes.json, to score answers
@@ -401,16 +402,16 @@ def qa(scene: Scene, rng: random.Random) -> tuple[str, str, str]:
             return rng.choice(PHRASINGS[kind]).format(asked[0]), asked[1], kind
 
 
-def facts(scene: Scene, rng: random.Random, n: int) -> list[tuple[str, str]]:
-    """n different single facts, all asked for in two or three words, ("size star", "large"), or all as an
-    answer of qa() that is to be ended: ("The size of the star is", "large.")."""
-    brief, pairs = rng.random() < 0.6, []
-    for kind in ("color", "shape", "size", "texture", "where"):
-        for obj in scene.objects:
+def facts(scene: Scene, rng: random.Random, n: int, terse: bool) -> list[tuple[str, str]]:
+    """n different single facts: terse questions, [("size star", "large"), ...], or answers of qa() to be ended,
+    [("The size of the star is", "large."), ...]."""
+    pairs = []
+    for obj in scene.objects:
+        for kind in ("size", "texture", "where", "color", "shape"):
             if asked := _ask(scene, kind, obj, rng):
                 about, answer = asked
                 begun, fact = re.split(r"(?<= is) (?!located)|(?<= located) ", answer, maxsplit=1)
-                pairs.append((f"{kind} {about.removeprefix('the ')}", fact[:-1]) if brief else (begun, fact))
+                pairs.append((f"{kind} {about.removeprefix('the ')}", fact[:-1]) if terse else (begun, fact))
     return rng.sample(pairs, n)
 
 
@@ -464,10 +465,10 @@ def rhyme_is_right(scene: Scene, text: str) -> bool:
 
 def conversation(scene: Scene, rng: random.Random, kind: str) -> list[dict[str, str]]:
     """[{"user": ...}, {"assistant": ...}, ...]: a scene is told, then, of the kind "chat", described, rhymed
-    about and asked for four times, in any order; "asked": asked for eight times; "facts": asked
-    for eight single facts."""
-    if kind == "facts":
-        exchanges = facts(scene, rng, 8)
+    about and asked for four times, in any order; "asked": asked for eight times; "terse" and "facts":
+    told eight single facts."""
+    if kind in ("terse", "facts"):
+        exchanges = facts(scene, rng, 8, kind == "terse")
     else:
         exchanges = [qa(scene, rng)[:2] for _ in range(8 if kind == "asked" else 4)]
     if kind == "chat":
@@ -475,14 +476,14 @@ def conversation(scene: Scene, rng: random.Random, kind: str) -> list[dict[str, 
                       (rng.choice(RHYME_PROMPTS), rhyme(scene, rng))]
     rng.shuffle(exchanges)
     turns = [turn for request, answer in exchanges for turn in ({"user": request}, {"assistant": answer})]
-    scene_told = told_list(scene) if kind == "facts" else told(scene, rng)
+    scene_told = told_list(scene) if kind in ("terse", "facts") else told(scene, rng)
     turns[0]["user"] = f"<Img> {scene_told} </Img> {turns[0]['user']}"
     return turns
 
 
 def document(scene: Scene, rng: random.Random, kind: str) -> dict:
     """A line of the language model's text: a caption of a scene told before it, or a conversation."""
-    if kind in ("chat", "asked", "facts"):
+    if kind in ("chat", "asked", "terse", "facts"):
         return {"conversation": conversation(scene, rng, kind)}
     if kind == "listed":
         return {"context": told_list(scene), "text": f"{told_list(scene)}\n"}
@@ -505,7 +506,7 @@ def samples(kind: str, n: int, options: Options, heldout: bool):
     """Yield n (scene, rng), the rng ready for the sample's picture and text."""
     for i in tqdm(range(n), desc=kind):
         rng = random.Random(f"{kind} {options.seed} {heldout} {i}")
-        n_objects = {"names": 1, "text facts": 3}.get(kind, 0)
+        n_objects = {"names": 1, "text terse": 3, "text facts": 3}.get(kind, 0)
         yield random_scene(rng, heldout, n_objects), rng
 
 
@@ -554,7 +555,7 @@ def write_stage2(kind, folder, n, options):
 
 def write_text(kind, folder, n, options):
     """A .jsonl of each kind, and for each a fiftieth as many held-out scenes."""
-    for name in ("listed", "dense", "noisy", "facts", "chat", "asked"):
+    for name in ("listed", "dense", "noisy", "terse", "facts", "chat", "asked"):
         for ending, count, heldout in (("", n, False), ("_heldout", max(1, n // 50), True)):
             with open(folder / f"{name}{ending}.jsonl", "w") as f:
                 for scene, rng in samples(f"{kind} {name}", count, options, heldout):

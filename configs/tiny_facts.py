@@ -1,0 +1,31 @@
+"""The tiny world's language model, second step: what it knows in two words it learns to say in a sentence.
+
+"size star" -> "large" becomes "The size of the star is" -> "large.": chat's answers say it so. Without this
+step it forgets most of the first one while it learns to chat. Next comes configs/tiny_llm.py.
+
+python train.py configs/tiny_facts.py
+"""
+
+llama = "out/tiny_words/llama"
+train = ("llama",)
+
+data = {"data/tiny/text/dense.jsonl": 1, "data/tiny/text/facts.jsonl": 3}
+heldout_data = "data/tiny/text/facts_heldout.jsonl"
+prepare = {"data/tiny/text": "tools/make_scenes.py text data/tiny/text --n=60000"}
+max_txt_len = 160
+
+batch_size = 32
+max_steps = 1400
+lr = 1e-3
+min_lr = 1e-3
+warmup_steps = 50
+betas = (0.9, 0.99)
+grad_clip = 1.0
+
+dtype = "float32"
+num_workers = 1
+out_dir = "out/tiny_facts"
+eval_interval = 200
+eval_samples = 256
+save_interval = 200
+save_dtype = "bfloat16"
