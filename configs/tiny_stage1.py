@@ -2,7 +2,7 @@
 
 python train.py configs/tiny_stage1.py
 
-On 2 CPU cores 3 min; the held-out loss, on noisy captions, ends at 0.99.
+On 2 CPU cores 3 min 28 s; the held-out loss, on noisy captions, ends at 0.98.
 """
 
 vision = "assets/tiny/vision.safetensors"

@@ -36,7 +36,7 @@ def test_the_tiny_model_describes_its_example_rightly(tiny):
     for seed in range(3):  # sampled as the demo does, not greedy
         answer, talk = answer_to(tiny, "Describe this image in detail.", EXAMPLE, seed=seed)
         assert talk.ended and named_objects(answer) == {("red", "star"), ("yellow", "ring")}
-        assert "large red dotted star at the top left" in answer
+        assert "large red striped star at the top left" in answer
         assert "small yellow ring placed on the right" in answer and "gray" in answer
 
 
