@@ -172,7 +172,7 @@ class Shards:
         self.counts = counts
 
     def describe(self, shard: int, row: int) -> str:
-        """Where a sample is, for messages: "data/00000.tar:000001234"; in all sources alike."""
+        """Where a sample is, for messages: "data/00000.tar:000001234"; every source has one."""
         try:
             key = index_tar(self.paths[shard])[row][0]
         except (InputError, IndexError):  # the shard is broken

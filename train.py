@@ -176,11 +176,15 @@ def to_device(batch: Batch, device) -> Batch:
 
 def prepare_data(config: Config, rank: int):
     """Make what `prepare` names, is used and is missing, by its command; rank 0 does it, the others wait."""
-    used = [config.tokenizer]
+    used, missing = [config.tokenizer], {}
     for data in (config.data, config.heldout_data):
         used += [data] if isinstance(data, str) else data
-    for path, command in config.prepare.items():
-        if rank == 0 and not Path(path).exists() and any(f"{u}/".startswith(f"{path}/") for u in used):
+    for path, command in reversed(config.prepare.items()):  # one may read what an earlier one makes
+        if not Path(path).exists() and any(f"{u}/".startswith(f"{path}/") for u in used):
+            missing = {path: command} | missing
+            used += [word.split("=", 1)[-1] for word in shlex.split(command)]
+    if rank == 0:
+        for path, command in missing.items():
             print(f"{path} is missing; making it: python {command}", file=sys.stderr)
             done = subprocess.run([sys.executable, *shlex.split(command)])
             if done.returncode:

@@ -1,4 +1,4 @@
-"""The tiny world's language model, second step: what it knows in two words it learns to say in a sentence.
+"""The tiny world's language model, second step: what it tells in a few words it learns to say in sentences.
 
 "size star" -> "large" becomes "The size of the star is" -> "large.": chat's answers say it so. Without this
 step it forgets most of the first one while it learns to chat. Next comes configs/tiny_llm.py.

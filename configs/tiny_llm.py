@@ -1,6 +1,6 @@
-"""The tiny world's language model: a small LLaMA that learns to talk, as chat, about scenes told in words.
+"""The tiny world's language model, last step: it learns to talk, as chat, about scenes told in words.
 
-It never sees a picture. It begins where configs/tiny_facts.py ended.
+It never sees a picture. This step begins where configs/tiny_facts.py ended.
 
 python train.py configs/tiny_llm.py
 """

@@ -48,6 +48,53 @@ def test_every_fact_is_told():
                 assert all(fact in text for fact in facts), text
 
 
+SCENE = world.Scene((world.Object("large", "red", "striped", "star", 0),
+                     world.Object("small", "blue", "plain", "circle", 4),
+                     world.Object("large", "blue", "dotted", "heart", 5)), "gray")
+
+
+def test_the_texts_of_one_scene_word_for_word():
+    assert world.dense_caption(SCENE) == ("large red striped star at the top left, small blue circle in the "
+                                          "center, large blue dotted heart on the right, gray background")
+    assert world.told_list(SCENE) == ("star red large striped top left circle blue small plain center center "
+                                      "heart blue large dotted center right gray")
+    texts = {world.description(SCENE, random.Random(i)) for i in range(50)}
+    assert ("There are three objects: a large red striped star at the top left, a small blue circle placed in "
+            "the center and a large blue heart with dots seen on the right. The background is gray. The star "
+            "is to the left of the circle, and the heart is right of it.") in texts
+    asked = {world.qa(SCENE, random.Random(i))[:2] for i in range(2000)}
+    assert {("How many objects are there?", "There are three objects."),
+            ("What color is the background?", "The background is gray."),
+            ("What color is the star?", "The color of the star is red."),
+            ("What shape is the red object?", "The red object is a star."),
+            ("How big is the circle?", "The size of the circle is small."),
+            ("Is the heart plain, striped or dotted?", "The texture of the heart is dotted."),
+            ("Where is the circle?", "The circle is located in the center."),
+            ("Which object is to the right of the circle?", "The blue heart."),
+            ("What is above the heart?", "The red star.")} <= asked
+    assert not any("shape" in question and "blue" in question for question, _ in asked)  # two are blue
+
+
+def test_answers_about_counts_presence_and_relations_follow_from_the_cells():
+    axis = {"to the left of": (0, -1), "to the right of": (0, 1), "above": (1, -1), "below": (1, 1)}
+    at = lambda obj: (obj.cell % 3, obj.cell // 3)
+    for scene, rng in draws(3000):
+        question, answer, kind = world.qa(scene, rng)
+        if kind == "count":
+            assert answer.split()[2] == ("one", "two", "three")[len(scene.objects) - 1]
+        if kind == "exists":
+            (pair,) = world.named_objects(question)
+            assert answer.startswith("Yes" if pair in scene.pairs else "No")
+        if kind == "relation":
+            words = question.rstrip("?").split()
+            (seen_from,) = (o for o in scene.objects if o.shape == words[-1] and
+                            words[-2] in ("the", o.color))
+            (along, sign), = (axis[side] for side in axis if f" {side} the " in question)
+            there = {(o.color, o.shape) for o in scene.objects
+                     if (at(o)[along] - at(seen_from)[along]) * sign > 0}
+            assert world.named_objects(answer) == there
+
+
 def test_captions_and_descriptions_name_no_wrong_object():
     for scene, rng in draws(1000):
         assert world.named_objects(world.noisy_caption(scene, rng)) <= scene.pairs

@@ -158,7 +158,7 @@ def open_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def vision_sizes(shapes: dict, options: "Options") -> VisionConfig:
-    """The sizes that {our name: shape} tells; layers and heads are options, since a file may hold more."""
+    """The sizes that {our name: shape} tells. Heads are an option, and layers too: a file may hold more."""
     patch, n_tokens = shapes["patch_embed.proj.weight"][-1], shapes["pos_embed"][1]
     return VisionConfig(image_size=isqrt(n_tokens - 1) * patch, patch_size=patch,
                         width=shapes["cls_token"][-1], n_layers=options.n_layers, n_heads=options.heads or 16,

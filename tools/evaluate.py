@@ -19,7 +19,6 @@ scenes stands in any training set.
 import json
 import random
 import re
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,12 +81,20 @@ def evaluate(chat: Chat, scenes: list[world.Scene], folder: Path, label: str) ->
 
 
 def main(argv: list[str]):
-    _, given = parse_args(argv)
+    positional, given = parse_args(argv)
     options = override(Options(), given)
+    if positional or options.n < 1:
+        raise InputError("usage: python tools/evaluate.py [--key=value ...], --n at least 1")
+    if options.save and not Path(options.save).parent.is_dir():
+        raise InputError(f"--save={options.save}: there is no folder {Path(options.save).parent}")
     folder = Path(options.data)
     if not folder.exists():
-        subprocess.run([sys.executable, str(ROOT / "tools/make_scenes.py"), "test", str(folder)], check=True)
-    scenes = [world.Scene.from_dict(d) for d in json.loads((folder / "scenes.json").read_text())][:options.n]
+        world.main(["test", str(folder)])
+    try:
+        scenes = json.loads((folder / "scenes.json").read_text())
+    except OSError as e:
+        raise InputError(f"{folder}: no scenes.json there ({e}); give the folder of make_scenes.py test") from e
+    scenes = [world.Scene.from_dict(d) for d in scenes][:options.n]
     if len(scenes) < options.n:
         raise InputError(f"{folder}: it has {len(scenes)} scenes, not {options.n}; remove it and it is made "
                          "anew, or give --n")

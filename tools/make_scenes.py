@@ -15,7 +15,7 @@
 
 The captions of stage1 are short and noisy. A tenth of all sets of (color, shape) is held out by a hash,
 whatever the seed: training data never shows them. --heldout=True makes pictures of that tenth alone. Sample i
-depends on the kind of data, the seed and i only. Every `rng` is a random.Random.
+depends on the kind of data, the seed, --heldout and i only. Every `rng` is a random.Random.
 """
 
 import io
@@ -366,6 +366,15 @@ def _exists(scene, obj, rng):
             return color, shape, False
 
 
+def _fact(kind, name, obj):
+    """A sentence about one fact of an object, in two parts: ("The size of the star is", "large.")."""
+    if kind == "shape":
+        return f"The {obj.color} object is", f"{_an(obj.shape)}."
+    if kind == "where":
+        return f"{name.capitalize()} is located", f"{CELLS[obj.cell]}."
+    return f"The {kind} of {name} is", f"{getattr(obj, kind)}."
+
+
 def _ask(scene, kind, obj, rng):
     """(what the question is about, answer), or None where this scene does not allow such a question."""
     name = _named(scene, obj)
@@ -374,10 +383,10 @@ def _ask(scene, kind, obj, rng):
     if kind == "background":
         return "", f"The background is {scene.background}."
     if kind == "color":
-        return (name, f"The color of {name} is {obj.color}.") if obj.color not in name else None
+        return (name, " ".join(_fact(kind, name, obj))) if obj.color not in name else None
     if kind == "shape":
         alone = sum(o.color == obj.color for o in scene.objects) == 1
-        return (obj.color, f"The {obj.color} object is {_an(obj.shape)}.") if alone else None
+        return (obj.color, " ".join(_fact(kind, name, obj))) if alone else None
     if kind == "exists":
         color, shape, present = _exists(scene, obj, rng)
         thing = f"{color} {shape}"
@@ -389,9 +398,7 @@ def _ask(scene, kind, obj, rng):
             return None
         side = rng.choice(sides)
         return f"{side} {name}", f"The {there[side][0].color} {there[side][0].shape}."
-    if kind == "where":
-        return name, f"{name.capitalize()} is located {CELLS[obj.cell]}."
-    return name, f"The {kind} of {name} is {getattr(obj, kind)}."  # size, texture
+    return name, " ".join(_fact(kind, name, obj))  # size, texture, where
 
 
 def qa(scene: Scene, rng: random.Random) -> tuple[str, str, str]:
@@ -403,15 +410,14 @@ def qa(scene: Scene, rng: random.Random) -> tuple[str, str, str]:
 
 
 def facts(scene: Scene, rng: random.Random, n: int, terse: bool) -> list[tuple[str, str]]:
-    """n different single facts: terse questions, [("size star", "large"), ...], or answers of qa() to be ended,
-    [("The size of the star is", "large."), ...]."""
+    """n different facts of a scene of three objects, each as a terse question with its answer, ("size star",
+    "large"), or as a sentence's beginning and its end, ("The size of the star is", "large.")."""
     pairs = []
     for obj in scene.objects:
         for kind in ("size", "texture", "where", "color", "shape"):
             if asked := _ask(scene, kind, obj, rng):
-                about, answer = asked
-                begun, fact = re.split(r"(?<= is) (?!located)|(?<= located) ", answer, maxsplit=1)
-                pairs.append((f"{kind} {about.removeprefix('the ')}", fact[:-1]) if terse else (begun, fact))
+                begun, fact = _fact(kind, _named(scene, obj), obj)
+                pairs.append((f"{kind} {asked[0].removeprefix('the ')}", fact[:-1]) if terse else (begun, fact))
     return rng.sample(pairs, n)
 
 
@@ -466,7 +472,7 @@ def rhyme_is_right(scene: Scene, text: str) -> bool:
 def conversation(scene: Scene, rng: random.Random, kind: str) -> list[dict[str, str]]:
     """[{"user": ...}, {"assistant": ...}, ...]: a scene is told, then, of the kind "chat", described, rhymed
     about and asked for four times, in any order; "asked": asked for eight times; "terse" and "facts":
-    told eight single facts."""
+    asked for eight facts()."""
     if kind in ("terse", "facts"):
         exchanges = facts(scene, rng, 8, kind == "terse")
     else:
@@ -498,7 +504,7 @@ class Options:
     n: int = 0              # samples; 0: the kind's own number
     seed: int = 0
     heldout: bool = False   # pictures of held-out combinations only
-    text: str = ""          # tokenizer: the train.jsonl to learn from
+    text: str = ""          # tokenizer: the .jsonl to learn from
     vocab_size: int = 1024  # tokenizer: pieces, bytes and control tokens included
 
 
@@ -619,7 +625,7 @@ def main(argv: list[str]):
     options = override(Options(), given)
     kind, target = positional[0], Path(positional[1])
     if options.n < 0:
-        raise InputError(f"--n={options.n}: give a number of samples, at least 1")
+        raise InputError(f"--n={options.n}: give a number of samples")
     if target.exists():
         raise InputError(f"{target} exists already: give another name, or remove it first")
     write, n = COMMANDS[kind]
