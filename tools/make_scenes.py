@@ -314,8 +314,8 @@ def _noun(obj, form=0):
 
 
 def description(scene: Scene, rng: random.Random) -> str:
-    """All facts in reading order, then how successive objects stand. Each object has a wording of its own and
-    the relations have two, so that objects much alike do not repeat 4 words in a row."""
+    """All facts in reading order, then where the first and the third object stand, seen from the second. Each
+    object and relation has a wording of its own, so that objects much alike do not repeat 4 words in a row."""
     items = [f"a {_noun(obj, i)} {_join(('', 'placed', 'seen')[i], CELLS[obj.cell])}"
              for i, obj in enumerate(scene.objects)]
     text = rng.choice(OPENINGS).format(items=_listed(items), count=COUNTS[len(items) - 1])
