@@ -1,7 +1,7 @@
 """The tiny world's language model, second step: what it tells in a few words it learns to say in sentences.
 
-"size star" -> "large" becomes "The size of the star is" -> "large.": chat's answers say it so. Without this
-step it forgets most of the first one while it learns to chat. Next comes configs/tiny_llm.py.
+"size star" -> "large" becomes "The size of the star is" -> "large.": chat's answers say it so. A model that
+went on to chat straight from the terse form forgot most of it. Next comes configs/tiny_llm.py.
 
 python train.py configs/tiny_facts.py
 """

@@ -268,10 +268,11 @@ def test_missing_data_that_other_missing_data_is_made_from_is_made_too(tmp_path)
     text, tokenizer, make = tmp_path / "text", tmp_path / "tokenizer.model", f"{ROOT}/tools/make_scenes.py"
     prepare = {str(text): f"{make} text {text} --n=300",
                str(tokenizer): f"{make} tokenizer {tokenizer} --text={text}/chat.jsonl --vocab_size=500"}
-    train.prepare_data(Config(llama="none", data=str(tmp_path), tokenizer=str(tokenizer), prepare=prepare), rank=0)
+    config = Config(llama="none", data=str(tmp_path), tokenizer=str(tokenizer), prepare=prepare)
+    train.prepare_data(config, rank=0)
     assert tokenizer.is_file()
     shutil.rmtree(text)
-    train.prepare_data(Config(llama="none", data=str(tmp_path), tokenizer=str(tokenizer), prepare=prepare), rank=0)
+    train.prepare_data(config, rank=0)
     assert not text.exists()  # what it was for is there
 
 

@@ -93,7 +93,7 @@ def main(argv: list[str]):
     try:
         scenes = json.loads((folder / "scenes.json").read_text())
     except OSError as e:
-        raise InputError(f"{folder}: no scenes.json there ({e}); give the folder of make_scenes.py test") from e
+        raise InputError(f"{folder}: no scenes.json ({e}); give a folder of make_scenes.py test") from e
     scenes = [world.Scene.from_dict(d) for d in scenes][:options.n]
     if len(scenes) < options.n:
         raise InputError(f"{folder}: it has {len(scenes)} scenes, not {options.n}; remove it and it is made "

@@ -315,7 +315,7 @@ def _noun(obj, form=0):
 
 def description(scene: Scene, rng: random.Random) -> str:
     """All facts in reading order, then where the first and the third object stand, seen from the second. Each
-    object and relation has a wording of its own, so that objects much alike do not repeat 4 words in a row."""
+    object and relation has a wording of its own, so that objects that are alike repeat no 4 words."""
     items = [f"a {_noun(obj, i)} {_join(('', 'placed', 'seen')[i], CELLS[obj.cell])}"
              for i, obj in enumerate(scene.objects)]
     text = rng.choice(OPENINGS).format(items=_listed(items), count=COUNTS[len(items) - 1])
@@ -417,7 +417,8 @@ def facts(scene: Scene, rng: random.Random, n: int, terse: bool) -> list[tuple[s
         for kind in ("size", "texture", "where", "color", "shape"):
             if asked := _ask(scene, kind, obj, rng):
                 begun, fact = _fact(kind, _named(scene, obj), obj)
-                pairs.append((f"{kind} {asked[0].removeprefix('the ')}", fact[:-1]) if terse else (begun, fact))
+                question = f"{kind} {asked[0].removeprefix('the ')}"
+                pairs.append((question, fact[:-1]) if terse else (begun, fact))
     return rng.sample(pairs, n)
 
 
