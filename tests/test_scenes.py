@@ -60,8 +60,8 @@ def test_the_texts_of_one_scene_word_for_word():
                                       "heart blue large dotted center right gray")
     texts = {world.description(SCENE, random.Random(i)) for i in range(50)}
     assert ("There are three objects: a large red striped star at the top left, a small blue circle placed "
-            "in the center and a large blue heart with dots seen on the right. The background is gray. The star "
-            "is to the left of the circle, and the heart is right of it.") in texts
+            "in the center and a large blue heart with dots seen on the right. The background is gray. The "
+            "star is to the left of the circle, and the heart is right of it.") in texts
     asked = {world.qa(SCENE, random.Random(i))[:2] for i in range(2000)}
     assert {("How many objects are there?", "There are three objects."),
             ("What color is the background?", "The background is gray."),
