@@ -1,7 +1,6 @@
-"""The tiny world's language model, second step: what it tells in a few words it learns to say in sentences.
-
-"size star" -> "large" becomes "The size of the star is" -> "large.": chat's answers say it so. A model that
-went on to chat straight from the terse form forgot most of it. Next comes configs/tiny_llm.py.
+"""The tiny world's language model, second step: the facts that it can find, it is now asked for, in two
+words ("size star" -> "large") and in the sentences of chat ("The size of the star is" -> "large."). Next comes
+configs/tiny_llm.py.
 
 python train.py configs/tiny_facts.py
 """
@@ -9,16 +8,17 @@ python train.py configs/tiny_facts.py
 llama = "out/tiny_words/llama"
 train = ("llama",)
 
-data = {"data/tiny/text/dense.jsonl": 1, "data/tiny/text/facts.jsonl": 3}
+data = {"data/tiny/text/dense.jsonl": 1, "data/tiny/text/retold.jsonl": 1, "data/tiny/text/terse.jsonl": 3,
+        "data/tiny/text/facts.jsonl": 3}
 heldout_data = "data/tiny/text/facts_heldout.jsonl"
 prepare = {"data/tiny/text": "tools/make_scenes.py text data/tiny/text --n=60000"}
 max_txt_len = 160
 
 batch_size = 32
-max_steps = 1400
+max_steps = 2200
 lr = 1e-3
 min_lr = 1e-3
-warmup_steps = 50
+warmup_steps = 500  # long: a new form of text at a high rate makes it forget what it found
 betas = (0.9, 0.99)
 grad_clip = 1.0
 

@@ -58,6 +58,10 @@ def test_the_texts_of_one_scene_word_for_word():
                                           "center, large blue dotted heart on the right, gray background")
     assert world.told_list(SCENE) == ("star red large striped top left circle blue small plain center center "
                                       "heart blue large dotted center right gray")
+    pair = world.Scene(SCENE.objects[:2], "gray")
+    retold = {world.retold(pair, random.Random(i)) for i in range(10_000)}
+    assert len(retold) == 2 * 16 ** 2  # both orders, and every set of either's facts
+    assert {"circle star", "star red top left circle blue small plain center center"} <= retold
     texts = {world.description(SCENE, random.Random(i)) for i in range(50)}
     assert ("There are three objects: a large red striped star at the top left, a small blue circle placed "
             "in the center and a large blue heart with dots seen on the right. The background is gray. The "
@@ -151,7 +155,8 @@ def test_single_facts_are_true_and_none_comes_twice():
                 about = obj.color if kind == "shape" else name
                 fact = {**vars(obj), "where": world.CELLS[obj.cell], "shape": f"a {obj.shape}"}[kind]
                 if not (kind == "shape" and same["color"] or kind == "color" and same["shape"]):
-                    truths |= {f"{kind} {about}": fact, begun[kind].format(about): f"{fact}."}
+                    truths |= {f"{kind} {about}": fact.removeprefix("a "),
+                               begun[kind].format(about): f"{fact}."}
         for terse in (True, False):
             told = dict(world.facts(scene, rng, 8, terse))
             assert len(told) == 8 and told.items() <= truths.items()
@@ -177,7 +182,7 @@ def test_text_and_its_tokenizer(tmp_path):
         assert first.startswith("<Img> ") and first.count(" </Img> ") == 1 and len(line["conversation"]) == 12
     assert all(len(line["conversation"]) == 16 for line in read("asked"))
     assert all(len(line["conversation"]) == 16 for line in read("terse") + read("facts"))
-    assert all(line["context"] and line["text"].endswith("\n") for line in read("dense") + read("noisy"))
+    assert all(line["context"] and line["text"].endswith("\n") for line in read("dense") + read("noisy") + read("retold"))
     assert all(line["text"] == line["context"] + "\n" for line in read("listed"))
     assert len(read("dense")) == 3000 and len(read("dense_heldout")) == 60
     model = tmp_path / "tokenizer.model"

@@ -6,10 +6,11 @@
     python tools/make_scenes.py names DST          the same with one object in each, "red star" the caption
     python tools/make_scenes.py stage2 DST         filter_cap.json and image/, with long clean descriptions
     python tools/make_scenes.py text DST           what language models read: listed.jsonl (a list, twice),
-                                                   dense.jsonl and noisy.jsonl (a scene told in words, then
-                                                   a caption), terse.jsonl and facts.jsonl (single
-                                                   facts), chat.jsonl and asked.jsonl
-                                                   (conversations), and *_heldout.jsonl of each
+                                                   retold.jsonl (a list, then some of it, mixed), dense.jsonl
+                                                   and noisy.jsonl (a scene told in words, then a caption),
+                                                   terse.jsonl and facts.jsonl (single facts), chat.jsonl
+                                                   and asked.jsonl (conversations), and *_heldout.jsonl of
+                                                   each
     python tools/make_scenes.py tokenizer DST_FILE --text=chat.jsonl [--vocab_size=...]
     python tools/make_scenes.py test DST           held-out pictures and scenes.json, to score answers
 
@@ -235,15 +236,26 @@ def dense_caption(scene: Scene) -> str:
     return ", ".join([_dense(o) for o in scene.objects] + [f"{scene.background} background"])
 
 
+def _place(obj):
+    """"top left", "center center": the cell in two words, its row and its column."""
+    return f"{('top', 'center', 'bottom')[obj.cell // 3]} {('left', 'center', 'right')[obj.cell % 3]}"
+
+
 def told_list(scene: Scene) -> str:
     """All facts, one word for each, in a fixed order: "star red large striped top left ... gray". Always 19
     words, those of objects that are not there filled with the background's. The shape stands first: a causal
     model then knows at each word whose fact it is."""
-    words = []
-    for o in scene.objects:
-        place = (("top", "center", "bottom")[o.cell // 3], ("left", "center", "right")[o.cell % 3])
-        words += [o.shape, o.color, o.size, o.texture, *place]
+    words = " ".join(f"{o.shape} {o.color} {o.size} {o.texture} {_place(o)}" for o in scene.objects).split()
     return " ".join(words + [scene.background] * (19 - len(words)))
+
+
+def retold(scene: Scene, rng: random.Random) -> str:
+    """The objects in any order, each with its shape and then about half of its other facts, in the list's
+    order: "ring yellow star large top left"."""
+    words = []
+    for o in rng.sample(scene.objects, len(scene.objects)):
+        words += [o.shape] + [fact for fact in (o.color, o.size, o.texture, _place(o)) if rng.random() < 0.5]
+    return " ".join(words)
 
 
 def told(scene: Scene, rng: random.Random) -> str:
@@ -418,7 +430,7 @@ def facts(scene: Scene, rng: random.Random, n: int, terse: bool) -> list[tuple[s
             if asked := _ask(scene, kind, obj, rng):
                 begun, fact = _fact(kind, _named(scene, obj), obj)
                 question = f"{kind} {asked[0].removeprefix('the ')}"
-                pairs.append((question, fact[:-1]) if terse else (begun, fact))
+                pairs.append((question, fact[:-1].removeprefix("a ")) if terse else (begun, fact))
     return rng.sample(pairs, n)
 
 
@@ -494,6 +506,8 @@ def document(scene: Scene, rng: random.Random, kind: str) -> dict:
         return {"conversation": conversation(scene, rng, kind)}
     if kind == "listed":
         return {"context": told_list(scene), "text": f"{told_list(scene)}\n"}
+    if kind == "retold":
+        return {"context": told_list(scene), "text": f"{retold(scene, rng)}\n"}
     caption = dense_caption(scene)
     if kind == "noisy":  # as stage 1 cleans its captions
         caption = " ".join(re.sub(r'[.!"()*#:;~]', " ", noisy_caption(scene, rng).lower()).split())
@@ -513,7 +527,7 @@ def samples(kind: str, n: int, options: Options, heldout: bool):
     """Yield n (scene, rng), the rng ready for the sample's picture and text."""
     for i in tqdm(range(n), desc=kind):
         rng = random.Random(f"{kind} {options.seed} {heldout} {i}")
-        n_objects = {"names": 1, "text terse": 3, "text facts": 3}.get(kind, 0)
+        n_objects = {"names": 1, "text retold": 3, "text terse": 3, "text facts": 3}.get(kind, 0)
         yield random_scene(rng, heldout, n_objects), rng
 
 
@@ -562,7 +576,7 @@ def write_stage2(kind, folder, n, options):
 
 def write_text(kind, folder, n, options):
     """A .jsonl of each kind, and for each a fiftieth as many held-out scenes."""
-    for name in ("listed", "dense", "noisy", "terse", "facts", "chat", "asked"):
+    for name in ("listed", "retold", "dense", "noisy", "terse", "facts", "chat", "asked"):
         for ending, count, heldout in (("", n, False), ("_heldout", max(1, n // 50), True)):
             with open(folder / f"{name}{ending}.jsonl", "w") as f:
                 for scene, rng in samples(f"{kind} {name}", count, options, heldout):
