@@ -1,7 +1,7 @@
 """The tiny world's eyes, first step: the ViT learns shapes and colors from one object and its name at a time.
 
-Without a Q-Former: a language model of its own, thrown away later, reads the patches themselves. Next comes
-configs/tiny_vision.py.
+Without a Q-Former: a language model of its own, thrown away later, reads the patches, four to a token.
+Next comes configs/tiny_vision.py.
 
 python train.py configs/tiny_names.py
 """

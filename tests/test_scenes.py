@@ -2,9 +2,11 @@
 
 import json
 import random
+import re
 import sys
 import tarfile
 from dataclasses import replace
+from itertools import combinations, permutations, product
 from pathlib import Path
 
 import pytest
@@ -59,9 +61,12 @@ def test_the_texts_of_one_scene_word_for_word():
     assert world.told_list(SCENE) == ("star red large striped top left circle blue small plain center center "
                                       "heart blue large dotted center right gray")
     pair = world.Scene(SCENE.objects[:2], "gray")
-    retold = {world.retold(pair, random.Random(i)) for i in range(10_000)}
-    assert len(retold) == 2 * 16 ** 2  # both orders, and every set of either's facts
-    assert {"circle star", "star red top left circle blue small plain center center"} <= retold
+    facts = {"star": ("red", "large", "striped", "top left"),
+             "circle": ("blue", "small", "plain", "center center")}
+    told = {shape: [(shape, *some) for n in range(5) for some in combinations(facts[shape], n)]
+            for shape in facts}
+    assert {world.retold(pair, random.Random(i)) for i in range(10_000)} == {
+        " ".join(a + b) for first, then in permutations(facts) for a, b in product(told[first], told[then])}
     texts = {world.description(SCENE, random.Random(i)) for i in range(50)}
     assert ("There are three objects: a large red striped star at the top left, a small blue circle placed "
             "in the center and a large blue heart with dots seen on the right. The background is gray. The "
@@ -143,6 +148,7 @@ def test_true_answers_are_right_and_altered_ones_wrong():
 def test_single_facts_are_true_and_none_comes_twice():
     begun = {"color": "The color of the {} is", "size": "The size of the {} is", "where": "The {} is located",
              "texture": "The texture of the {} is", "shape": "The {} object is"}
+    asked = {True: set(), False: set()}
     for i in range(300):
         rng = random.Random(i)
         scene = world.random_scene(rng, n_objects=3)
@@ -161,6 +167,11 @@ def test_single_facts_are_true_and_none_comes_twice():
             told = dict(world.facts(scene, rng, 8, terse))
             assert len(told) == 8 and told.items() <= truths.items()
             assert not any(terse == question.startswith("The ") for question in told)
+            asked[terse] |= told.keys()
+    for kind in begun:
+        assert any(question.startswith(f"{kind} ") for question in asked[True])
+        form = begun[kind].replace("{}", r"[a-z ]+")
+        assert any(re.fullmatch(form, question) for question in asked[False])
 
 
 def test_shards_have_the_members_of_img2dataset(tmp_path):
@@ -182,7 +193,11 @@ def test_text_and_its_tokenizer(tmp_path):
         assert first.startswith("<Img> ") and first.count(" </Img> ") == 1 and len(line["conversation"]) == 12
     assert all(len(line["conversation"]) == 16 for line in read("asked"))
     assert all(len(line["conversation"]) == 16 for line in read("terse") + read("facts"))
-    assert all(line["context"] and line["text"].endswith("\n") for line in read("dense") + read("noisy") + read("retold"))
+    assert all(line["context"] and line["text"].endswith("\n") for line in read("dense") + read("noisy"))
+    for line in read("retold"):
+        told, again = line["context"].split(), line["text"].split()
+        assert sorted(set(again) & set(world.SHAPES)) == sorted({told[0], told[6], told[12]})
+        assert len(told) == 19 and again[0] in world.SHAPES and line["text"].endswith("\n")
     assert all(line["text"] == line["context"] + "\n" for line in read("listed"))
     assert len(read("dense")) == 3000 and len(read("dense_heldout")) == 60
     model = tmp_path / "tokenizer.model"

@@ -85,21 +85,24 @@ def main(argv: list[str]):
     options = override(Options(), given)
     if positional or options.n < 1:
         raise InputError("usage: python tools/evaluate.py [--key=value ...], --n at least 1")
-    if options.save and not Path(options.save).parent.is_dir():
-        raise InputError(f"--save={options.save}: there is no folder {Path(options.save).parent}")
+    if options.save and (not Path(options.save).parent.is_dir() or Path(options.save).is_dir()):
+        raise InputError(f"--save={options.save}: give a file name in a folder that exists")
+    runs = {"random": options.stage2, "after stage 1": options.stage1, "after stage 2": options.stage2}
+    for run in runs.values():
+        if not (Path(run) / "proj.safetensors").is_file():
+            raise InputError(f"{run}: there is no proj.safetensors; give the folder of a run")
     folder = Path(options.data)
     if not folder.exists():
-        world.main(["test", str(folder)])
+        world.main(["test", str(folder), f"--n={max(options.n, 500)}"])
     try:
-        scenes = json.loads((folder / "scenes.json").read_text())
-    except OSError as e:
-        raise InputError(f"{folder}: no scenes.json ({e}); give a folder of make_scenes.py test") from e
-    scenes = [world.Scene.from_dict(d) for d in scenes][:options.n]
+        listed = json.loads((folder / "scenes.json").read_text())
+        scenes = [world.Scene.from_dict(d) for d in listed][:options.n]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise InputError(f"{folder}: no good scenes.json ({e}); give a folder of make_scenes.py test") from e
     if len(scenes) < options.n:
         raise InputError(f"{folder}: it has {len(scenes)} scenes, not {options.n}; remove it and it is made "
                          "anew, or give --n")
     rows = []
-    runs = {"random": options.stage2, "after stage 1": options.stage1, "after stage 2": options.stage2}
     for label, run in runs.items():
         greedy = ChatOptions(ckpt=run, temperature=0.0, max_new_tokens=options.max_new_tokens)
         model, chat_options = load(greedy)

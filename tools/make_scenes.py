@@ -15,8 +15,9 @@
     python tools/make_scenes.py test DST           held-out pictures and scenes.json, to score answers
 
 The captions of stage1 are short and noisy. A tenth of all sets of (color, shape) is held out by a hash,
-whatever the seed: training data never shows them. --heldout=True makes pictures of that tenth alone. Sample i
-depends on the kind of data, the seed, --heldout and i only. Every `rng` is a random.Random.
+whatever the seed: training data never shows them. --heldout=True makes pictures of that tenth alone (text and
+test have held-out scenes of their own: there it changes nothing). Sample i depends on the kind of data, the
+seed, --heldout and i only. Every `rng` is a random.Random.
 """
 
 import io
@@ -242,16 +243,18 @@ def _place(obj):
 
 
 def told_list(scene: Scene) -> str:
-    """All facts, one word for each, in a fixed order: "star red large striped top left ... gray". Always 19
-    words, those of objects that are not there filled with the background's. The shape stands first: a causal
-    model then knows at each word whose fact it is."""
-    words = " ".join(f"{o.shape} {o.color} {o.size} {o.texture} {_place(o)}" for o in scene.objects).split()
+    """All facts, a word for each (two for the place), in a fixed order: "star red large striped top left ...
+    gray". Always 19 words, those of objects that are not there filled with the background's. The shape stands
+    first: a causal model then knows at each word whose fact it is."""
+    words = []
+    for o in scene.objects:
+        words += [o.shape, o.color, o.size, o.texture, *_place(o).split()]
     return " ".join(words + [scene.background] * (19 - len(words)))
 
 
 def retold(scene: Scene, rng: random.Random) -> str:
     """The objects in any order, each with its shape and then about half of its other facts, in the list's
-    order: "ring yellow star large top left"."""
+    order: "ring yellow star large top left". Two of the same shape may be told in either order."""
     words = []
     for o in rng.sample(scene.objects, len(scene.objects)):
         words += [o.shape] + [fact for fact in (o.color, o.size, o.texture, _place(o)) if rng.random() < 0.5]
@@ -501,7 +504,8 @@ def conversation(scene: Scene, rng: random.Random, kind: str) -> list[dict[str, 
 
 
 def document(scene: Scene, rng: random.Random, kind: str) -> dict:
-    """A line of the language model's text: a caption of a scene told before it, or a conversation."""
+    """A line of the language model's text: a scene told, then its caption or the list again; or a
+    conversation."""
     if kind in ("chat", "asked", "terse", "facts"):
         return {"conversation": conversation(scene, rng, kind)}
     if kind == "listed":
@@ -600,7 +604,11 @@ MARKUP = ("Give the following image: <Img>ImageContent</Img>. You will be able t
 
 def _strings(path):
     """Every text of a .jsonl of documents and conversations, line by line."""
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"{path}: cannot be read as text; give a .jsonl of the kind text") from e
+    for number, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)
             turns = [entry] if "text" in entry else entry["conversation"]
@@ -615,6 +623,8 @@ def train_tokenizer(kind, path, n, options):
     if not source.is_file():
         raise InputError(f"--text={options.text}: there is no such file; make it with the kind text")
     lines = list(_strings(source))
+    if not lines:
+        raise InputError(f"{source}: there is no text in it; give a .jsonl of the kind text")
     lines += MARKUP * max(1, len(lines) // 50)  # frequent enough for pieces of its own
     model = io.BytesIO()
     try:
