@@ -1,7 +1,8 @@
 """The tiny world's language model, first step: from a scene told as a list, to some of it in another order.
 
 It is here that it learns to look a fact up by the object that it belongs to. Asked for single facts from the
-start, it guesses for thousands of steps; here it has found it after about 1,000. Next: configs/tiny_facts.py.
+start, it may guess for thousands of steps; here it has found it after 1,000 to 1,500 of them. Next comes
+configs/tiny_facts.py.
 
 python train.py configs/tiny_words.py
 """
