@@ -1,6 +1,6 @@
 """The tiny world's language model, second step: single facts, asked tersely ("size star" -> "large") and
 in the sentences of chat ("The size of the star is" -> "large."). A quarter of the text is captions and retold
-lists, lest it forget. Next comes configs/tiny_llm.py.
+lists. Next comes configs/tiny_llm.py.
 
 python train.py configs/tiny_facts.py
 """
