@@ -20,7 +20,7 @@ clean_captions = False
 max_txt_len = 80
 
 batch_size = 32
-max_steps = 3000
+max_steps = 4000
 lr = 1e-3
 min_lr = 1e-4
 warmup_steps = 100

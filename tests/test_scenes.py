@@ -198,6 +198,10 @@ def test_text_and_its_tokenizer(tmp_path):
         told, again = line["context"].split(), line["text"].split()
         assert sorted(set(again) & set(world.SHAPES)) == sorted({told[0], told[6], told[12]})
         assert len(told) == 19 and again[0] in world.SHAPES and line["text"].endswith("\n")
+    for line in read("pairs"):
+        told, again = line["context"].split(), line["text"].split()
+        assert sorted(zip(again[::2], again[1::2])) == sorted((told[i + 1], told[i]) for i in (0, 6, 12))
+    assert any(line["text"].split()[1] != line["context"].split()[0] for line in read("pairs"))  # any order
     assert all(line["text"] == line["context"] + "\n" for line in read("listed"))
     assert len(read("dense")) == 3000 and len(read("dense_heldout")) == 60
     model = tmp_path / "tokenizer.model"

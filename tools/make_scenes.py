@@ -6,11 +6,12 @@
     python tools/make_scenes.py names DST          the same with one object in each, "red star" the caption
     python tools/make_scenes.py stage2 DST         filter_cap.json and image/, with long clean descriptions
     python tools/make_scenes.py text DST           what language models read: listed.jsonl (a list, twice),
-                                                   retold.jsonl (a list, then some of it, mixed), dense.jsonl
-                                                   and noisy.jsonl (a scene told in words, then a caption),
-                                                   terse.jsonl and facts.jsonl (single facts), chat.jsonl
-                                                   and asked.jsonl (conversations), and *_heldout.jsonl of
-                                                   each
+                                                   retold.jsonl (a list, then some of it, mixed), pairs.jsonl
+                                                   (a list, then its colors and shapes, mixed),
+                                                   dense.jsonl and noisy.jsonl (a scene told in words, then
+                                                   a caption), terse.jsonl and facts.jsonl (single facts),
+                                                   chat.jsonl and asked.jsonl (conversations), and
+                                                   *_heldout.jsonl of each
     python tools/make_scenes.py tokenizer DST_FILE --text=chat.jsonl [--vocab_size=...]
     python tools/make_scenes.py test DST           held-out pictures and scenes.json, to score answers
 
@@ -261,6 +262,12 @@ def retold(scene: Scene, rng: random.Random) -> str:
     return " ".join(words)
 
 
+def named_pairs(scene: Scene, rng: random.Random) -> str:
+    """The color and shape of the objects, in any order: "blue circle red star". As the color stands first,
+    the shape has to be found by it."""
+    return " ".join(f"{o.color} {o.shape}" for o in rng.sample(scene.objects, len(scene.objects)))
+
+
 def told(scene: Scene, rng: random.Random) -> str:
     """All facts, as a list or in one of many loose wordings: what a language model gets in place of a
     picture."""
@@ -504,14 +511,16 @@ def conversation(scene: Scene, rng: random.Random, kind: str) -> list[dict[str, 
 
 
 def document(scene: Scene, rng: random.Random, kind: str) -> dict:
-    """A line of the language model's text: a scene told, then its caption or the list again; or a
-    conversation."""
+    """A line of the language model's text: a scene told, then its caption, the list again or some of it; or
+    a conversation."""
     if kind in ("chat", "asked", "terse", "facts"):
         return {"conversation": conversation(scene, rng, kind)}
     if kind == "listed":
         return {"context": told_list(scene), "text": f"{told_list(scene)}\n"}
     if kind == "retold":
         return {"context": told_list(scene), "text": f"{retold(scene, rng)}\n"}
+    if kind == "pairs":
+        return {"context": told_list(scene), "text": f"{named_pairs(scene, rng)}\n"}
     caption = dense_caption(scene)
     if kind == "noisy":  # as stage 1 cleans its captions
         caption = " ".join(re.sub(r'[.!"()*#:;~]', " ", noisy_caption(scene, rng).lower()).split())
@@ -531,7 +540,8 @@ def samples(kind: str, n: int, options: Options, heldout: bool):
     """Yield n (scene, rng), the rng ready for the sample's picture and text."""
     for i in tqdm(range(n), desc=kind):
         rng = random.Random(f"{kind} {options.seed} {heldout} {i}")
-        n_objects = {"names": 1, "text retold": 3, "text terse": 3, "text facts": 3}.get(kind, 0)
+        three = {f"text {name}": 3 for name in ("retold", "pairs", "terse", "facts")}
+        n_objects = ({"names": 1} | three).get(kind, 0)
         yield random_scene(rng, heldout, n_objects), rng
 
 
@@ -580,7 +590,7 @@ def write_stage2(kind, folder, n, options):
 
 def write_text(kind, folder, n, options):
     """A .jsonl of each kind, and for each a fiftieth as many held-out scenes."""
-    for name in ("listed", "retold", "dense", "noisy", "terse", "facts", "chat", "asked"):
+    for name in ("listed", "retold", "pairs", "dense", "noisy", "terse", "facts", "chat", "asked"):
         for ending, count, heldout in (("", n, False), ("_heldout", max(1, n // 50), True)):
             with open(folder / f"{name}{ending}.jsonl", "w") as f:
                 for scene, rng in samples(f"{kind} {name}", count, options, heldout):

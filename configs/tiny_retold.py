@@ -2,9 +2,9 @@
 
 It is here that it learns to look a fact up by the object that it belongs to. Asked for single facts from the
 start, it may guess for thousands of steps; here it has found it after 1,000 to 1,500 of them. Next comes
-configs/tiny_facts.py.
+configs/tiny_pairs.py.
 
-python train.py configs/tiny_words.py
+python train.py configs/tiny_retold.py
 """
 
 llama = dict(hidden_size=128, num_hidden_layers=6, num_attention_heads=4, intermediate_size=384,
@@ -31,7 +31,7 @@ grad_clip = 1.0
 
 dtype = "float32"
 num_workers = 1
-out_dir = "out/tiny_words"
+out_dir = "out/tiny_retold"
 eval_interval = 200
 eval_samples = 256
 save_interval = 200
