@@ -21,7 +21,7 @@ clean_captions = False
 max_txt_len = 80
 
 batch_size = 32
-max_steps = 6500
+max_steps = 5500
 lr = 1e-3
 min_lr = 1e-5
 warmup_steps = 200

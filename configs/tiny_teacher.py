@@ -1,6 +1,7 @@
 """The language model that the eyes of the tiny world learn with, as BLIP-2's learnt with FlanT5.
-Thrown away after that. It repeats a scene told as a list of 19 words, and has one layer with next to no MLP:
-it can read little but words, so the Q-Former's outputs become like words, which one linear layer can carry.
+Thrown away after that. It repeats 19 words, and can do little else: it has one layer with next to no MLP, and
+its words come at random, so that it has to look at exactly one for each that it says. The Q-Former's outputs
+then become like words, one each, which one linear layer can carry to another language model.
 
 python train.py configs/tiny_teacher.py
 """
@@ -10,8 +11,8 @@ llama = dict(hidden_size=96, num_hidden_layers=1, num_attention_heads=3, interme
 tokenizer = "data/tiny/tokenizer.model"
 train = ("llama",)
 
-data = "data/tiny/text/listed.jsonl"
-heldout_data = "data/tiny/text/listed_heldout.jsonl"
+data = "data/tiny/text/words.jsonl"
+heldout_data = "data/tiny/text/words_heldout.jsonl"
 prepare = {
     "data/tiny/text": "tools/make_scenes.py text data/tiny/text --n=60000",
     "data/tiny/tokenizer.model": "tools/make_scenes.py tokenizer data/tiny/tokenizer.model "

@@ -202,13 +202,16 @@ def test_text_and_its_tokenizer(tmp_path):
         told, again = line["context"].split(), line["text"].split()
         assert sorted(zip(again[::2], again[1::2])) == sorted((told[i + 1], told[i]) for i in (0, 6, 12))
     assert any(line["text"].split()[1] != line["context"].split()[0] for line in read("pairs"))  # any order
-    assert all(line["text"] == line["context"] + "\n" for line in read("listed"))
+    assert all(line["text"] == line["context"] + "\n" for line in read("words"))
+    listed = {word for line in read("retold") for word in line["context"].split()}
+    for place in (0, 9, 18):  # of such a list; at random, any word is anywhere
+        assert {line["context"].split()[place] for line in read("words")} == listed
     assert len(read("dense")) == 3000 and len(read("dense_heldout")) == 60
     model = tmp_path / "tokenizer.model"
     world.main(["tokenizer", str(model), f"--text={tmp_path / 'text' / 'chat.jsonl'}"])
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(model))
     assert all(len(tokenizer.encode(word)) == 1 for word in (*world.COLORS, *world.SHAPES, "striped"))
-    assert {len(tokenizer.encode(line["context"])) for line in read("listed")} == {19}  # a token each
+    assert {len(tokenizer.encode(line["context"])) for line in read("words") + read("retold")} == {19}  # a token each
     assert tokenizer.encode("a star.###", out_type=str)[-2:] == [".", "###"]
     assert tokenizer.decode(tokenizer.encode("A star.\n~é~")) == "A star.\n~é~"
 

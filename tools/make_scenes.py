@@ -5,13 +5,13 @@
     python tools/make_scenes.py eyes DST           the same, told as a list of 19 words
     python tools/make_scenes.py names DST          the same with one object in each, "red star" the caption
     python tools/make_scenes.py stage2 DST         filter_cap.json and image/, with long clean descriptions
-    python tools/make_scenes.py text DST           what language models read: listed.jsonl (a list, twice),
-                                                   retold.jsonl (a list, then some of it, mixed), pairs.jsonl
-                                                   (a list, then its colors and shapes, mixed),
-                                                   dense.jsonl and noisy.jsonl (a scene told in words, then
-                                                   a caption), terse.jsonl and facts.jsonl (single facts),
-                                                   chat.jsonl and asked.jsonl (conversations), and
-                                                   *_heldout.jsonl of each
+    python tools/make_scenes.py text DST           what language models read: words.jsonl (19 words of
+                                                   such lists at random, twice), retold.jsonl (a list, then
+                                                   some of it, mixed), pairs.jsonl (a list, then its colors
+                                                   and shapes, mixed), dense.jsonl and noisy.jsonl (a scene
+                                                   told in words, then a caption), terse.jsonl and
+                                                   facts.jsonl (single facts), chat.jsonl and asked.jsonl
+                                                   (conversations), and *_heldout.jsonl of each
     python tools/make_scenes.py tokenizer DST_FILE --text=chat.jsonl [--vocab_size=...]
     python tools/make_scenes.py test DST           held-out pictures and scenes.json, to score answers
 
@@ -251,6 +251,9 @@ def told_list(scene: Scene) -> str:
     for o in scene.objects:
         words += [o.shape, o.color, o.size, o.texture, *_place(o).split()]
     return " ".join(words + [scene.background] * (19 - len(words)))
+
+
+LIST_WORDS = (*SHAPES, *COLORS, *SIZES, *TEXTURES, "top", "center", "bottom", "left", "right", *BACKGROUNDS)
 
 
 def retold(scene: Scene, rng: random.Random) -> str:
@@ -511,12 +514,13 @@ def conversation(scene: Scene, rng: random.Random, kind: str) -> list[dict[str, 
 
 
 def document(scene: Scene, rng: random.Random, kind: str) -> dict:
-    """A line of the language model's text: a scene told, then its caption, the list again or some of it; or
-    a conversation."""
+    """A line of the language model's text: a scene told, then its caption or some of its facts; words of no
+    scene, then the same again; or a conversation."""
     if kind in ("chat", "asked", "terse", "facts"):
         return {"conversation": conversation(scene, rng, kind)}
-    if kind == "listed":
-        return {"context": told_list(scene), "text": f"{told_list(scene)}\n"}
+    if kind == "words":
+        words = " ".join(rng.choices(LIST_WORDS, k=19))
+        return {"context": words, "text": f"{words}\n"}
     if kind == "retold":
         return {"context": told_list(scene), "text": f"{retold(scene, rng)}\n"}
     if kind == "pairs":
@@ -590,7 +594,7 @@ def write_stage2(kind, folder, n, options):
 
 def write_text(kind, folder, n, options):
     """A .jsonl of each kind, and for each a fiftieth as many held-out scenes."""
-    for name in ("listed", "retold", "pairs", "dense", "noisy", "terse", "facts", "chat", "asked"):
+    for name in ("words", "retold", "pairs", "dense", "noisy", "terse", "facts", "chat", "asked"):
         for ending, count, heldout in (("", n, False), ("_heldout", max(1, n // 50), True)):
             with open(folder / f"{name}{ending}.jsonl", "w") as f:
                 for scene, rng in samples(f"{kind} {name}", count, options, heldout):
