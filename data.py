@@ -734,6 +734,9 @@ class Reader:
     def __init__(self, samples: Samples, weights: list[float], config: Config, rank: int = 0, world: int = 1,
                  state: dict | None = None):
         self.samples, self.weights, self.config, self.rank, self.world = samples, weights, config, rank, world
+        if state and len(state["drawn"]) != len(weights):
+            raise InputError(f"data: the run was saved with {len(state['drawn'])} sources, now there are "
+                             f"{len(weights)}; give that run's data or another --out_dir")
         self.shape = [world, config.batch_size, config.length_group]
         self.base, self.passed = state or {"drawn": [0] * len(weights), "choices": 0, "batches": 0}, 0
         if state and state["shape"] == self.shape:

@@ -104,7 +104,11 @@ def load_checkpoint(optimizer, scaler, parameters: dict, config: Config, device)
         p.data.copy_(tensors[f"weight.{k}"])
         optimizer.state[p] = {m: tensors[f"{m}.{k}"].clone().to("cpu" if m == "step" else device)
                               for m in ("exp_avg", "exp_avg_sq", "step")}
-    scaler.load_state_dict(json.loads(metadata["scaler"]))
+    saved_scaler = json.loads(metadata["scaler"])  # empty unless the run was in float16
+    if bool(saved_scaler) != scaler.is_enabled():
+        before = "in float16" if saved_scaler else "in another dtype than float16"
+        raise InputError(f"{path}: was saved by a run {before}; give that run's --dtype or another --out_dir")
+    scaler.load_state_dict(saved_scaler)
     return int(metadata["step"]), json.loads(metadata["reader"])
 
 
@@ -293,12 +297,12 @@ def train(config: Config, device, rank: int = 0, world: int = 1):
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
     done, read = (load_checkpoint(optimizer, scaler, parameters, config, device) if config.resume
                   else (0, None))
+    reader = Reader(samples, weights, config, rank, world, read)
     if rank == 0:
         start_folder(config)  # after the state was found to fit: a refused resume changes nothing
     log = Log(config, done) if rank == 0 else None
     # without init_sync, since all ranks start alike, by seed
     wrapped = DistributedDataParallel(model, init_sync=False) if world > 1 else model
-    reader = Reader(samples, weights, config, rank, world, read)
     batches = iter(reader)
     if config.profile and config.max_steps - done < 6:
         raise InputError("profile = True: it looks at the steps 4 to 6; raise max_steps")

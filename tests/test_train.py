@@ -238,12 +238,15 @@ def test_an_earlier_run_is_never_overwritten(world, tmp_path):
         run(config)
 
 
-def test_a_state_of_another_model_is_refused(world, tmp_path):
+def test_a_state_of_another_run_is_refused(world, tmp_path):
     run(micro(world, tmp_path, max_steps=2))
     before = (tmp_path / "config.json").read_text()
-    with pytest.raises(InputError, match="other parts"):
-        run(micro(world, tmp_path, max_steps=4, resume=True, train=("proj", "qformer")))
-    assert (tmp_path / "config.json").read_text() == before
+    for message, changed in (("other parts", {"train": ("proj", "qformer")}),
+                             ("another dtype than float16", {"dtype": "float16"}),
+                             ("1 sources, now there are 2", {"data": {world["data"]: 1, world["stage2"]: 1}})):
+        with pytest.raises(InputError, match=message):
+            run(micro(world, tmp_path, max_steps=4, resume=True, **changed))
+        assert (tmp_path / "config.json").read_text() == before
 
 
 def test_heldout_loss_and_sample_answers_are_logged(world, tmp_path):

@@ -81,8 +81,8 @@ def test_tokenizer_equals_that_of_transformers_on_every_kind_of_string():
     theirs = SentencePieceBackend(vocab_file=path, legacy=True, unk_token="<unk>", bos_token="<s>",
                                   eos_token="</s>", special_tokens_pattern="none")
     ours = Tokenizer(path)
-    pieces = ("", " ", "   ", "\t", "\n", "\n\n", "the dog", "Émile", "naïve", "日本語", "😀👍🏽", "\x00", "\x07",
-              "\u200b", "###", " ###", "</s>", "<s>", "<unk>", "1234", "a,b;c")
+    pieces = ("", " ", "   ", "\t", "\n", "\n\n", "the dog", "Émile", "naïve", "日本語", "😀👍🏽",
+              "\x00", "\x07", "\u200b", "###", " ###", "</s>", "<s>", "<unk>", "1234", "a,b;c")
     strings = {a + b for a, b in itertools.product(pieces, repeat=2)}
     assert len(strings) > 200
     for text in sorted(strings):
