@@ -112,6 +112,9 @@ class Chat:
     @torch.no_grad()
     def add_image(self, path: str):
         """Show a picture; it stands before the next question. Raises InputError when it cannot be read."""
+        if self.model.vision is None:
+            raise InputError(f"{self.options.ckpt}: a language model alone, it sees no pictures; give the "
+                             "folder of a run with vision")
         image = load_image(path, self.model.image_size).unsqueeze(0).to(self.options.device)
         self.images.append(self.model.encode_image(image))
         self.new_images += 1

@@ -716,6 +716,8 @@ def open_samples(data: str | dict | list, config: Config, tokenizer: Tokenizer, 
                  n_image_tokens: int):
     """The config's `data` or `heldout_data` -> (Samples, weight of each source)."""
     data = [data] if isinstance(data, str) else data
+    if not all(isinstance(path, str) for path in data):
+        raise InputError(f"data = {data!r}: give a path, a list of paths, or {{path: weight}}")
     weights = data if isinstance(data, dict) else dict.fromkeys(data, 1.0)
     if not weights or not all(isinstance(w, (int, float)) and w > 0 for w in weights.values()):
         raise InputError(f"data = {data!r}: give at least one path, and weights above 0")
@@ -734,9 +736,10 @@ class Reader:
     def __init__(self, samples: Samples, weights: list[float], config: Config, rank: int = 0, world: int = 1,
                  state: dict | None = None):
         self.samples, self.weights, self.config, self.rank, self.world = samples, weights, config, rank, world
-        if state and len(state["drawn"]) != len(weights):
-            raise InputError(f"data: the run was saved with {len(state['drawn'])} sources, now there are "
-                             f"{len(weights)}; give that run's data or another --out_dir")
+        saved, now = (state or {}).get("order"), [config.seed, *weights]
+        if state and saved != now:
+            raise InputError(f"the run was saved with seed and weights of the data {saved}, now they are "
+                             f"{now}; give that run's, or another --out_dir")
         self.shape = [world, config.batch_size, config.length_group]
         self.base, self.passed = state or {"drawn": [0] * len(weights), "choices": 0, "batches": 0}, 0
         if state and state["shape"] == self.shape:
@@ -764,7 +767,8 @@ class Reader:
 
     def state(self) -> dict:
         """Where it is, to be saved with a checkpoint: all that a resumed run needs."""
-        return self.base | {"batches": self.batches, "shape": self.shape}
+        return self.base | {"batches": self.batches, "shape": self.shape,
+                            "order": [self.config.seed, *self.weights]}
 
     def __iter__(self) -> Iterator[Batch]:
         config = self.config

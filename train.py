@@ -69,7 +69,9 @@ def start_folder(config: Config):
     own = {name: str(out / ("llama" if name == "llama" else f"{name}.safetensors")) for name in config.train}
     own |= {"tokenizer": ""} if "llama" in config.train else {}
     places = {k: own.get(k, getattr(config, k)) for k in PATHS}
-    relative = {k: os.path.relpath(v, out) if isinstance(v, str) and v else v for k, v in places.items()}
+    real = os.path.realpath  # out may be a link
+    relative = {k: os.path.relpath(real(v), real(out)) if isinstance(v, str) and v else v
+                for k, v in places.items()}
     temporary = out / ".config.json.tmp"
     temporary.write_text(to_json(replace(config, **relative)))
     os.replace(temporary, out / "config.json")
@@ -82,14 +84,21 @@ def save_checkpoint(model: MiniGPT4, optimizer, scaler, parameters: dict, step: 
     for name in config.train:
         model.save_part(name, config.out_dir, config.save_dtype)
     tensors = {f"weight.{k}": p.detach() for k, p in parameters.items()}
-    for k, p in parameters.items():
-        tensors |= {f"{m}.{k}": optimizer.state[p][m] for m in ("exp_avg", "exp_avg_sq", "step")}
+    for k, p in parameters.items():  # a parameter that took no step yet has no state, as float16's at first
+        zeros = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p), "step": torch.tensor(0.0)}
+        tensors |= {f"{m}.{k}": (optimizer.state.get(p) or zeros)[m].detach() for m in zeros}
     metadata = {"step": str(step), "scaler": json.dumps(scaler.state_dict()),
-                "reader": json.dumps(reader.state())}
+                "reader": json.dumps(reader.state()), "frozen": json.dumps(frozen_parts(model, config))}
     save_tensors(tensors, Path(config.out_dir) / "state.safetensors", metadata)
 
 
-def load_checkpoint(optimizer, scaler, parameters: dict, config: Config, device) -> tuple[int, dict | None]:
+def frozen_parts(model: MiniGPT4, config: Config) -> dict[str, str]:
+    """{part: fingerprint} of those that do not learn."""
+    return {name: mark for name, mark in model.fingerprints.items() if name not in config.train}
+
+
+def load_checkpoint(model: MiniGPT4, optimizer, scaler, parameters: dict, config: Config,
+                    device) -> tuple[int, dict | None]:
     """Put a run's last state back; returns the steps done and the reader's state, (0, None) at the start."""
     path = Path(config.out_dir) / "state.safetensors"
     if not path.is_file():
@@ -100,6 +109,11 @@ def load_checkpoint(optimizer, scaler, parameters: dict, config: Config, device)
     if misfits or len(tensors) != 4 * len(parameters):
         raise InputError(f"{path}: was saved by a run of other parts or sizes; give that run's config or "
                          "another --out_dir")
+    before = json.loads(metadata.get("frozen", "{}"))
+    for name, mark in frozen_parts(model, config).items():
+        if before.get(name) != mark and not config.force:
+            raise InputError(f"{path}: was saved beside another {name}; give the {name} of that run, another "
+                             "--out_dir, or --force=True")
     for k, p in parameters.items():
         p.data.copy_(tensors[f"weight.{k}"])
         optimizer.state[p] = {m: tensors[f"{m}.{k}"].clone().to("cpu" if m == "step" else device)
@@ -290,12 +304,15 @@ def train(config: Config, device, rank: int = 0, world: int = 1):
     make_samples = lambda data: open_samples(data, config, model.tokenizer, *model.image_shape)
     samples, weights = make_samples(config.data)
     heldout = make_samples(config.heldout_data)[0] if config.heldout_data else None
+    if heldout and not list(heldout.first(1)):
+        raise InputError(f"heldout_data {config.heldout_data}: not one of its samples can be used; mend it, "
+                         "or train without")
     if config.cache_features:
         cache_features(model, [samples] + [heldout] * bool(heldout), config, device, rank, world)
     parameters = {f"{name}.{k}": p for name in config.train for k, p in model.part_parameters(name).items()}
     optimizer = make_optimizer(parameters, config)
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
-    done, read = (load_checkpoint(optimizer, scaler, parameters, config, device) if config.resume
+    done, read = (load_checkpoint(model, optimizer, scaler, parameters, config, device) if config.resume
                   else (0, None))
     reader = Reader(samples, weights, config, rank, world, read)
     if rank == 0:
@@ -319,11 +336,11 @@ def train(config: Config, device, rank: int = 0, world: int = 1):
             profiler.step()
         finished = step + 1
         due = lambda interval: finished % interval == 0 or finished == config.max_steps
+        if world > 1 and (step == 0 or due(config.log_interval)):
+            dist.all_reduce(loss)  # until here each rank has its own share
         if step == 0 and rank == 0 and "llama" not in config.train:
             warn_of_chance(loss.item(), model.llama.config.vocab_size)
         if due(config.log_interval):
-            if world > 1:
-                dist.all_reduce(loss)
             if rank == 0:
                 value, rates = loss.item(), meter.rates()
                 log.write(step=finished, loss=value, lr=lr, **rates)

@@ -11,12 +11,13 @@ Quirks kept: queries and values have a bias, keys have none; the resize is strai
 
 import io
 import math
+import struct
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import nn
 
 from configs.schema import InputError
@@ -36,13 +37,17 @@ def load_image(source: str | bytes, image_size: int, smallest: int = 1) -> torch
         with Image.open(source if isinstance(source, str) else io.BytesIO(source)) as image:
             if min(image.size) < smallest:
                 raise InputError(f"{name}: only {image.width} x {image.height} pixels; give a larger picture")
+            exif = image.getexif()
+            for tag in [tag for tag in exif if tag != ExifTags.Base.Orientation]:
+                del exif[tag]  # exif_transpose would write them again, and fail at odd values
             ImageOps.exif_transpose(image, in_place=True)
             return preprocess(to_rgb(image), image_size)
     except FileNotFoundError as e:
         raise InputError(f"{name}: there is no such picture") from e
     except InputError:
         raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+    except (OSError, SyntaxError, ValueError, TypeError, RuntimeError, struct.error,
+            Image.DecompressionBombError) as e:  # all that PIL's decoders are known to raise
         raise InputError(f"{name}: cannot be read as a picture ({e}); give a JPEG, PNG or other image "
                          "file") from e
 

@@ -94,9 +94,11 @@ class Config:
             if getattr(self, name) not in allowed:
                 listed = ", ".join(repr(a) for a in allowed)
                 raise InputError(f"{name} = {getattr(self, name)!r}: give one of {listed}")
-        if self.seed < 0 or len(self.betas) != 2 or not self.train:
+        betas_fit = len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas)
+        if not 0 <= self.seed < 2**63 or not betas_fit or not self.train:
             raise InputError(f"seed = {self.seed}, betas = {self.betas}, train = {self.train}: give a seed "
-                             "of at least 0, two betas, and at least one part that learns")
+                             "from 0 to 2**63 - 1, two betas from 0 to below 1, and at least one part that "
+                             "learns")
         if self.cache_features and (not self.vision or {"vision", "qformer"} & set(self.train)):
             raise InputError("cache_features = True: there is no frozen vision side; switch it off")
         if self.shard and ("llama" in self.train or isinstance(self.llama, dict)):
@@ -144,7 +146,7 @@ def _typed(key, value, kind, where):
     if isinstance(value, str) and (str not in kinds or {"{": dict, "[": list}.get(value[:1]) in kinds):
         try:
             value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError):
             pass
     for k in kinds:
         if k is float and type(value) is int:
@@ -181,8 +183,8 @@ def read_saved_config(folder: str) -> Config:
         raise InputError(f"{folder}: not a run's folder, it has no config.json; give the out_dir of a "
                          "training run")
     try:
-        saved = override(Config(), json.loads(path.read_text()), str(path))
-    except json.JSONDecodeError as e:
+        saved = override(Config(), dict(json.loads(path.read_text())), str(path))
+    except (ValueError, TypeError) as e:
         raise InputError(f"{path}: not valid JSON ({e}); the run has to be started again") from e
     given = {k: v for k in PATHS if isinstance(v := getattr(saved, k), str) and v}
     return replace(saved, **{k: str(Path(folder) / v) for k, v in given.items()})

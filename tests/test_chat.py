@@ -1,6 +1,7 @@
 """The terminal: pictures of every kind, streaming, commands, mistakes."""
 
 import io
+import struct
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import chat
 from chat import Chat, Options
 from configs.schema import InputError
 from data import answer_text
+from model import MiniGPT4
 from tools.make_scenes import named_objects
 from vision import load_image
 
@@ -75,6 +77,13 @@ def test_both_templates_and_several_pictures_run(tiny):
         assert talk.images
 
 
+def test_a_language_model_alone_says_that_it_sees_no_pictures(tiny):
+    model, options = tiny
+    blind = MiniGPT4.from_files("", "", str(ROOT / "assets/tiny/llama"), train=())
+    with pytest.raises(InputError, match="sees no pictures"):
+        Chat(blind, options).add_image(EXAMPLE)
+
+
 def pictures():
     rgb = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
     exif = Image.Exif()
@@ -111,7 +120,12 @@ def test_exif_rotation_transparency_and_16_bits_are_seen_as_meant(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
     half.save(tmp_path / "a.png", exif=exif)
-    assert load_image(str(tmp_path / "a.png"), 64)[:, 63, 5].tolist() == [255, 255, 255]
+    odd = (b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + struct.pack("<HHIi", 0x0100, 9, 1, -5)  # width -5
+           + struct.pack("<HHII", 0x0112, 3, 1, 3) + bytes(4))
+    half.save(tmp_path / "a.jpg", exif=odd, quality=95)
+    for name in ("a.png", "a.jpg"):
+        image = load_image(str(tmp_path / name), 64)
+        assert image[:, 60, 5].tolist() == [255, 255, 255] and image[:, 3, 5].tolist() == [0, 0, 0]
     Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "b.png")
     assert load_image(str(tmp_path / "b.png"), 8).min() == 255
     Image.fromarray(np.full((8, 8), 32768, dtype=np.uint16)).save(tmp_path / "c.png")

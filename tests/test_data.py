@@ -366,7 +366,8 @@ def test_resuming_far_into_ten_thousand_shards_reads_only_what_comes_next(tmp_pa
     for name in names:
         (tmp_path / "many" / name).symlink_to(tmp_path / "one.tar")
     (tmp_path / "many/index.json").write_text(json.dumps({"samples": dict.fromkeys(names, 1000)}))
-    state = {"drawn": [0], "choices": 0, "batches": 15_625, "shape": [1, 64, 8]}
+    state = {"drawn": [0], "choices": 0, "batches": 15_625, "shape": [1, 64, 8],
+             "order": reader(f"{tmp_path}/many").state()["order"]}
     start = time.perf_counter()
     far = reader(f"{tmp_path}/many", state=state, batch_size=64, length_group=8, shuffle_shards=8)
     next(iter(far))

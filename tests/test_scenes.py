@@ -211,7 +211,7 @@ def test_text_and_its_tokenizer(tmp_path):
     world.main(["tokenizer", str(model), f"--text={tmp_path / 'text' / 'chat.jsonl'}"])
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(model))
     assert all(len(tokenizer.encode(word)) == 1 for word in (*world.COLORS, *world.SHAPES, "striped"))
-    assert {len(tokenizer.encode(line["context"])) for line in read("words") + read("retold")} == {19}  # a token each
+    assert {len(tokenizer.encode(line["context"])) for line in read("words") + read("retold")} == {19}
     assert tokenizer.encode("a star.###", out_type=str)[-2:] == [".", "###"]
     assert tokenizer.decode(tokenizer.encode("A star.\n~é~")) == "A star.\n~é~"
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 
 import numpy as np
@@ -114,10 +115,9 @@ def test_a_run_can_go_on_from_stage_1_to_stage_2_by_its_folder(world, tmp_path):
     stage2 = micro(world, tmp_path / "two", data=world["stage2"], proj=f"{tmp_path}/one/proj.safetensors",
                    template="vicuna", end_sym="###", max_txt_len=160, clean_captions=False, max_steps=2)
     run(stage2)
-    moved = tmp_path / "elsewhere"
     saved = read_saved_config(str(tmp_path / "two"))
     assert Path(saved.proj).resolve() == (tmp_path / "two" / "proj.safetensors").resolve()
-    assert Path(saved.llama).resolve() == Path(world["llama"]).resolve() and not moved.exists()
+    assert Path(saved.llama).resolve() == Path(world["llama"]).resolve()
 
 
 def test_accumulation_is_the_same_as_a_larger_batch(world, tmp_path):
@@ -238,12 +238,47 @@ def test_an_earlier_run_is_never_overwritten(world, tmp_path):
         run(config)
 
 
+def other_llama(world, root) -> str:
+    """A language model of the same sizes as the world's, with other weights."""
+    model = MiniGPT4.from_files("", "", world["llama"], train=("llama",))
+    model.llama.norm.weight.data += 1
+    model.save_part("llama", root / "other")
+    return str(root / "other" / "llama")
+
+
+def test_a_run_is_saved_before_its_first_step_changed_anything(world, tmp_path, monkeypatch):
+    overflowing = partialmethod(torch.amp.GradScaler.__init__, init_scale=2.0**100)  # so that steps are skipped
+    monkeypatch.setattr(torch.amp.GradScaler, "__init__", overflowing)
+    run(micro(world, tmp_path, dtype="float16", max_steps=1))
+    state = load_file(tmp_path / "state.safetensors")
+    assert [v.item() for k, v in state.items() if k.startswith("step.")] == [0, 0]
+    log = run(micro(world, tmp_path, dtype="float16", max_steps=3, resume=True))
+    assert [r["step"] for r in log] == [1, 2, 3]
+
+
+def test_heldout_data_without_a_good_sample_is_refused_at_the_start(world, tmp_path):
+    (tmp_path / "own.jsonl").write_text(json.dumps({"image": "missing.jpg", "caption": "a star"}) + "\n")
+    with pytest.raises(InputError, match="not one of its samples"):
+        run(micro(world, tmp_path / "out", heldout_data=str(tmp_path / "own.jsonl")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_behind_a_link_leads_to_its_parts(world, tmp_path):
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    (tmp_path / "out").symlink_to(tmp_path / "far" / "away")
+    run(micro(world, tmp_path / "out", max_steps=2))
+    saved = read_saved_config(str(tmp_path / "out"))
+    assert all(Path(getattr(saved, part)).exists() for part in ("vision", "qformer", "llama", "proj"))
+
+
 def test_a_state_of_another_run_is_refused(world, tmp_path):
     run(micro(world, tmp_path, max_steps=2))
     before = (tmp_path / "config.json").read_text()
     for message, changed in (("other parts", {"train": ("proj", "qformer")}),
                              ("another dtype than float16", {"dtype": "float16"}),
-                             ("1 sources, now there are 2", {"data": {world["data"]: 1, world["stage2"]: 1}})):
+                             ("now they are .42, 1, 1.", {"data": {world["data"]: 1, world["stage2"]: 1}}),
+                             ("now they are .7, 1.0.", {"seed": 7}),
+                             ("another llama", {"llama": other_llama(world, tmp_path)})):
         with pytest.raises(InputError, match=message):
             run(micro(world, tmp_path, max_steps=4, resume=True, **changed))
         assert (tmp_path / "config.json").read_text() == before
@@ -290,6 +325,7 @@ def test_every_config_is_valid(name):
     ({"learning_rate": "1"}, "'learning_rate'"), ({"bath_size": "4"}, "did you mean batch_size"),
     ({"batch_size": "many"}, "batch_size = 'many' is not of type int"), ({"lr": "True"}, "lr = True"),
     ({"resume": "yes"}, "resume = 'yes' is not of type bool"), ({"train": "7"}, "train = 7"),
+    ({"lr": "{[]: 1}"}, "lr = "), ({"betas": "(0.9, 1.5)"}, "betas = "), ({"seed": str(2**70)}, "seed = "),
     ({"lr": "-1"}, "lr = -1.0: give at least 0"), ({"grad_clip": "nan"}, "grad_clip = ")])
 def test_wrong_options_are_refused(options, words):
     with pytest.raises(InputError, match=words):

@@ -12,8 +12,8 @@ failures                descriptions that break off or repeat themselves: no end
 questions               one question about each scene (count, color, shape, place, ...) answered rightly
 rhymes                  rhymes that rhyme and name exactly the objects of the scene
 
-Neither stage's training data holds a question or a rhyme, and no combination of colored shapes of the test
-scenes stands in any training set.
+Neither stage's training data holds a question or a rhyme, and no training scene has the same colored shapes
+as a test scene, neither more nor fewer. Answers are greedy, with chat's repetition penalty.
 """
 
 import json
