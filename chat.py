@@ -17,6 +17,7 @@ import torch
 
 from configs.schema import InputError, override, parse_args, read_saved_config, run_main
 from data import TEMPLATES, answer_text, chat_segments, encode_segments, stop_sequences, user_message
+from llama import CONTEXT
 from model import MiniGPT4, pick_device
 from vision import load_image
 
@@ -60,6 +61,9 @@ class Options:
                 or self.max_new_tokens < 1):
             raise InputError("sampling: temperature is at least 0, top_p in (0, 1], repetition_penalty "
                              "above 0, max_new_tokens at least 1")
+        if self.max_new_tokens >= CONTEXT:
+            raise InputError(f"max_new_tokens {self.max_new_tokens}: give less than {CONTEXT}, the most that "
+                             "a conversation can have")
         if self.dtype not in ("", "float32", "bfloat16", "float16"):
             raise InputError(f"dtype {self.dtype!r}: give float32, bfloat16 or float16")
         if self.template and self.template not in TEMPLATES:
@@ -74,9 +78,12 @@ def load(options: Options) -> tuple[MiniGPT4, Options]:
     dtype = options.dtype or saved.dtype
     if dtype == "float16" and device == "cpu":
         dtype = "bfloat16"
-    model = MiniGPT4.from_files(saved.vision, saved.qformer, saved.llama, saved.proj, dtype, device,
-                                tokenizer=saved.tokenizer, image_size=saved.image_size, force=options.force)
+    learns = ("proj",) if saved.vision else ()  # it stays in float32
+    model = MiniGPT4.from_files(saved.vision, saved.qformer, saved.llama, saved.proj, dtype, device, learns,
+                                saved.tokenizer, saved.image_size, options.force)
     template = options.template or saved.template or "vicuna"
+    if not options.template and not saved.template:
+        print(f"note: {run} was trained without a template; --template=vicuna is used", file=sys.stderr)
     return model, replace(options, device=device, dtype=dtype, template=template)
 
 

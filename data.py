@@ -378,6 +378,8 @@ class Conversations:
                 if not all(isinstance(text, str) for text in texts):
                     raise BadSample("a turn is not a text")
                 return Sample(images=images, turns=list(zip(texts[::2], texts[1::2])))
+            if "text" in row and (images or not isinstance(row.get("context", ""), str)):
+                raise BadSample("a text has no picture; if it is about one, call it caption")
             return Sample(images, row.get("caption"), text=row.get("text"), context=row.get("context", ""))
         except (ValueError, AttributeError, TypeError, StopIteration) as e:
             raise e if isinstance(e, BadSample) else BadSample("not a sample", str(e)) from e
@@ -666,7 +668,7 @@ def collate(samples: list) -> Batch:
 
 
 def collate_group(parts: list) -> tuple[list[Batch], list[tuple[str, str]], int]:
-    """The batches of a group, their bad samples, and how many samples were looked at.
+    """The batches of a group, none if all its samples are bad; the bad samples; how many were looked at.
 
     Samples of like length come together, within each source: less of a batch is padding then. Which batch is
     how long, chance decides, the same on all ranks."""
@@ -678,11 +680,12 @@ def collate_group(parts: list) -> tuple[list[Batch], list[tuple[str, str]], int]
         for n, place in enumerate(places):
             start, end = (len(good) * k // len(places) for k in (n, n + 1))
             batches[place] = good[start:end]
-    if not any(batches):
-        raise InputError(f"a whole group of samples cannot be used; the first is {parts[0][3][0][1]}")
-    spare = next(batch for batch in batches if batch)[:1]  # no batch may be empty
     bad = [b for _, _, _, some in parts for b in some]
-    return [collate(batch or spare) for batch in batches], bad, len(bad) + sum(len(p[2]) for p in parts)
+    looked_at = len(bad) + sum(len(good) for _, _, good, _ in parts)
+    if not any(batches):
+        return [], bad, looked_at
+    spare = next(batch for batch in batches if batch)[:1]  # no batch may be empty
+    return [collate(batch or spare) for batch in batches], bad, looked_at
 
 
 class Uncached(Dataset):
@@ -736,10 +739,11 @@ class Reader:
     def __init__(self, samples: Samples, weights: list[float], config: Config, rank: int = 0, world: int = 1,
                  state: dict | None = None):
         self.samples, self.weights, self.config, self.rank, self.world = samples, weights, config, rank, world
-        saved, now = (state or {}).get("order"), [config.seed, *weights]
-        if state and saved != now:
-            raise InputError(f"the run was saved with seed and weights of the data {saved}, now they are "
-                             f"{now}; give that run's, or another --out_dir")
+        self.order = [config.seed, config.shuffle_shards, *weights]
+        if state and state["order"] != self.order:
+            raise InputError("the run was saved with seed, shuffle_shards and weights of the data "
+                             f"{state['order']}, now they are {self.order}; give that run's, or another "
+                             "--out_dir")
         self.shape = [world, config.batch_size, config.length_group]
         self.base, self.passed = state or {"drawn": [0] * len(weights), "choices": 0, "batches": 0}, 0
         if state and state["shape"] == self.shape:
@@ -767,8 +771,7 @@ class Reader:
 
     def state(self) -> dict:
         """Where it is, to be saved with a checkpoint: all that a resumed run needs."""
-        return self.base | {"batches": self.batches, "shape": self.shape,
-                            "order": [self.config.seed, *self.weights]}
+        return self.base | {"batches": self.batches, "shape": self.shape, "order": self.order}
 
     def __iter__(self) -> Iterator[Batch]:
         config = self.config
@@ -779,6 +782,10 @@ class Reader:
         passed = self.passed
         for batches, bad, looked_at in loader:
             self._account(bad, looked_at)
+            if not batches:
+                if not (spare := list(self.samples.first(1))):
+                    raise InputError(f"not one sample of the data can be used; the first is {bad[0][1]}")
+                batches = [collate(spare)] * config.length_group
             for batch in batches[passed:]:
                 self.batches += 1
                 yield batch

@@ -158,7 +158,9 @@ class MiniGPT4(nn.Module):
         fingerprints = {name: fingerprint(file.tensors) for name, file in files.items() if name != "proj"}
         if "proj" in files and not force:
             _check_companions(files, fingerprints)
-        tokenizer = Tokenizer(tokenizer or f"{llama if isinstance(llama, str) else ''}/tokenizer.model")
+        if not tokenizer and not isinstance(llama, str):
+            raise InputError("llama: a new one needs a tokenizer.model to read with; set tokenizer")
+        tokenizer = Tokenizer(tokenizer or f"{llama}/tokenizer.model")
         model = cls.on_meta(vision, qformer, llama, files, tokenizer.vocab_size, image_size)
         if tokenizer.vocab_size > model.llama.config.vocab_size:
             raise InputError(f"{tokenizer.path}: {tokenizer.vocab_size} pieces, but the language model has "

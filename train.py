@@ -17,6 +17,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import replace
+from datetime import timedelta
 from math import cos, log, pi
 from pathlib import Path
 
@@ -27,9 +28,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from configs.schema import PATHS, Config, InputError, load_config, parse_args, run_main, to_json
-from data import Batch, FeatureCache, Reader, Uncached, collate, flatten, open_samples, stop_sequences
+from data import (Batch, FeatureCache, Reader, Samples, Uncached, collate, flatten, open_samples,
+                  stop_sequences)
 from llama import IGNORE
-from model import MiniGPT4, load_tensors, pick_device, save_tensors
+from model import MiniGPT4, fingerprint, load_tensors, pick_device, save_tensors
 from tools.meter import Meter, start_profiler
 
 
@@ -59,6 +61,11 @@ def refuse_to_overwrite(config: Config):
                          "another --out_dir")
 
 
+def saved_parts(config: Config) -> tuple[str, ...]:
+    """The parts that the run's folder holds: those that learn, and the projection, which remembers them."""
+    return tuple(dict.fromkeys((*config.train, *["proj"] * bool(config.vision))))
+
+
 def start_folder(config: Config):
     """Make out_dir, with a config.json that leads chat.py to all parts."""
     out = Path(config.out_dir)
@@ -66,7 +73,8 @@ def start_folder(config: Config):
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise InputError(f"out_dir {out}: cannot be made ({e}); choose another --out_dir") from e
-    own = {name: str(out / ("llama" if name == "llama" else f"{name}.safetensors")) for name in config.train}
+    own = {name: str(out / ("llama" if name == "llama" else f"{name}.safetensors"))
+           for name in saved_parts(config)}
     own |= {"tokenizer": ""} if "llama" in config.train else {}
     places = {k: own.get(k, getattr(config, k)) for k in PATHS}
     real = os.path.realpath  # out may be a link
@@ -81,7 +89,7 @@ def save_checkpoint(model: MiniGPT4, optimizer, scaler, parameters: dict, step: 
                     config: Config):
     """Write the trained parts, then all that a resume needs: float32 weights, AdamW's moments, the step, and
     where the reader is."""
-    for name in config.train:
+    for name in saved_parts(config):
         model.save_part(name, config.out_dir, config.save_dtype)
     tensors = {f"weight.{k}": p.detach() for k, p in parameters.items()}
     for k, p in parameters.items():  # a parameter that took no step yet has no state, as float16's at first
@@ -94,7 +102,10 @@ def save_checkpoint(model: MiniGPT4, optimizer, scaler, parameters: dict, step: 
 
 def frozen_parts(model: MiniGPT4, config: Config) -> dict[str, str]:
     """{part: fingerprint} of those that do not learn."""
-    return {name: mark for name, mark in model.fingerprints.items() if name not in config.train}
+    marks = dict(model.fingerprints)
+    if model.proj is not None:
+        marks["proj"] = fingerprint(model.part_parameters("proj"))
+    return {name: mark for name, mark in marks.items() if name not in config.train}
 
 
 def load_checkpoint(model: MiniGPT4, optimizer, scaler, parameters: dict, config: Config,
@@ -109,21 +120,30 @@ def load_checkpoint(model: MiniGPT4, optimizer, scaler, parameters: dict, config
     if misfits or len(tensors) != 4 * len(parameters):
         raise InputError(f"{path}: was saved by a run of other parts or sizes; give that run's config or "
                          "another --out_dir")
-    before = json.loads(metadata.get("frozen", "{}"))
+    marks = json.loads(metadata["frozen"])
     for name, mark in frozen_parts(model, config).items():
-        if before.get(name) != mark and not config.force:
+        if marks.get(name) != mark and not config.force:
             raise InputError(f"{path}: was saved beside another {name}; give the {name} of that run, another "
                              "--out_dir, or --force=True")
-    for k, p in parameters.items():
-        p.data.copy_(tensors[f"weight.{k}"])
-        optimizer.state[p] = {m: tensors[f"{m}.{k}"].clone().to("cpu" if m == "step" else device)
-                              for m in ("exp_avg", "exp_avg_sq", "step")}
     saved_scaler = json.loads(metadata["scaler"])  # empty unless the run was in float16
     if bool(saved_scaler) != scaler.is_enabled():
         before = "in float16" if saved_scaler else "in another dtype than float16"
         raise InputError(f"{path}: was saved by a run {before}; give that run's --dtype or another --out_dir")
+    for k, p in parameters.items():
+        p.data.copy_(tensors[f"weight.{k}"])
+        optimizer.state[p] = {m: tensors[f"{m}.{k}"].clone().to("cpu" if m == "step" else device)
+                              for m in ("exp_avg", "exp_avg_sq", "step")}
     scaler.load_state_dict(saved_scaler)
     return int(metadata["step"]), json.loads(metadata["reader"])
+
+
+def refuse_separate_folders(done: int):
+    """Raise InputError when the processes, on several machines, did not resume at the same step."""
+    steps = [None] * dist.get_world_size()
+    dist.all_gather_object(steps, done)
+    if len(set(steps)) > 1:
+        raise InputError(f"resume: the processes found states of the steps {steps}; out_dir has to be one "
+                         "folder for all machines")
 
 
 class Log:
@@ -167,7 +187,8 @@ def show_answers(model: MiniGPT4, samples, config: Config, device) -> list[dict]
         start = next(at for at, t in enumerate(targets) if t != IGNORE)
         embeds = model.encode_image(torch.stack(images).to(device)) if images else None
         answer = model.generate(ids[:start], embeds, config.max_txt_len, temperature=0,
-                                stop=stop_sequences(model.tokenizer, config.end_sym))
+                                stop=stop_sequences(model.tokenizer, config.end_sym),
+                                context=start + config.max_txt_len)
         wanted = [t for t in targets if t != IGNORE]
         shown.append({"answer": model.tokenizer.decode(list(answer)), "data": model.tokenizer.decode(wanted)})
     return shown
@@ -209,6 +230,17 @@ def prepare_data(config: Config, rank: int):
                 raise InputError(f"{path} could not be made: the command above failed")
     if dist.is_initialized():
         dist.barrier()
+
+
+def open_data(config: Config, model: MiniGPT4) -> tuple[Samples, list[float], Samples | None]:
+    """The samples to train on, the weights of their sources, and the held-out samples, if there are any."""
+    opened = lambda data: open_samples(data, config, model.tokenizer, *model.image_shape)
+    samples, weights = opened(config.data)
+    heldout = opened(config.heldout_data)[0] if config.heldout_data else None
+    if heldout and not list(heldout.first(1)):
+        raise InputError(f"heldout_data {config.heldout_data}: not one of its samples can be used; mend it, "
+                         "or train without")
+    return samples, weights, heldout
 
 
 def build(config: Config, device) -> MiniGPT4:
@@ -275,6 +307,8 @@ def train_step(wrapped, batches: list[Batch], optimizer, scaler, parameters: dic
         last = i == len(batches) - 1
         with nullcontext() if last or world == 1 else wrapped.no_sync():
             loss = wrapped(*to_device(batch, device)) * (count / total)
+            if batch.images is None and config.vision:  # DistributedDataParallel waits for every gradient
+                loss = loss + 0 * sum(p.sum() for p in parameters.values())
             scaler.scale(loss * world).backward()  # DistributedDataParallel takes the mean over ranks
         loss_sum += loss.detach()
     for group in optimizer.param_groups:
@@ -301,12 +335,7 @@ def train(config: Config, device, rank: int = 0, world: int = 1):
     refuse_to_overwrite(config)
     prepare_data(config, rank)
     model = build(config, device)
-    make_samples = lambda data: open_samples(data, config, model.tokenizer, *model.image_shape)
-    samples, weights = make_samples(config.data)
-    heldout = make_samples(config.heldout_data)[0] if config.heldout_data else None
-    if heldout and not list(heldout.first(1)):
-        raise InputError(f"heldout_data {config.heldout_data}: not one of its samples can be used; mend it, "
-                         "or train without")
+    samples, weights, heldout = open_data(config, model)
     if config.cache_features:
         cache_features(model, [samples] + [heldout] * bool(heldout), config, device, rank, world)
     parameters = {f"{name}.{k}": p for name in config.train for k, p in model.part_parameters(name).items()}
@@ -314,6 +343,8 @@ def train(config: Config, device, rank: int = 0, world: int = 1):
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
     done, read = (load_checkpoint(model, optimizer, scaler, parameters, config, device) if config.resume
                   else (0, None))
+    if world > 1:
+        refuse_separate_folders(done)
     reader = Reader(samples, weights, config, rank, world, read)
     if rank == 0:
         start_folder(config)  # after the state was found to fit: a refused resume changes nothing
@@ -376,7 +407,8 @@ def main(argv: list[str]):
         return
     device = pick_device(config.device, local)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))  # rank 0 makes data, evaluates, saves
     try:
         if (rank := dist.get_rank() if world > 1 else 0) == 0:
             print(to_json(config), file=sys.stderr)

@@ -82,14 +82,14 @@ class Config:
     eval_samples: int = 128              # held-out samples of which the loss is taken
     show_samples: int = 2                # sample answers at each evaluation
     save_interval: int = 500             # steps
-    save_dtype: str = "float32"          # of the trained parts' files; a resume's state is float32
+    save_dtype: str = "float32"          # or bfloat16: of the trained parts' files; states are float32
     resume: bool = False                 # go on from out_dir's last checkpoint, if there is one
-    force: bool = False                  # take a projection that was trained beside other parts
+    force: bool = False                  # take a projection, or a state, that was trained beside other parts
     dry_run: bool = False                # print sizes, FLOPs and memory of the run, without weights, and exit
 
     def __post_init__(self):
         dtypes = ("float32", "bfloat16", "float16")
-        choices = {"dtype": dtypes, "save_dtype": dtypes, "template": ("", "vicuna", "llama2")}
+        choices = {"dtype": dtypes, "save_dtype": dtypes[:2], "template": ("", "vicuna", "llama2")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 listed = ", ".join(repr(a) for a in allowed)
@@ -183,9 +183,12 @@ def read_saved_config(folder: str) -> Config:
         raise InputError(f"{folder}: not a run's folder, it has no config.json; give the out_dir of a "
                          "training run")
     try:
-        saved = override(Config(), dict(json.loads(path.read_text())), str(path))
-    except (ValueError, TypeError) as e:
+        content = json.loads(path.read_text())
+    except ValueError as e:
         raise InputError(f"{path}: not valid JSON ({e}); the run has to be started again") from e
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: it should hold a JSON object; the run has to be started again")
+    saved = override(Config(), content, str(path))
     given = {k: v for k in PATHS if isinstance(v := getattr(saved, k), str) and v}
     return replace(saved, **{k: str(Path(folder) / v) for k, v in given.items()})
 

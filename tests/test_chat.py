@@ -1,6 +1,7 @@
 """The terminal: pictures of every kind, streaming, commands, mistakes."""
 
 import io
+import json
 import struct
 import sys
 from pathlib import Path
@@ -13,7 +14,6 @@ import chat
 from chat import Chat, Options
 from configs.schema import InputError
 from data import answer_text
-from model import MiniGPT4
 from tools.make_scenes import named_objects
 from vision import load_image
 
@@ -77,11 +77,14 @@ def test_both_templates_and_several_pictures_run(tiny):
         assert talk.images
 
 
-def test_a_language_model_alone_says_that_it_sees_no_pictures(tiny):
-    model, options = tiny
-    blind = MiniGPT4.from_files("", "", str(ROOT / "assets/tiny/llama"), train=())
+def test_a_language_model_alone_talks_and_says_that_it_sees_no_pictures(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({"llama": str(ROOT / "assets/tiny/llama")}))
+    talk = Chat(*chat.load(Options(ckpt=str(tmp_path), device="cpu", max_new_tokens=8)))
+    assert "trained without a template" in capsys.readouterr().err
+    "".join(talk.ask("Hello"))
+    assert talk.turns[0][1]
     with pytest.raises(InputError, match="sees no pictures"):
-        Chat(blind, options).add_image(EXAMPLE)
+        talk.add_image(EXAMPLE)
 
 
 def pictures():
@@ -110,8 +113,8 @@ def pictures():
 def test_any_picture_goes_through(tiny, tmp_path, picture, kind, options):
     path = tmp_path / f"picture.{kind.lower()}"
     picture.save(path, kind, **options)
-    answer, _ = answer_to(tiny, "What is this?", str(path), max_new_tokens=4)
-    assert load_image(str(path), 64).shape == (3, 64, 64) and answer is not None
+    _, talk = answer_to(tiny, "What is this?", str(path), max_new_tokens=4)
+    assert load_image(str(path), 64).shape == (3, 64, 64) and len(talk.turns) == 1
 
 
 def test_exif_rotation_transparency_and_16_bits_are_seen_as_meant(tmp_path):

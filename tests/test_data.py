@@ -367,7 +367,7 @@ def test_resuming_far_into_ten_thousand_shards_reads_only_what_comes_next(tmp_pa
         (tmp_path / "many" / name).symlink_to(tmp_path / "one.tar")
     (tmp_path / "many/index.json").write_text(json.dumps({"samples": dict.fromkeys(names, 1000)}))
     state = {"drawn": [0], "choices": 0, "batches": 15_625, "shape": [1, 64, 8],
-             "order": reader(f"{tmp_path}/many").state()["order"]}
+             "order": reader(f"{tmp_path}/many", shuffle_shards=8).state()["order"]}
     start = time.perf_counter()
     far = reader(f"{tmp_path}/many", state=state, batch_size=64, length_group=8, shuffle_shards=8)
     next(iter(far))
@@ -461,6 +461,19 @@ def test_too_many_bad_samples_stop_the_run_with_one_line(tmp_path):
             pass
 
 
+def test_a_batch_without_a_good_sample_gives_another_sample_s_place(tmp_path):
+    """With batch_size 1 a bad sample is a whole batch; the first good sample of the data stands in for it."""
+    members = {f"{i}.{end}": c for i in range(20) for end, c in
+               (("jpg", jpeg() if i % 10 else b"x"), ("txt", b"n%d" % i))}
+    write_tar(tmp_path / "a.tar", members)
+    it = reader(str(tmp_path), batch_size=1, length_group=1)
+    seen = Counter(n for _, b in zip(range(20), it) for n in numbers(b))
+    assert seen == {f"n{i}": 3 if i == 1 else 1 for i in range(20) if i % 10}
+    write_tar(tmp_path / "a.tar", {"0.jpg": b"x", "0.txt": b"n0"})
+    with pytest.raises(InputError, match="not one sample of the data can be used"):
+        next(iter(reader(str(tmp_path), batch_size=1)))
+
+
 def test_collate_pads_on_the_right():
     image = torch.zeros(3, 2, 2, dtype=torch.uint8)
     batch = collate([([image], [1, -1, 5], [-100, -100, 5]), ([image], [1], [-100])])
@@ -472,7 +485,8 @@ def test_collate_pads_on_the_right():
 @pytest.mark.parametrize("line", [
     '{"text": 5}', '{"image": "a.jpg", "caption": "\\ud800"}', "[" * 100_000,
     '{"img": "a.jpg", "caption": "A dog."}', '{"image": "a.jpg", "caption": ""}',
-    '{"image": "none.jpg", "caption": "A dog."}', '[1]', '{"conversation": []}'])
+    '{"image": "none.jpg", "caption": "A dog."}', '[1]', '{"conversation": []}',
+    '{"image": "a.jpg", "text": "A dog."}', '{"text": "A dog.", "context": 5}'])
 def test_any_odd_line_of_a_jsonl_is_one_bad_sample(tmp_path, line):
     (tmp_path / "a.jpg").write_bytes(jpeg())
     path = tmp_path / "own.jsonl"

@@ -1,11 +1,14 @@
 """tools/evaluate.py: what counts as a failure, and that the committed weights' table can be made again."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from configs.schema import InputError
 from tools import evaluate, make_scenes
+
+TESTS = Path(__file__).parent
 
 
 @pytest.mark.parametrize("answer, ended, failed", [
@@ -32,8 +35,8 @@ def test_the_table_of_a_few_scenes(tmp_path, capsys):
 
 @pytest.mark.parametrize("argv, words", [
     (["--n=0"], "at least 1"), (["extra"], "usage"), (["--save=/none/table.json"], "a folder that exists"),
-    (["--save=tests"], "a folder that exists"), (["--data=tests", "--n=1"], "no good scenes.json"),
-    (["--stage1=tests"], "tests: there is no proj.safetensors")])
+    ([f"--save={TESTS}"], "a folder that exists"), ([f"--data={TESTS}", "--n=1"], "no good scenes.json"),
+    ([f"--stage1={TESTS}"], "tests: there is no proj.safetensors")])
 def test_wrong_options_are_refused_before_the_work(argv, words):
     with pytest.raises(InputError, match=words):
         evaluate.main(argv)

@@ -55,6 +55,12 @@ def test_the_file_tree_is_the_repository_s():
     assert all(tool.name in tree for tool in ROOT.glob("tools/*.py"))
 
 
+def test_the_configs_that_it_names_are_there():
+    named = set(re.findall(r"\btiny_\w+|\bstage[12]_?\w*\.py", README))
+    assert len(named) > 8
+    assert all((ROOT / "configs" / name).with_suffix(".py").is_file() for name in named)
+
+
 def test_the_evaluation_table_is_the_saved_one():
     saved = json.loads((ROOT / "assets/tiny/evaluation.json").read_text())
     assert saved["scenes"] >= 500

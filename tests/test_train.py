@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import chat
 import train
 from configs.schema import Config, InputError, load_config, read_saved_config
 from llama import IGNORE, IMAGE
@@ -247,7 +248,7 @@ def other_llama(world, root) -> str:
 
 
 def test_a_run_is_saved_before_its_first_step_changed_anything(world, tmp_path, monkeypatch):
-    overflowing = partialmethod(torch.amp.GradScaler.__init__, init_scale=2.0**100)  # so that steps are skipped
+    overflowing = partialmethod(torch.amp.GradScaler.__init__, init_scale=2.0**100)  # steps are skipped
     monkeypatch.setattr(torch.amp.GradScaler, "__init__", overflowing)
     run(micro(world, tmp_path, dtype="float16", max_steps=1))
     state = load_file(tmp_path / "state.safetensors")
@@ -276,12 +277,54 @@ def test_a_state_of_another_run_is_refused(world, tmp_path):
     before = (tmp_path / "config.json").read_text()
     for message, changed in (("other parts", {"train": ("proj", "qformer")}),
                              ("another dtype than float16", {"dtype": "float16"}),
-                             ("now they are .42, 1, 1.", {"data": {world["data"]: 1, world["stage2"]: 1}}),
-                             ("now they are .7, 1.0.", {"seed": 7}),
+                             ("now they are .42, 8, 1, 1.", {"data": {world["data"]: 1, world["stage2"]: 1}}),
+                             ("now they are .7, 8, 1.0.", {"seed": 7}),
+                             ("now they are .42, 2, 1.0.", {"shuffle_shards": 2}),
                              ("another llama", {"llama": other_llama(world, tmp_path)})):
         with pytest.raises(InputError, match=message):
             run(micro(world, tmp_path, max_steps=4, resume=True, **changed))
         assert (tmp_path / "config.json").read_text() == before
+    run(micro(world, tmp_path, max_steps=4, resume=True, force=True, **changed))
+
+
+def test_a_learning_language_model_keeps_the_projection_that_it_learnt_beside(world, tmp_path):
+    """A frozen projection, random or from another run, goes into the run's folder, as its own."""
+    run(micro(world, tmp_path / "one", train=("proj",), max_steps=2))
+    for proj in ("", f"{tmp_path}/one/proj.safetensors"):
+        out = tmp_path / f"two{bool(proj)}"
+        config = micro(world, out, train=("llama",), proj=proj, max_steps=2)
+        run(config)
+        model, _ = chat.load(chat.Options(ckpt=str(out), device="cpu"))
+        assert torch.equal(model.proj.weight, train.build(config, torch.device("cpu")).proj.weight)
+    with pytest.raises(InputError, match="another proj"):
+        run(micro(world, out, train=("llama",), proj="", seed=42, max_steps=4, resume=True))
+
+
+def test_two_processes_wait_for_no_gradient_that_a_text_cannot_give(world, tmp_path):
+    """Where texts are mixed with pictures, a batch may leave the projection out."""
+    (tmp_path / "own.jsonl").write_text(json.dumps({"text": "a star"}) + "\n")
+    mixed = {world["data"]: 1, str(tmp_path / "own.jsonl"): 1}
+    one = micro(world, tmp_path / "one", data=mixed, train=("proj", "llama"), batch_size=8)
+    run(one)
+    two = replace(one, batch_size=4, out_dir=str(tmp_path / "two"))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+                "--master-port", "29514"]
+    subprocess.run([*torchrun, *command(two, tmp_path)], check=True, env=ENV, capture_output=True)
+    for k, v in weights(tmp_path / "one").items():
+        torch.testing.assert_close(weights(tmp_path / "two")[k], v, rtol=0, atol=2e-3)
+
+
+def test_a_folder_with_a_field_of_another_version_names_it(tmp_path):
+    for content, words in (('{"bath_size": 3}', "unknown name 'bath_size'; did you mean batch_size"),
+                           ("[]", "should hold a JSON object"), ("{", "not valid JSON")):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(InputError, match=words):
+            read_saved_config(str(tmp_path))
+
+
+def test_long_answers_can_be_evaluated(world, tmp_path):
+    log = run(micro(world, tmp_path, heldout_data=world["stage2"], max_txt_len=2048, max_steps=1))
+    assert len(log) == 2
 
 
 def test_heldout_loss_and_sample_answers_are_logged(world, tmp_path):

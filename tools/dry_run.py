@@ -9,6 +9,7 @@ the weights, what autograd keeps for the backward pass (measured by its hooks), 
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -132,6 +133,7 @@ def describe_chat(options) -> str:
     """The whole answer for chat.py."""
     folder = options.ckpt or str(Path(__file__).resolve().parent.parent / "assets/tiny")
     config = read_saved_config(folder)
+    config = replace(config, dtype=options.dtype or config.dtype, train=("proj",) if config.vision else ())
     model, notes = meta_model(config)
     weights = sum(p.nbytes for p in model.parameters())
     llama = model.llama.config

@@ -4,7 +4,7 @@
     python tools/evaluate.py --stage1=out/tiny_stage1 --stage2=out/tiny_stage2
     python tools/evaluate.py --n=100 --save=out/evaluation.json
 
-Every answer is greedy, in a conversation of its own, laid out as in chat.py. Columns, all in percent:
+Every answer is greedy, with chat's repetition penalty, in a conversation of its own. Columns, in percent:
 
 precision, recall, F1   (color, shape) pairs named in the description, against those of the scene
 failures                descriptions that break off or repeat themselves: no end within the limit, the same 4
@@ -13,7 +13,7 @@ questions               one question about each scene (count, color, shape, plac
 rhymes                  rhymes that rhyme and name exactly the objects of the scene
 
 Neither stage's training data holds a question or a rhyme, and no training scene has the same colored shapes
-as a test scene, neither more nor fewer. Answers are greedy, with chat's repetition penalty.
+as a test scene, neither more nor fewer.
 """
 
 import json
@@ -28,13 +28,12 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "tools"))
-import make_scenes as world
 from chat import Chat
 from chat import Options as ChatOptions
 from chat import load
 from configs.schema import InputError, override, parse_args, run_main
 from data import INSTRUCTIONS
+from tools import make_scenes as world
 
 COLUMNS = ("precision", "recall", "F1", "failures", "questions", "rhymes")
 

@@ -540,13 +540,14 @@ class Options:
     vocab_size: int = 1024  # tokenizer: pieces, bytes and control tokens included
 
 
+N_OBJECTS = {"names": 1, "text retold": 3, "text pairs": 3, "text terse": 3, "text facts": 3}  # else 1-3
+
+
 def samples(kind: str, n: int, options: Options, heldout: bool):
     """Yield n (scene, rng), the rng ready for the sample's picture and text."""
     for i in tqdm(range(n), desc=kind):
         rng = random.Random(f"{kind} {options.seed} {heldout} {i}")
-        three = {f"text {name}": 3 for name in ("retold", "pairs", "terse", "facts")}
-        n_objects = ({"names": 1} | three).get(kind, 0)
-        yield random_scene(rng, heldout, n_objects), rng
+        yield random_scene(rng, heldout, N_OBJECTS.get(kind, 0)), rng
 
 
 def _jpeg(scene, rng):

@@ -70,8 +70,7 @@ def main(argv: list[str]):
     config = load_config(positional[0], {k: v for k, v in given.items() if k not in own})
     prepare_data(config, rank=0)
     image_shape = meta_model(config)[0].image_shape
-    llama = config.llama if isinstance(config.llama, str) else ""
-    tokenizer = Tokenizer(config.tokenizer or f"{llama}/tokenizer.model")
+    tokenizer = Tokenizer(config.tokenizer or f"{config.llama}/tokenizer.model")
     samples, weights = open_samples(config.data, config, tokenizer, *image_shape)
 
     seen = list(samples.first(options.n))
