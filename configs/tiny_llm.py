@@ -18,7 +18,7 @@ max_txt_len = 160
 chat_share = 0.3
 
 batch_size = 16
-max_steps = 5000
+max_steps = 6000
 lr = 1.2e-3
 min_lr = 1e-4
 warmup_steps = 1500  # long: a template that is all new makes it forget the facts at a higher rate
@@ -27,7 +27,6 @@ grad_clip = 1.0
 
 dtype = "float32"
 num_workers = 1
-length_group = 8  # a seventh faster: conversations and captions differ much in length
 out_dir = "out/tiny_llm"
 eval_interval = 1000
 eval_samples = 256

@@ -2,7 +2,7 @@
 
 python train.py configs/tiny_stage1.py
 
-On 2 CPU cores 3 min 28 s; the held-out loss, on noisy captions, ends at 0.98.
+On 2 CPU cores 2 min 31 s, with drawing its pictures; the held-out loss, on noisy captions, ends at 0.76.
 """
 
 vision = "assets/tiny/vision.safetensors"

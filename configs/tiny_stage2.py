@@ -2,7 +2,7 @@
 
 python train.py configs/tiny_stage2.py
 
-On 2 CPU cores 3 min 50 s, with drawing its pictures; the held-out loss ends at 0.10.
+On 2 CPU cores 2 min 12 s, with drawing its pictures; the held-out loss ends at 0.096.
 """
 
 vision = "assets/tiny/vision.safetensors"
