@@ -180,13 +180,20 @@ class Shards:
         return f"{self.paths[shard]}:{key}"
 
     def __getitem__(self, place):
-        shard, row = place
-        if self.commands:
-            self._have(shard)
+        while True:
+            if self.commands:
+                self._have(place[0])
+            try:
+                return self._read(*place)
+            except BadSample as e:  # a shard that another process has cleared away meanwhile is fetched again
+                if not self.commands or not isinstance(e.__cause__, FileNotFoundError):
+                    raise
+
+    def _read(self, shard, row):
         try:
             table = index_tar(self.paths[shard])
         except InputError as e:
-            raise BadSample("lost in a broken tar file", str(e)) from e
+            raise BadSample("lost in a broken tar file", str(e)) from e.__cause__
         if row >= len(table):
             raise BadSample("lost in a broken tar file")
         _, picture, text, is_json = table[row]

@@ -20,8 +20,8 @@ from PIL import Image
 
 from configs.schema import Config, InputError
 from data import (BOS, EOS, TEMPLATES, BadSample, CaptionFolder, Conversations, Groups, Reader, Sample,
-                  Samples, Shards, chat_segments, clean_caption, collate, encode_segments, open_samples,
-                  open_source, stop_sequences, user_message)
+                  Samples, Shards, chat_segments, clean_caption, collate, encode_segments, index_tar,
+                  open_samples, open_source, stop_sequences, user_message)
 from llama import IGNORE, IMAGE, Tokenizer
 from tests.common import GOLDEN
 from tools import make_scenes
@@ -286,6 +286,21 @@ def test_a_pipe_fetches_a_shard_once_whatever_the_number_of_processes(seven, buc
     ranks = [iter(reader(command, rank, 2, num_workers=2, length_group=1)) for rank in range(2)]
     seen = [n for _ in range(35) for rank in ranks for n in numbers(next(rank))]
     assert len(set(seen)) == 140 and len((tmp_path / "calls").read_text().split()) == 2 + 7  # 2: the index
+
+
+def test_a_shard_that_another_process_clears_away_before_it_is_read_is_fetched_again(bucket, monkeypatch):
+    source, have, calls = open_source(bucket[0]), Shards._have, []
+
+    def have_and_lose(self, shard):
+        have(self, shard)
+        calls.append(shard)
+        if len(calls) == 1:
+            index_tar.cache_clear()  # as in a process that has not read this shard's headers yet
+        if len(calls) < 3:
+            Path(self.paths[shard]).unlink()
+
+    monkeypatch.setattr(Shards, "_have", have_and_lose)
+    assert source[0, 7].caption.split()[0] == "a7" and len(calls) == 3
 
 
 def test_a_shard_whose_command_fails_costs_its_samples_and_not_the_run(seven, bucket, tmp_path, capsys):
