@@ -8,6 +8,7 @@
 Without --ckpt it is the tiny model in assets/tiny. The sampling defaults are those of the original demo.
 """
 
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -57,10 +58,12 @@ class Options:
     dry_run: bool = False             # print sizes and memory, without weights, and exit
 
     def __post_init__(self):
-        if (self.temperature < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0
-                or self.max_new_tokens < 1):
-            raise InputError("sampling: temperature is at least 0, top_p in (0, 1], repetition_penalty "
-                             "above 0, max_new_tokens at least 1")
+        if (not (self.temperature == 0 or self.temperature >= 1e-3) or not 0 < self.top_p <= 1
+                or not 0.01 <= self.repetition_penalty <= 100 or self.max_new_tokens < 1):
+            raise InputError("sampling: temperature is 0 or at least 0.001, top_p in (0, 1], "
+                             "repetition_penalty from 0.01 to 100, max_new_tokens at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"seed {self.seed}: give one from 0 to 2**63 - 1")
         if self.max_new_tokens >= CONTEXT:
             raise InputError(f"max_new_tokens {self.max_new_tokens}: give less than {CONTEXT}, the most that "
                              "a conversation can have")
@@ -129,10 +132,14 @@ class Chat:
     def ask(self, text: str) -> Iterator[str]:
         """Yield the answer piece by piece; the turn is remembered, also when it is stopped half-way."""
         o, model, end = self.options, self.model, self.template.end
+        text = text.encode("utf-8", "replace").decode()  # what a terminal of another encoding sends
         message = user_message(text, self.new_images)
         segments = chat_segments([*self.turns, (message, None)], self.template)
         tokens = encode_segments(segments, model.tokenizer, model.image_shape[1])
         stop = stop_sequences(model.tokenizer, end)
+        if len(tokens) > CONTEXT - o.max_new_tokens:
+            print(f"note: with its answer the conversation is longer than {CONTEXT} tokens; its beginning is "
+                  "cut off", file=sys.stderr)
         ids, shown = [], ""
         self.turns.append((message, ""))
         self.new_images, self.ended = 0, False
@@ -172,8 +179,9 @@ def converse(chat: Chat):
                 chat.reset()
                 print("The conversation begins anew, without a picture.")
             elif command == "/image":
-                chat.add_image(argument.strip())
-                print(f"{argument.strip()}: seen. What would you like to know?")
+                path = os.path.expanduser(argument.strip().strip("'\""))
+                chat.add_image(path)
+                print(f"{path}: seen. What would you like to know?")
             elif command.startswith("/"):
                 print(f"{command}: unknown command\n{HELP}")
             elif line:
@@ -216,4 +224,5 @@ def main(argv: list[str]):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack some characters
     run_main(main)

@@ -365,15 +365,16 @@ class Conversations:
 
     def __init__(self, path: str):
         self.name = path
-        self.lines = [line for line in Path(path).read_bytes().splitlines() if line.strip()]
+        numbered = enumerate(Path(path).read_bytes().splitlines(), 1)
+        self.lines = [(number, line) for number, line in numbered if line.strip()]
         self.counts = [len(self.lines)]
 
     def describe(self, shard: int, row: int) -> str:
-        return f"{self.name}, line {row + 1}"
+        return f"{self.name}, line {self.lines[row][0]}"
 
     def __getitem__(self, place):
         try:
-            row = json.loads(self.lines[place[1]])
+            row = json.loads(self.lines[place[1]][1])
             images = row.get("image", [])
             images = [images] if isinstance(images, str) else images
             images = [str(Path(self.name).parent / p) for p in images]
@@ -403,7 +404,8 @@ def open_source(path: str, keep: int = 16) -> Shards | CaptionFolder | Conversat
     elif (Path(path) / "filter_cap.json").is_file():
         source = CaptionFolder(path)
     elif path.endswith(".txt") and Path(path).is_file():  # a list of shards, one a line
-        source = Shards([line.strip() for line in Path(path).read_text().splitlines() if line.strip()])
+        lines = Path(path).read_text(errors="replace").splitlines()
+        source = Shards([line.strip() for line in lines if line.strip()])
     elif (shards := expand_braces(path)) != [path]:
         source = Shards(shards)
     else:

@@ -18,7 +18,7 @@ from sentencepiece import SentencePieceProcessor
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from configs.schema import InputError
+from configs.schema import InputError, override
 
 IMAGE = -1     # in a sequence of ids: the place of one image token
 IGNORE = -100  # in the targets: nothing is to be predicted here
@@ -46,6 +46,8 @@ class LlamaConfig:
 
         Raises InputError for what this file cannot compute: another architecture, scaled rotary positions."""
         rope = sizes.get("rope_parameters") or sizes.get("rope_scaling") or {}
+        if not isinstance(rope, dict) or not isinstance(sizes.get("sliding_window") or 0, int):
+            raise InputError(f"{where}: rope_scaling or sliding_window is not a LLaMA's; fetch it again")
         if rope.get("rope_type", rope.get("type", "default")) != "default":
             raise InputError(f"{where}: rotary scaling {rope} is not supported; take a model without it")
         if sizes.get("model_type", "llama") not in ("llama", "mistral"):
@@ -59,11 +61,11 @@ class LlamaConfig:
                              "take another model")
         needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                   "num_attention_heads")
-        if wrong := [k for k in needed if not isinstance(sizes.get(k), int)]:
-            raise InputError(f"{where}: no whole number for {', '.join(wrong)}; it must be the config.json "
-                             "of a LLaMA")
+        if wrong := [k for k in needed if not isinstance(sizes.get(k), int) or sizes[k] < 1]:
+            raise InputError(f"{where}: no whole number above 0 for {', '.join(wrong)}; it must be the "
+                             "config.json of a LLaMA")
         heads = sizes["num_attention_heads"]
-        return cls(
+        read = dict(
             vocab_size=sizes["vocab_size"],
             hidden_size=sizes["hidden_size"],
             intermediate_size=sizes["intermediate_size"],
@@ -71,10 +73,11 @@ class LlamaConfig:
             num_attention_heads=heads,
             num_key_value_heads=sizes.get("num_key_value_heads") or heads,
             head_dim=sizes.get("head_dim") or sizes["hidden_size"] // heads,
-            rms_norm_eps=sizes.get("rms_norm_eps", 1e-6),
-            rope_theta=float(sizes.get("rope_theta") or rope.get("rope_theta") or 10000.0),
-            tie_word_embeddings=sizes.get("tie_word_embeddings", False),
+            rms_norm_eps=sizes.get("rms_norm_eps") or 1e-6,
+            rope_theta=sizes.get("rope_theta") or rope.get("rope_theta") or 10000.0,
+            tie_word_embeddings=sizes.get("tie_word_embeddings") or False,
         )
+        return override(cls(), read, where)
 
     def to_hub(self) -> dict:
         """The content of a Hugging Face config.json; from_dict is its inverse."""

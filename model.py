@@ -245,7 +245,7 @@ def pick_device(name: str = "", index: int = 0) -> torch.device:
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name, index) if name == "cuda" else torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as e:
         raise InputError(f"device {name!r}: not to be had on this machine ({str(e).splitlines()[0]})") from e
     if device.type == "cuda":
@@ -350,7 +350,10 @@ def read_part(name: str, path: str) -> File:
     if about is None:
         raise InputError(f"{path}: it carries no sizes, so it is not a converted {name} file; "
                          f"run tools/convert.py {name}")
-    return File(path, tensors, json.loads(about))
+    try:
+        return File(path, tensors, dict(json.loads(about)))
+    except (ValueError, TypeError) as e:
+        raise InputError(f"{path}: its metadata is no JSON object; fetch or convert it again") from e
 
 
 def _read_llama(folder):
@@ -374,6 +377,8 @@ def _sizes(cls, name, source, files, **derived):
     else:
         where, sizes = "the run's config", derived | source
     config = override(cls(), sizes, f"{where}: {name}")
+    if min(asdict(config).values()) <= 0 or config.width % config.n_heads:
+        raise InputError(f"{where}: {name} {sizes}: sizes are above 0, and width is a multiple of n_heads")
     for k, v in derived.items():
         if getattr(config, k) != v:
             raise InputError(f"{where}: {name} needs {k} {getattr(config, k)}, but it is {v} here; "

@@ -18,7 +18,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
-from math import cos, log, pi
+from math import cos, isfinite, log, pi
 from pathlib import Path
 
 import torch
@@ -27,12 +27,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from configs.schema import PATHS, Config, InputError, load_config, parse_args, run_main, to_json
+from configs.schema import (PATHS, Config, InputError, load_config, parse_args, read_saved_config, run_main,
+                            to_json)
 from data import (Batch, FeatureCache, Reader, Samples, Uncached, collate, flatten, open_samples,
                   stop_sequences)
 from llama import IGNORE
 from model import MiniGPT4, fingerprint, load_tensors, pick_device, save_tensors
 from tools.meter import Meter, start_profiler
+
+NOT_FINITE = "the last checkpoint is kept; begin again with a lower --lr, or with --grad_clip=1.0"
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -55,10 +58,15 @@ def make_optimizer(parameters: dict[str, torch.nn.Parameter], config: Config) ->
 
 
 def refuse_to_overwrite(config: Config):
-    """Raise InputError when out_dir holds a run that this one does not resume."""
-    if (Path(config.out_dir) / "state.safetensors").is_file() and not config.resume:
-        raise InputError(f"{config.out_dir} already holds a run; go on with it by --resume=True, or choose "
+    """Raise InputError when out_dir holds a run that this one does not resume, or is no run's folder."""
+    out = Path(config.out_dir)
+    parts = ["llama" if name == "llama" else f"{name}.safetensors" for name in saved_parts(config)]
+    held = [name for name in ("state.safetensors", *parts) if (out / name).exists()]
+    if held and not config.resume:
+        raise InputError(f"{out} already holds a run ({held[0]}); go on with it by --resume=True, or choose "
                          "another --out_dir")
+    if (out / "config.json").exists():
+        read_saved_config(str(out))  # raises it when this is the config.json of something else
 
 
 def saved_parts(config: Config) -> tuple[str, ...]:
@@ -89,6 +97,8 @@ def save_checkpoint(model: MiniGPT4, optimizer, scaler, parameters: dict, step: 
                     config: Config):
     """Write the trained parts, then all that a resume needs: float32 weights, AdamW's moments, the step, and
     where the reader is."""
+    if not all(p.isfinite().all() for p in parameters.values()):
+        raise InputError(f"step {step}: the weights have become infinite or NaN; {NOT_FINITE}")
     for name in saved_parts(config):
         model.save_part(name, config.out_dir, config.save_dtype)
     tensors = {f"weight.{k}": p.detach() for k, p in parameters.items()}
@@ -152,16 +162,20 @@ class Log:
     def __init__(self, config: Config, step: int):
         path, kept = Path(config.out_dir) / "log.jsonl", []
         if path.is_file() and step:
-            for line in path.read_text().splitlines():
+            for line in path.read_text(errors="replace").splitlines():
                 try:
                     kept += [line + "\n"] if json.loads(line)["step"] <= step else []
-                except ValueError:  # the line at which the run was killed
+                except (ValueError, TypeError, KeyError):  # the line at which the run was killed
                     pass
-        self.file = open(path, "w", buffering=1)
-        self.file.writelines(kept)
+        temporary = path.with_name(".log.jsonl.tmp")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, path)
+        self.file = open(path, "a", buffering=1)
 
     def write(self, **values):
-        """One line, on disk at once."""
+        """One line, on disk at once. Raises InputError for a loss that is no number."""
+        if not isfinite(values.get("loss", 0.0)):
+            raise InputError(f"step {values['step']}: the loss is {values['loss']}; {NOT_FINITE}")
         self.file.write(json.dumps(values) + "\n")
 
 
@@ -413,6 +427,8 @@ def main(argv: list[str]):
         if (rank := dist.get_rank() if world > 1 else 0) == 0:
             print(to_json(config), file=sys.stderr)
         train(config, device, rank, world)
+        if world > 1:
+            dist.barrier()  # a rank that leaves while rank 0 evaluates and saves may crash on its way out
     finally:
         if world > 1:
             dist.destroy_process_group()

@@ -52,9 +52,9 @@ def load_image(source: str | bytes, image_size: int, smallest: int = 1) -> torch
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL mode -> RGB, as an eye would see it on white paper."""
-    if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey, or float, taken as 0..255
-        pixels = np.asarray(image, dtype=np.float32).clip(min=0)
-        top = max(255 if image.mode == "F" else 65535, pixels.max())
+    if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey, or float from 0 to 1 or to 255
+        pixels = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0).clip(min=0)
+        top = max(65535 if image.mode != "F" else 1 if pixels.max() <= 1 else 255, pixels.max())
         image = Image.fromarray((pixels * (255 / top)).astype(np.uint8))
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
         image = image.convert("RGBA")

@@ -94,17 +94,22 @@ class Config:
             if getattr(self, name) not in allowed:
                 listed = ", ".join(repr(a) for a in allowed)
                 raise InputError(f"{name} = {getattr(self, name)!r}: give one of {listed}")
-        betas_fit = len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas)
-        if not 0 <= self.seed < 2**63 or not betas_fit or not self.train:
-            raise InputError(f"seed = {self.seed}, betas = {self.betas}, train = {self.train}: give a seed "
-                             "from 0 to 2**63 - 1, two betas from 0 to below 1, and at least one part that "
-                             "learns")
+        for name, fits, wanted in (
+                ("seed", 0 <= self.seed < 2**63, "give one from 0 to 2**63 - 1"),
+                ("betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
+                 "give two, from 0 to below 1"),
+                ("train", len(self.train) == len(set(self.train)) > 0, "name one part that learns, or more"),
+                ("end_sym", self.end_sym, "give what ends an answer"),
+                ("out_dir", self.out_dir, "name a folder")):
+            if not fits:
+                raise InputError(f"{name} = {getattr(self, name)!r}: {wanted}")
         if self.cache_features and (not self.vision or {"vision", "qformer"} & set(self.train)):
             raise InputError("cache_features = True: there is no frozen vision side; switch it off")
         if self.shard and ("llama" in self.train or isinstance(self.llama, dict)):
             raise InputError("shard = True: it is for a frozen language model from files; switch it off")
         for name in ("num_workers", "peak_tflops", "lr", "min_lr", "warmup_lr", "warmup_steps",
-                     "weight_decay", "grad_clip", "chat_share", "image_size", "show_samples"):
+                     "weight_decay", "grad_clip", "chat_share", "max_bad_fraction", "image_size",
+                     "show_samples"):
             if not getattr(self, name) >= 0:  # nor NaN
                 raise InputError(f"{name} = {getattr(self, name)}: give at least 0")
         for name in ("batch_size", "grad_accum", "max_steps", "max_txt_len", "shuffle_shards", "length_group",
@@ -217,3 +222,6 @@ def run_main(main):
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output, such as head, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as e:  # no permission, no room
+        print(f"error: {e.filename or 'a file'}: {e.strerror or e}", file=sys.stderr)
+        sys.exit(2)

@@ -71,6 +71,20 @@ def test_an_answer_at_its_limit_is_said_to_be_cut(tiny):
     assert not talk.ended
 
 
+def test_a_conversation_that_outgrows_the_context_says_so(tiny, capsys):
+    text = "a \udce9 " * 900  # half a character, as a Latin-1 terminal sends it
+    answer_to(tiny, text, EXAMPLE, max_new_tokens=1999)
+    assert "its beginning is cut off" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"temperature": 1e-45}, "temperature is 0 or"), ({"repetition_penalty": 1e-300}, "from 0.01"),
+    ({"seed": 2**70}, "seed"), ({"max_new_tokens": 2000}, "less than 2000")])
+def test_options_that_make_no_sense_are_refused(options, words):
+    with pytest.raises(InputError, match=words):
+        Options(**options)
+
+
 def test_both_templates_and_several_pictures_run(tiny):
     for template in ("vicuna", "llama2"):
         talk = answer_to(tiny, "What do you see?", EXAMPLE, EXAMPLE, template=template, max_new_tokens=8)[1]

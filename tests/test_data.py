@@ -176,13 +176,13 @@ def test_caption_folder(tmp_path):
 
 def test_jsonl_names_the_line_that_is_wrong(tmp_path):
     path = tmp_path / "own.jsonl"
-    path.write_text('{"image": "a.jpg", "caption": "A dog."}\n'
+    path.write_text('\n\n{"image": "a.jpg", "caption": "A dog."}\n'
                     '{"conversation": [{"assistant": "Hi"}]}\n'
                     'not json\n')
     source = Conversations(str(path))
     assert source[0, 0].images == [str(tmp_path / "a.jpg")]
     for i in (1, 2):
-        assert source.describe(0, i).endswith(f"line {i + 1}")
+        assert source.describe(0, i).endswith(f"line {i + 3}")
         with pytest.raises(BadSample):
             source[0, i]
 

@@ -258,7 +258,7 @@ def test_models_that_it_cannot_compute_are_refused(tmp_path, named, change):
 def test_sizes_missing_from_config_json_are_named(tmp_path, key):
     make_folder(tmp_path)
     change_config(tmp_path, lambda c: {k: v for k, v in c.items() if k != key})
-    with pytest.raises(InputError, match=f"config.json: no whole number for {key}"):
+    with pytest.raises(InputError, match=f"config.json: no whole number above 0 for {key}"):
         load(tmp_path)
 
 

@@ -237,6 +237,34 @@ def test_an_earlier_run_is_never_overwritten(world, tmp_path):
     run(config)
     with pytest.raises(InputError, match="--resume=True"):
         run(config)
+    (tmp_path / "state.safetensors").unlink()
+    with pytest.raises(InputError, match="proj.safetensors.*--resume=True"):
+        run(config)
+
+
+def test_a_folder_of_something_else_is_not_made_a_run_s(world, tmp_path):
+    shutil.copytree(world["llama"], tmp_path / "llama")
+    with pytest.raises(InputError, match="config.json: unknown name"):
+        run(micro(world, tmp_path / "llama"))
+    assert (tmp_path / "llama/config.json").read_text() == (Path(world["llama"]) / "config.json").read_text()
+
+
+@pytest.mark.parametrize("save_interval, words", [
+    (8, "step 5: the loss is nan"), (4, "step 4: the weights have become infinite")])
+def test_a_run_that_diverges_stops_and_keeps_its_last_checkpoint(world, tmp_path, save_interval, words):
+    run(micro(world, tmp_path, max_steps=2))
+    before = (tmp_path / "state.safetensors").read_bytes()
+    with pytest.raises(InputError, match=words):
+        run(micro(world, tmp_path, lr=1e30, min_lr=1e30, resume=True, save_interval=save_interval))
+    assert (tmp_path / "state.safetensors").read_bytes() == before
+
+
+def test_a_damaged_log_does_not_stop_a_resume(world, tmp_path):
+    run(micro(world, tmp_path, max_steps=2))
+    with open(tmp_path / "log.jsonl", "ab") as f:
+        f.write(b'5\n[]\n{"a": 1}\n{"step": "x"}\n\xff\n{"st')
+    log = run(micro(world, tmp_path, max_steps=4, resume=True))
+    assert [line["step"] for line in log] == [1, 2, 3, 4]
 
 
 def other_llama(world, root) -> str:
@@ -368,7 +396,9 @@ def test_every_config_is_valid(name):
     ({"learning_rate": "1"}, "'learning_rate'"), ({"bath_size": "4"}, "did you mean batch_size"),
     ({"batch_size": "many"}, "batch_size = 'many' is not of type int"), ({"lr": "True"}, "lr = True"),
     ({"resume": "yes"}, "resume = 'yes' is not of type bool"), ({"train": "7"}, "train = 7"),
-    ({"lr": "{[]: 1}"}, "lr = "), ({"betas": "(0.9, 1.5)"}, "betas = "), ({"seed": str(2**70)}, "seed = "),
+    ({"lr": "{[]: 1}"}, "lr = "), ({"out_dir": ""}, "out_dir = "), ({"end_sym": ""}, "end_sym = "),
+    ({"train": "('proj', 'proj')"}, "train = "), ({"betas": "(0.9, 1.5)"}, "betas = "),
+    ({"seed": str(2**70)}, "seed = "),
     ({"lr": "-1"}, "lr = -1.0: give at least 0"), ({"grad_clip": "nan"}, "grad_clip = ")])
 def test_wrong_options_are_refused(options, words):
     with pytest.raises(InputError, match=words):

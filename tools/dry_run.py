@@ -27,8 +27,11 @@ OFFICIAL_LLAMA = dict(hidden_size=4096, intermediate_size=11008, num_hidden_laye
 PROMPT_TOKENS = 30  # of a template and an instruction with LLaMA's tokenizer, beside image and answer
 
 
-def meta_model(config: Config) -> tuple[MiniGPT4, list[str]]:
-    """The model of a config on the meta device, and notes on sizes that had to be assumed."""
+def meta_model(config: Config, train: tuple[str, ...] = ()) -> tuple[MiniGPT4, list[str]]:
+    """The model of a config on the meta device, the parts in `train` learning, and notes on sizes that had to
+    be assumed."""
+    if not config.llama:
+        raise InputError("llama: no language model is given; set llama")
     sources = {name: getattr(config, name) for name in ("vision", "qformer", "llama")}
     files, notes = {}, []
     for name, source in sources.items():
@@ -46,8 +49,8 @@ def meta_model(config: Config) -> tuple[MiniGPT4, list[str]]:
     for name in PARTS:
         if getattr(model, name) is not None:
             for p in model.part_parameters(name).values():
-                p.data = p.data.to(torch.float32 if name in config.train else getattr(torch, config.dtype))
-                p.requires_grad_(name in config.train)
+                p.data = p.data.to(torch.float32 if name in train else getattr(torch, config.dtype))
+                p.requires_grad_(name in train)
     return model, notes
 
 
@@ -71,7 +74,7 @@ def describe_parts(model: MiniGPT4) -> list[str]:
 def describe_training(config: Config, world: int = 1) -> str:
     """The whole answer for train.py, for `world` processes."""
     check_parts(config.train, config.vision, config.qformer)
-    model, notes = meta_model(config)
+    model, notes = meta_model(config, config.train)
     table, n_image = describe_parts(model), model.image_shape[1]
     prompt = 1 + (PROMPT_TOKENS if config.template else 0)
     B, T = config.batch_size, prompt + n_image + config.max_txt_len
@@ -133,8 +136,7 @@ def describe_chat(options) -> str:
     """The whole answer for chat.py."""
     folder = options.ckpt or str(Path(__file__).resolve().parent.parent / "assets/tiny")
     config = read_saved_config(folder)
-    config = replace(config, dtype=options.dtype or config.dtype, train=("proj",) if config.vision else ())
-    model, notes = meta_model(config)
+    model, notes = meta_model(replace(config, dtype=options.dtype or config.dtype), train=("proj",))
     weights = sum(p.nbytes for p in model.parameters())
     llama = model.llama.config
     cache = 2 * llama.num_hidden_layers * llama.num_key_value_heads * llama.head_dim * CONTEXT * 2

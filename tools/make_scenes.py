@@ -669,7 +669,7 @@ def main(argv: list[str]):
     if target.exists():
         raise InputError(f"{target} exists already: give another name, or remove it first")
     write, n = COMMANDS[kind]
-    part = target.with_name(target.name + ".part")  # renamed when whole: no half-made data is left behind
+    part = target.with_name(f".{target.name}.make_scenes.part")  # renamed when whole
     shutil.rmtree(part, ignore_errors=True)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

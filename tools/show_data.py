@@ -78,7 +78,8 @@ def main(argv: list[str]):
         try:
             samples.sample(Key(0, 0, 0, 0))
         except BadSample as e:
-            raise InputError(f"none of the samples can be used; the first: {e}") from e
+            raise InputError("none of the samples can be used; the first is "
+                             f"{samples.sources[0].describe(0, 0)} ({e})") from e
         raise InputError(f"--n={options.n}: give at least 1")
     for images, ids, targets in seen[:options.show]:
         for image in images:
