@@ -386,7 +386,7 @@ class Conversations:
                 if not all(isinstance(text, str) for text in texts):
                     raise BadSample("a turn is not a text")
                 return Sample(images=images, turns=list(zip(texts[::2], texts[1::2])))
-            if "text" in row and (images or not isinstance(row.get("context", ""), str)):
+            if row.get("text") is not None and (images or not isinstance(row.get("context", ""), str)):
                 raise BadSample("a text has no picture; if it is about one, call it caption")
             return Sample(images, row.get("caption"), text=row.get("text"), context=row.get("context", ""))
         except (ValueError, AttributeError, TypeError, StopIteration) as e:

@@ -60,8 +60,7 @@ def make_optimizer(parameters: dict[str, torch.nn.Parameter], config: Config) ->
 def refuse_to_overwrite(config: Config):
     """Raise InputError when out_dir holds a run that this one does not resume, or is no run's folder."""
     out = Path(config.out_dir)
-    parts = ["llama" if name == "llama" else f"{name}.safetensors" for name in saved_parts(config)]
-    held = [name for name in ("state.safetensors", *parts) if (out / name).exists()]
+    held = [name for name in ("state.safetensors", *saved_parts(config).values()) if (out / name).exists()]
     if held and not config.resume:
         raise InputError(f"{out} already holds a run ({held[0]}); go on with it by --resume=True, or choose "
                          "another --out_dir")
@@ -69,9 +68,10 @@ def refuse_to_overwrite(config: Config):
         read_saved_config(str(out))  # raises it when this is the config.json of something else
 
 
-def saved_parts(config: Config) -> tuple[str, ...]:
-    """The parts that the run's folder holds: those that learn, and the projection, which remembers them."""
-    return tuple(dict.fromkeys((*config.train, *["proj"] * bool(config.vision))))
+def saved_parts(config: Config) -> dict[str, str]:
+    """{part: its place in the run's folder} of those that learn, and of the projection, which remembers them."""
+    names = (*config.train, "proj") if config.vision else config.train
+    return {name: "llama" if name == "llama" else f"{name}.safetensors" for name in names}
 
 
 def start_folder(config: Config):
@@ -81,8 +81,7 @@ def start_folder(config: Config):
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise InputError(f"out_dir {out}: cannot be made ({e}); choose another --out_dir") from e
-    own = {name: str(out / ("llama" if name == "llama" else f"{name}.safetensors"))
-           for name in saved_parts(config)}
+    own = {name: str(out / place) for name, place in saved_parts(config).items()}
     own |= {"tokenizer": ""} if "llama" in config.train else {}
     places = {k: own.get(k, getattr(config, k)) for k in PATHS}
     real = os.path.realpath  # out may be a link
@@ -112,10 +111,10 @@ def save_checkpoint(model: MiniGPT4, optimizer, scaler, parameters: dict, step: 
 
 def frozen_parts(model: MiniGPT4, config: Config) -> dict[str, str]:
     """{part: fingerprint} of those that do not learn."""
-    marks = dict(model.fingerprints)
-    if model.proj is not None:
+    marks = {name: mark for name, mark in model.fingerprints.items() if name not in config.train}
+    if model.proj is not None and "proj" not in config.train:
         marks["proj"] = fingerprint(model.part_parameters("proj"))
-    return {name: mark for name, mark in marks.items() if name not in config.train}
+    return marks
 
 
 def load_checkpoint(model: MiniGPT4, optimizer, scaler, parameters: dict, config: Config,

@@ -178,9 +178,10 @@ def test_jsonl_names_the_line_that_is_wrong(tmp_path):
     path = tmp_path / "own.jsonl"
     path.write_text('\n\n{"image": "a.jpg", "caption": "A dog."}\n'
                     '{"conversation": [{"assistant": "Hi"}]}\n'
-                    'not json\n')
+                    'not json\n'
+                    '{"image": "a.jpg", "caption": "A cat.", "text": null}\n')
     source = Conversations(str(path))
-    assert source[0, 0].images == [str(tmp_path / "a.jpg")]
+    assert source[0, 0].images == source[0, 3].images == [str(tmp_path / "a.jpg")]
     for i in (1, 2):
         assert source.describe(0, i).endswith(f"line {i + 3}")
         with pytest.raises(BadSample):
