@@ -8,6 +8,7 @@ The run's folder (out_dir) then holds the trained parts (proj.safetensors), conf
 state.safetensors, from which a killed run goes on. Stage 1 and stage 2 are the same loop over different data.
 """
 
+import gc
 import json
 import os
 import shlex
@@ -69,7 +70,7 @@ def refuse_to_overwrite(config: Config):
 
 
 def saved_parts(config: Config) -> dict[str, str]:
-    """{part: its place in the run's folder} of those that learn, and of the projection, which remembers them."""
+    """{part: its place in the run's folder}: those that learn, and the projection, which remembers them."""
     names = (*config.train, "proj") if config.vision else config.train
     return {name: "llama" if name == "llama" else f"{name}.safetensors" for name in names}
 
@@ -430,6 +431,7 @@ def main(argv: list[str]):
             dist.barrier()  # a rank that leaves while rank 0 evaluates and saves may crash on its way out
     finally:
         if world > 1:
+            gc.collect()  # what still holds the group, so that its threads end before Python does
             dist.destroy_process_group()
 
 
