@@ -1,9 +1,8 @@
-"""Talk with MiniGPT-4 about pictures, in the terminal.
+"""Chat with MiniGPT-4 about pictures, in the terminal.
 
     python chat.py photo.jpg                                        a conversation; /help lists the commands
     python chat.py photo.jpg --prompt="What is in this picture?"    one answer on stdout, then exit
     python chat.py a.jpg b.jpg --ckpt=out/stage2 --temperature=0    several pictures, a trained run, greedy
-    python chat.py                                                  a picture can come later, by /image PATH
 
 Without --ckpt it is the tiny model in assets/tiny. The sampling defaults are those of the original demo.
 """
@@ -16,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from configs.schema import InputError, override, parse_args, read_saved_config, run_main
-from data import TEMPLATES, answer_text, chat_segments, encode_segments, stop_sequences, user_message
+from configs.prompts import TEMPLATES, chat_segments, user_message
+from configs.schema import DTYPES, InputError, option, override, parse_args, read_saved_config, run_main
 from llama import CONTEXT
 from model import MiniGPT4, pick_device
 from vision import load_image
@@ -33,7 +32,7 @@ TINY_NOTE = ("note: this is the tiny demonstration model. It knows only drawings
              "shapes, like assets/tiny/example.png, and will name shapes in any photograph. For a real one "
              "see the README, then --ckpt=RUN.")
 HELP = """\
-/image PATH   show a picture; your next words are about it, and about those before
+/image PATH   show a picture; your next message is about it and those before
 /reset        forget the conversation and its pictures
 /help         this text
 /quit         leave (also Ctrl-D); Ctrl-C stops an answer"""
@@ -41,63 +40,56 @@ HELP = """\
 
 @dataclass(frozen=True)
 class Options:
-    """The options of chat.py, as --key=value."""
+    """The options of the command line."""
 
-    ckpt: str = ""                    # a run's folder; "": the tiny model of this repo
-    prompt: str = ""                  # ask this, print the answer alone, and exit
-    template: str = ""                # vicuna or llama2; "": the run's own
-    temperature: float = 1.0          # 0: greedy
-    top_p: float = 0.9
-    repetition_penalty: float = 1.05
-    max_new_tokens: int = 300
-    seed: int = 0                     # of the sampling; the same seed gives the same answers
-    device: str = ""                  # "": cuda if there is one, else cpu
-    dtype: str = ""                   # "": the run's own, but never float16 on a CPU
-    force: bool = False               # take a projection that was trained beside other parts
-    check: bool = False               # first measure whether the language model knows English
-    dry_run: bool = False             # print sizes and memory, without weights, and exit
+    ckpt: str = option("", "a run's folder; none: the tiny model of this repo")
+    prompt: str = option("", "ask this, print the answer alone, and exit")
+    template: str = option("", f"{', '.join(TEMPLATES)}; none: the run's own")
+    temperature: float = option(1.0, "0: greedy")
+    top_p: float = option(0.9, "sample from the likeliest tokens of this total probability")
+    repetition_penalty: float = option(1.05, "1: none")
+    max_new_tokens: int = option(300, "most tokens of an answer")
+    seed: int = option(0, "the same seed gives the same answers")
+    device: str = option("", "none: cuda if there is one, else cpu")
+    dtype: str = option("", "none: the run's own, but never float16 on a CPU")
+    check: bool = option(False, "first measure whether the language model knows English")
 
     def __post_init__(self):
-        if (not (self.temperature == 0 or self.temperature >= 1e-3) or not 0 < self.top_p <= 1
-                or not 0.01 <= self.repetition_penalty <= 100 or self.max_new_tokens < 1):
-            raise InputError("sampling: temperature is 0 or at least 0.001, top_p in (0, 1], "
-                             "repetition_penalty from 0.01 to 100, max_new_tokens at least 1")
-        if not 0 <= self.seed < 2**63:
-            raise InputError(f"seed {self.seed}: give one from 0 to 2**63 - 1")
-        if self.max_new_tokens >= CONTEXT:
-            raise InputError(f"max_new_tokens {self.max_new_tokens}: give less than {CONTEXT}, the most that "
-                             "a conversation can have")
-        if self.dtype not in ("", "float32", "bfloat16", "float16"):
-            raise InputError(f"dtype {self.dtype!r}: give float32, bfloat16 or float16")
-        if self.template and self.template not in TEMPLATES:
-            raise InputError(f"template {self.template!r}: give one of {', '.join(TEMPLATES)}")
+        for name, holds, advice in (
+                ("temperature", self.temperature == 0 or self.temperature >= 1e-3, "is 0 or at least 0.001"),
+                ("top_p", 0 < self.top_p <= 1, "is above 0, at most 1"),
+                ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "is from 0.01 to 100"),
+                ("max_new_tokens", 0 < self.max_new_tokens < CONTEXT, f"is at least 1, and less than {CONTEXT}, "
+                 "the most that a conversation can have"),
+                ("seed", 0 <= self.seed < 2**63, "is from 0 to 2**63 - 1"),
+                ("dtype", self.dtype in ("", *DTYPES), f"is one of {', '.join(DTYPES)}"),
+                ("template", self.template in ("", *TEMPLATES), f"is one of {', '.join(TEMPLATES)}")):
+            if not holds:
+                raise InputError(f"{name} {getattr(self, name)!r}: {name} {advice}")
 
 
 def load(options: Options) -> tuple[MiniGPT4, Options]:
-    """The model of a run's folder, and the options with their blanks filled in from that run."""
+    """The model of a run's folder, and the options with the gaps filled in from that run."""
     run = options.ckpt or str(Path(__file__).parent / TINY)
     saved = read_saved_config(run)
     device = pick_device(options.device).type
     dtype = options.dtype or saved.dtype
     if dtype == "float16" and device == "cpu":
         dtype = "bfloat16"
-    learns = ("proj",) if saved.vision else ()  # it stays in float32
-    model = MiniGPT4.from_files(saved.vision, saved.qformer, saved.llama, saved.proj, dtype, device, learns,
-                                saved.tokenizer, saved.image_size, options.force)
+    model = MiniGPT4.from_files(**saved.parts(), dtype=dtype, device=device, image_size=saved.image_size)
     template = options.template or saved.template or "vicuna"
     if not options.template and not saved.template:
         print(f"note: {run} was trained without a template; --template=vicuna is used", file=sys.stderr)
     return model, replace(options, device=device, dtype=dtype, template=template)
 
 
-def check(model: MiniGPT4) -> float:
+def check(model: MiniGPT4):
     """Print the language model's perplexity on English, and a warning if its weights are broken."""
     value = model.perplexity(PARAGRAPH)
-    print(f"perplexity on a paragraph of English: {value:.1f} (of a sound LLaMA below 20)", file=sys.stderr)
+    print(f"perplexity on a paragraph of English: {value:.1f} (below 20 for a healthy LLaMA)", file=sys.stderr)
     if value > 100:
-        print("warning: these weights are broken, or of no model of English; convert or fetch them again",
+        print("warning: these weights are broken, or not of a model of English; convert or fetch them again",
               file=sys.stderr)
-    return value
 
 
 class Chat:
@@ -117,14 +109,14 @@ class Chat:
     def reset(self):
         """Forget all turns and pictures."""
         self.turns, self.images, self.new_images = [], [], 0
-        self.ended = True  # whether the last answer came to its end by itself
+        self.ended = True  # whether the last answer is complete
 
     @torch.no_grad()
     def add_image(self, path: str):
         """Show a picture; it stands before the next question. Raises InputError when it cannot be read."""
         if self.model.vision is None:
-            raise InputError(f"{self.options.ckpt}: a language model alone, it sees no pictures; give the "
-                             "folder of a run with vision")
+            raise InputError(f"{self.options.ckpt}: a language model alone sees no pictures; give the folder of "
+                             "a run with vision")
         image = load_image(path, self.model.image_size).unsqueeze(0).to(self.options.device)
         self.images.append(self.model.encode_image(image))
         self.new_images += 1
@@ -135,21 +127,22 @@ class Chat:
         text = text.encode("utf-8", "replace").decode()  # what a terminal of another encoding sends
         message = user_message(text, self.new_images)
         segments = chat_segments([*self.turns, (message, None)], self.template)
-        tokens = encode_segments(segments, model.tokenizer, model.image_shape[1])
-        stop = stop_sequences(model.tokenizer, end)
+        tokens = model.tokenizer.encode_segments(segments, model.n_image_tokens)
+        stop = model.tokenizer.stop_sequences(end)
         if len(tokens) > CONTEXT - o.max_new_tokens:
-            print(f"note: with its answer the conversation is longer than {CONTEXT} tokens; its beginning is "
-                  "cut off", file=sys.stderr)
+            print(f"note: with its answer the conversation exceeds {CONTEXT} tokens; its beginning is cut off",
+                  file=sys.stderr)
         ids, shown = [], ""
         self.turns.append((message, ""))
         self.new_images, self.ended = 0, False
-        for token in model.generate(tokens, torch.cat(self.images) if self.images else None, o.max_new_tokens,
-                                    o.temperature, o.top_p, o.repetition_penalty,
-                                    stop, generator=self.generator):
+        images = torch.cat(self.images) if self.images else None
+        for token in model.generate(tokens, images, max_new_tokens=o.max_new_tokens,
+                                    temperature=o.temperature, top_p=o.top_p, stop=stop,
+                                    repetition_penalty=o.repetition_penalty, generator=self.generator):
             ids.append(token)
             self.ended = ids[-1] == model.tokenizer.eos or any(ids[-len(s):] == s for s in stop)
-            answer = answer_text(model.tokenizer.decode(ids), end)
-            ready = answer.rstrip("\ufffd").rstrip(end[0])  # half a character, or half an end symbol, waits
+            answer = model.tokenizer.answer_text(ids, end)
+            ready = answer.rstrip("\ufffd").rstrip(end[0])  # half a character, or half an end, waits
             if ready.startswith(shown) and len(ready) > len(shown):
                 yield ready[len(shown):]
                 shown = ready
@@ -177,7 +170,7 @@ def converse(chat: Chat):
                 print(HELP)
             elif command == "/reset":
                 chat.reset()
-                print("The conversation begins anew, without a picture.")
+                print("A new conversation begins, without a picture.")
             elif command == "/image":
                 path = os.path.expanduser(argument.strip().strip("'\""))
                 chat.add_image(path)
@@ -204,13 +197,10 @@ def say(chat: Chat, question: str):
 
 def main(argv: list[str]):
     """`[IMAGE ...] [--key=value ...]`, see the top of this file."""
-    pictures, given = parse_args(argv)
+    pictures, given = parse_args(argv, __doc__, "[IMAGE ...]", Options)
     options = override(Options(), given)
     if not options.ckpt:
         print(TINY_NOTE, file=sys.stderr)
-    if options.dry_run:
-        from tools.dry_run import describe_chat
-        return print(describe_chat(options))
     chat = Chat(*load(options))
     if options.check:
         check(chat.model)

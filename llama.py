@@ -1,15 +1,13 @@
-"""LLaMA (arXiv 2302.13971) with its KV cache and tokenizer: the voice of MiniGPT-4.
+"""LLaMA (arXiv 2302.13971), MiniGPT-4's language model, with its KV cache and tokenizer.
 
-One decoder for LLaMA 1 and 2, Vicuna and every model of that architecture: RMSNorm, rotary positions, SwiGLU,
-no biases, grouped-query attention, tied or separate output embeddings, as the folder's `config.json` says.
-Module and tensor names are Hugging Face's without the leading `model.`.
-
-Axes: B sequences, T tokens, S tokens seen so far (cache included), D width, H query heads, K key/value heads,
-V vocabulary.
+For LLaMA 1 and 2, Vicuna and every model of that architecture: RMSNorm, rotary positions, SwiGLU, no biases,
+grouped-query attention, tied or separate output embeddings. Module and tensor names are Hugging Face's without
+the leading `model.`. Axes: B sequences, T tokens, S tokens so far (with the cache's), D width, H query heads,
+K key/value heads, V vocabulary.
 """
 
-import json
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -18,11 +16,11 @@ from sentencepiece import SentencePieceProcessor
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from configs.schema import InputError, override
+from configs.prompts import BOS, IMAGE
+from configs.schema import InputError, override, read_json
 
-IMAGE = -1     # in a sequence of ids: the place of one image token
-IGNORE = -100  # in the targets: nothing is to be predicted here
-CONTEXT = 2000  # tokens of a conversation, at most
+IGNORE = -100   # in the targets: no prediction here
+CONTEXT = 2000  # most tokens of a conversation
 
 
 @dataclass(frozen=True)
@@ -42,45 +40,35 @@ class LlamaConfig:
 
     @classmethod
     def from_dict(cls, sizes: dict, where: str = "config.json") -> "LlamaConfig":
-        """From the content of a Hugging Face config.json, old (`rope_theta`) or new (`rope_parameters`).
-
-        Raises InputError for what this file cannot compute: another architecture, scaled rotary positions."""
+        """From a Hugging Face config.json, old (`rope_theta`) or new (`rope_parameters`). Raises InputError for
+        unsupported models: another architecture, scaled rotary positions, ..."""
         rope = sizes.get("rope_parameters") or sizes.get("rope_scaling") or {}
-        if not isinstance(rope, dict) or not isinstance(sizes.get("sliding_window") or 0, int):
-            raise InputError(f"{where}: rope_scaling or sliding_window is not a LLaMA's; fetch it again")
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            raise InputError(f"{where}: rotary scaling {rope} is not supported; take a model without it")
-        if sizes.get("model_type", "llama") not in ("llama", "mistral"):
-            raise InputError(f"{where}: {sizes['model_type']} is not of LLaMA's architecture; take a model "
-                             "that is")
-        if (sizes.get("sliding_window") or CONTEXT) < CONTEXT:  # a wider window makes no difference here
-            raise InputError(f"{where}: a sliding window of {sizes['sliding_window']} tokens is not "
-                             f"supported, only those of {CONTEXT} and more; take another model")
-        if sizes.get("attention_bias") or sizes.get("mlp_bias") or sizes.get("hidden_act", "silu") != "silu":
-            raise InputError(f"{where}: biases or an activation other than silu are not LLaMA's; "
-                             "take another model")
+        window = sizes.get("sliding_window")
+        if not isinstance(rope, dict) or not isinstance(window or 0, int):
+            raise InputError(f"{where}: rope_scaling or sliding_window is malformed; fetch it again")
+        for unsupported, what in (
+                (rope.get("rope_type", rope.get("type", "default")) != "default", f"rotary scaling {rope}"),
+                (sizes.get("model_type", "llama") not in ("llama", "mistral"),
+                 f"the architecture {sizes.get('model_type')}"),
+                (window and window < CONTEXT, f"a sliding window of {window} tokens, below {CONTEXT},"),
+                (sizes.get("attention_bias") or sizes.get("mlp_bias"), "a model with biases"),
+                (sizes.get("hidden_act", "silu") != "silu", f"the activation {sizes.get('hidden_act')}")):
+            if unsupported:
+                raise InputError(f"{where}: {what} is not supported; take another model")
         needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                   "num_attention_heads")
         if wrong := [k for k in needed if not isinstance(sizes.get(k), int) or sizes[k] < 1]:
             raise InputError(f"{where}: no whole number above 0 for {', '.join(wrong)}; it must be the "
                              "config.json of a LLaMA")
         heads = sizes["num_attention_heads"]
-        read = dict(
-            vocab_size=sizes["vocab_size"],
-            hidden_size=sizes["hidden_size"],
-            intermediate_size=sizes["intermediate_size"],
-            num_hidden_layers=sizes["num_hidden_layers"],
-            num_attention_heads=heads,
-            num_key_value_heads=sizes.get("num_key_value_heads") or heads,
-            head_dim=sizes.get("head_dim") or sizes["hidden_size"] // heads,
-            rms_norm_eps=sizes.get("rms_norm_eps") or 1e-6,
-            rope_theta=sizes.get("rope_theta") or rope.get("rope_theta") or 10000.0,
-            tie_word_embeddings=sizes.get("tie_word_embeddings") or False,
-        )
+        optional = {"num_key_value_heads": heads, "head_dim": sizes["hidden_size"] // heads,
+                    "rms_norm_eps": 1e-6, "rope_theta": rope.get("rope_theta") or 10000.0,
+                    "tie_word_embeddings": False}
+        read = {k: sizes[k] for k in needed} | {k: sizes.get(k) or v for k, v in optional.items()}
         return override(cls(), read, where)
 
     def to_hub(self) -> dict:
-        """The content of a Hugging Face config.json; from_dict is its inverse."""
+        """The content of a Hugging Face config.json, the inverse of from_dict."""
         return {"architectures": ["LlamaForCausalLM"], "model_type": "llama"} | asdict(self)
 
 
@@ -99,29 +87,29 @@ class RMSNorm(nn.Module):
 
 
 def rotary_angles(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """positions (T,) -> cos, sin float32 (T, head_dim), halves alike (Hugging Face's half-split layout)."""
+    """positions (T,) -> cos, sin float32 (T, head_dim), both halves equal (Hugging Face's layout)."""
     inv_freq = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
     angles = torch.outer(positions.float(), inv_freq).repeat(1, 2)
     return angles.cos(), angles.sin()
 
 
 def rotate(x, cos, sin):
-    """Turn each pair (x[i], x[i + head_dim/2]) of x (B, H, T, head_dim) by its position's angle."""
+    """Rotate each pair (x[i], x[i + head_dim/2]) of x (B, H, T, head_dim) by its position's angle."""
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, allocated once: per layer (B, K, max_tokens, head_dim)."""
+    """Keys and values of all tokens so far, allocated once: per layer (B, K, max_tokens, head_dim)."""
 
     def __init__(self, config: LlamaConfig, batch: int, max_tokens: int, device, dtype):
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, max_tokens, config.head_dim)
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
-        self.length = 0  # tokens stored; Llama.forward moves it on
+        self.length = 0  # tokens stored; advanced by Llama.forward
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor):
-        """Store k, v (B, K, T, head_dim) behind the others; returns all of them, (B, K, S, head_dim) each."""
+        """Append k, v (B, K, T, head_dim); returns all keys and values, (B, K, S, head_dim) each."""
         end = self.length + k.shape[2]
         self.keys[layer, :, :, self.length:end] = k
         self.values[layer, :, :, self.length:end] = v
@@ -143,15 +131,18 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, cache):
         B, T, D = x.shape
-        heads = lambda t: t.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H or K, T, head_dim)
-        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+        q, k, v = self.heads(self.q_proj(x)), self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        # a single new token may look at everything; otherwise the sequence starts here and is causal
+        # a single new token attends to everything; otherwise the sequence starts here and is causal
         causal = cache is None or T > 1
         y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=self.grouped)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+    def heads(self, x):
+        """(B, T, H * head_dim) -> (B, H, T, head_dim), or K for H."""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -179,21 +170,20 @@ class Block(nn.Module):
 
     def forward(self, x, cos, sin, cache):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
-        x = x + self.mlp(self.post_attention_layernorm(x))
-        return x
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Llama(nn.Module):
     """Embeddings (B, T, D) in the weights' dtype -> hidden states (B, T, D) after the final norm.
 
-    The model takes embeddings, not ids, because image tokens have no id: `embed_tokens` makes those of the
-    text. `logits` reads the hidden states out."""
+    Takes embeddings instead of ids, because image tokens have no id; `embed_tokens` makes those of the text,
+    `logits` maps hidden states to the vocabulary."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        self.grad_checkpoint = False  # keep only the inputs of the blocks for the backward pass
-        # without a weight nn.Embedding draws one, for which the meta device imports a second of code
+        self.grad_checkpoint = False  # recompute the blocks' activations in the backward pass
+        # _weight: to draw a random one on the meta device, PyTorch would import code for a second
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size,
                                          _weight=torch.empty(config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
@@ -203,7 +193,7 @@ class Llama(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, x, cache: KVCache | None = None):
-        """With a cache, x holds the whole prompt (cache empty) or the single token that comes next."""
+        """With a cache, x is the whole prompt (cache empty) or the single next token."""
         T, seen = x.shape[1], cache.length if cache is not None else 0
         assert seen == 0 or T == 1, "after the prompt, the cache takes one token at a time"
         positions = torch.arange(seen, seen + T, device=x.device)
@@ -224,8 +214,8 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Random weights for training from nothing: normal with variance 1 / inputs, residual outputs smaller
-        with depth, embeddings 0.02, norms at one."""
+        """Random weights: normal with variance 1 / inputs, smaller for residual outputs of deep models,
+        embeddings of standard deviation 0.02, norms at one."""
         for name, p in self.named_parameters():
             if p.dim() == 1:
                 p.fill_(1)
@@ -236,44 +226,74 @@ class Llama(nn.Module):
                 nn.init.normal_(p, std=(p.shape[1] * (2 * len(self.layers) if deep else 1)) ** -0.5)
 
 
+# ---- text --------------------------------------------------------------------------------------------------
+
+
 class Tokenizer:
-    """A sentencepiece `tokenizer.model`. `<s>` and `</s>` are ids 1 and 2; typed as letters, plain text."""
+    """A sentencepiece `tokenizer.model`. In a text, the letters `<s>` and `</s>` are plain text."""
 
     def __init__(self, path: str):
         try:
             self.sp = SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as e:
-            raise InputError(f"{path}: no sentencepiece model; it belongs to the LLaMA folder as "
+            raise InputError(f"{path}: no sentencepiece model; it belongs in the LLaMA folder as "
                              "tokenizer.model") from e
         self.path = str(path)
         self.bos, self.eos, self.vocab_size = self.sp.bos_id(), self.sp.eos_id(), self.sp.vocab_size()
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
-        """"a dog" -> [263, 11203]. Sentencepiece adds its leading space piece; bos puts `<s>` before it."""
+        """"a dog" -> [263, 11203]. Sentencepiece adds a leading space piece; `bos` prepends `<s>`."""
         return [self.bos] * bos + self.sp.encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        """[263, 11203] -> "a dog". The leading space piece is dropped again; control tokens give no text."""
+        """[263, 11203] -> "a dog", without the leading space piece; control tokens give no text."""
         return self.sp.decode(ids)
+
+    def encode_segments(self, segments: list[str | int], n_image_tokens: int) -> list[int]:
+        """A prompt's segments (configs/prompts.py) -> ids; adjacent texts are encoded as one."""
+        ids = []
+        for is_text, run in groupby(segments, key=lambda segment: isinstance(segment, str)):
+            if is_text:
+                text = "".join(run)
+                ids += self.encode(text) if text else []
+            else:
+                for marker in run:
+                    ids += [IMAGE] * n_image_tokens if marker == IMAGE else [self.bos]
+        return ids
+
+    def encode_answer(self, text: str, end: str) -> list[int]:
+        """An answer with its end, a text or the control token "</s>"."""
+        return self.encode(text) + [self.eos] if end == "</s>" else self.encode(text + end)
+
+    def answer_text(self, ids: list[int], end: str) -> str:
+        """What a user is shown of an answer: everything before its first end."""
+        return self.decode(ids).split(end)[0].strip()
+
+    def stop_sequences(self, end: str) -> tuple[list[int], ...]:
+        """The ids that end an answer, alone and after text: "###" -> [835], [2277, 29937]."""
+        if end == "</s>":
+            return ([self.eos],)
+        return self.encode(end), self.encode("a" + end)[len(self.encode("a")):]
+
+
+# ---- files -------------------------------------------------------------------------------------------------
 
 
 def read_llama_folder(folder: str) -> tuple[LlamaConfig, list[Path]]:
-    """The sizes and safetensors files of a Hugging Face folder. Raises InputError if something is missing."""
+    """The sizes and safetensors files of a Hugging Face folder."""
     root, index = Path(folder), Path(folder) / "model.safetensors.index.json"
     if not (root / "config.json").is_file():
         raise InputError(f"{folder}: not a LLaMA folder, it has no config.json; see the README on getting "
                          "the weights")
     config = LlamaConfig.from_dict(read_json(root / "config.json"), f"{folder}/config.json")
-    shards = sorted(root.glob("*.safetensors"))
-    if index.is_file():
-        shards = indexed_files(index)
+    shards = indexed_files(index) if index.is_file() else sorted(root.glob("*.safetensors"))
     if not shards:
         raise InputError(f"{folder}: no *.safetensors file; see the README on getting the weights")
     return config, shards
 
 
 def indexed_files(index: Path) -> list[Path]:
-    """The weight files that a Hugging Face *.index.json names. Raises InputError if one is not there."""
+    """The weight files that a Hugging Face *.index.json names."""
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise InputError(f"{index}: it has no weight_map; fetch it again")
@@ -282,16 +302,3 @@ def indexed_files(index: Path) -> list[Path]:
         if not file.is_file():
             raise InputError(f"{file}: there is no such weight file, but {index.name} names it; fetch it too")
     return files
-
-
-def read_json(path: Path) -> dict:
-    """A JSON file that holds an object. Raises InputError for another."""
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError as e:
-        raise InputError(f"{path}: there is no such file") from e
-    except ValueError as e:
-        raise InputError(f"{path}: not valid JSON ({e}); fetch it again") from e
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: it should hold a JSON object; fetch it again")
-    return content

@@ -1,9 +1,9 @@
-"""The Q-Former of BLIP-2 (arXiv 2301.12597), query path only: a few learned queries look at the picture.
+"""The bridge from vision tokens to image tokens: BLIP-2's Q-Former, or plain joining of patches.
 
-A BERT-base encoder, post-norm, whose input is not text but learned query tokens; every second layer also
-attends to the image tokens. Its text branch is not needed here.
-
-Axes: B images, Q queries, N image tokens, D width, H heads.
+The Q-Former (arXiv 2301.12597) is a BERT-base encoder, post-norm, whose input is not text but learned query
+tokens; every second layer also attends to the vision tokens. Only its query path is here, not the text
+branch. The LLaMA-2 variant of MiniGPT-4 uses JoinPatches instead. Both begin with `ln_vision`, the LayerNorm
+of the vision tower's output. Axes: B images, Q queries, N vision tokens, D width, H heads.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class QFormerConfig:
     n_heads: int = 12
     ffn_hidden: int = 3072
     vision_width: int = 1408
-    cross_attention_every: int = 2   # layers 0, 2, 4, ... look at the image
+    cross_attention_every: int = 2   # layers 0, 2, 4, ... attend to the vision tokens
     norm_eps: float = 1e-12
 
 
@@ -41,20 +41,23 @@ class Attention(nn.Module):
 
     def forward(self, x, context):
         B, Q, D = x.shape
-        # (B, Q or N, D) -> (B, H, Q or N, D/H)
-        heads = lambda t: t.view(B, -1, self.n_heads, D // self.n_heads).transpose(1, 2)
-        q, k, v = heads(self.query(x)), heads(self.key(context)), heads(self.value(context))
+        q, k, v = self.heads(self.query(x)), self.heads(self.key(context)), self.heads(self.value(context))
         y = F.scaled_dot_product_attention(q, k, v)
         return self.norm(x + self.out(y.transpose(1, 2).reshape(B, Q, D)))
 
+    def heads(self, x):
+        """(B, Q or N, D) -> (B, H, Q or N, D/H)."""
+        B, _, D = x.shape
+        return x.view(B, -1, self.n_heads, D // self.n_heads).transpose(1, 2)
+
 
 class Layer(nn.Module):
-    """Post-norm: queries x (B, Q, D) look at each other, some layers at the image, then an MLP."""
+    """Post-norm: self-attention of the queries x (B, Q, D), cross-attention in some layers, MLP."""
 
-    def __init__(self, config: QFormerConfig, looks: bool):
+    def __init__(self, config: QFormerConfig, has_cross_attention: bool):
         super().__init__()
         self.self_attn = Attention(config, config.width)
-        self.cross_attn = Attention(config, config.vision_width) if looks else None
+        self.cross_attn = Attention(config, config.vision_width) if has_cross_attention else None
         self.fc1 = nn.Linear(config.width, config.ffn_hidden)
         self.fc2 = nn.Linear(config.ffn_hidden, config.width)
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
@@ -67,29 +70,53 @@ class Layer(nn.Module):
 
 
 class QFormer(nn.Module):
-    """image tokens (B, N, vision_width), after `ln_vision` -> (B, Q, D)."""
+    """Vision tokens (B, N, vision_width) -> image tokens (B, Q, D)."""
 
     def __init__(self, config: QFormerConfig):
         super().__init__()
         self.config = config
+        self.width = config.width  # of an image token
+        self.ln_vision = nn.LayerNorm(config.vision_width, eps=1e-5)
         self.query_tokens = nn.Parameter(torch.zeros(1, config.n_queries, config.width))
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.layers = nn.ModuleList(
-            Layer(config, looks=i % config.cross_attention_every == 0) for i in range(config.n_layers))
+            Layer(config, i % config.cross_attention_every == 0) for i in range(config.n_layers))
 
     def forward(self, image):
+        image = self.ln_vision(image)
         x = self.norm(self.query_tokens).expand(len(image), -1, -1)
         for layer in self.layers:
             x = layer(x, image)
         return x
 
+    def n_image_tokens(self, n_patches: int) -> int:
+        return self.config.n_queries
+
     @torch.no_grad()
     def init_weights(self):
-        """Random weights to train from nothing: normal with variance 1 / inputs, no biases, norms at one."""
+        """Random weights: normal with variance 1 / inputs, no biases, norms at one."""
         for name, p in self.named_parameters():
             if name == "query_tokens":
-                nn.init.normal_(p)  # a norm comes next: small ones would be thrown about by each step
+                nn.init.normal_(p)  # a norm follows, in which steps on small queries would be too large
             elif p.dim() > 1:
                 nn.init.normal_(p, std=p.shape[1] ** -0.5)
             else:
-                p.fill_(1) if name.endswith("norm.weight") else p.zero_()
+                p.fill_(1) if name.endswith(("norm.weight", "ln_vision.weight")) else p.zero_()
+
+
+class JoinPatches(nn.Module):
+    """Vision tokens (B, 1 + P, D) -> image tokens (B, P / 4, 4 * D): 4 patches each, no class token."""
+
+    def __init__(self, vision_width: int):
+        super().__init__()
+        self.width = 4 * vision_width  # of an image token
+        self.ln_vision = nn.LayerNorm(vision_width, eps=1e-5)
+
+    def forward(self, image):
+        return self.ln_vision(image)[:, 1:].reshape(len(image), -1, self.width)
+
+    def n_image_tokens(self, n_patches: int) -> int:
+        return n_patches // 4
+
+    def init_weights(self):
+        self.ln_vision.reset_parameters()

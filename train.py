@@ -1,11 +1,11 @@
 """Train MiniGPT-4: both stages, and every part of the tiny world, from one config file.
 
-    python train.py configs/tiny_stage1.py                              one process, a laptop
-    torchrun --nproc-per-node 4 train.py configs/stage1.py              the paper's stage 1
-    python train.py configs/stage2.py --max_steps=400 --resume=True     any config field can be overridden
+    python train.py configs/tiny_stage1.py                            one process, a laptop
+    torchrun --nproc-per-node 4 train.py configs/stage1.py            the paper's stage 1
+    python train.py configs/stage2.py --max_steps=400 --resume        any config field can be overridden
 
 The run's folder (out_dir) then holds the trained parts (proj.safetensors), config.json, log.jsonl, and
-state.safetensors, from which a killed run goes on. Stage 1 and stage 2 are the same loop over different data.
+state.pt, from which a killed run continues. Stage 1 and stage 2 are the same loop over different data.
 """
 
 import gc
@@ -17,8 +17,9 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import timedelta
+from itertools import takewhile
 from math import cos, isfinite, log, pi
 from pathlib import Path
 
@@ -28,15 +29,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from configs.schema import (PATHS, Config, InputError, load_config, parse_args, read_saved_config, run_main,
-                            to_json)
-from data import (Batch, FeatureCache, Reader, Samples, Uncached, collate, flatten, open_samples,
-                  stop_sequences)
+from configs import schema
+from configs.schema import Config, InputError
+from data import Batch, Groups, Reader, Samples, collate, open_samples
 from llama import IGNORE
-from model import MiniGPT4, fingerprint, load_tensors, pick_device, save_tensors
-from tools.meter import Meter, start_profiler
+from model import MiniGPT4, fingerprint, pick_device, replacing
 
-NOT_FINITE = "the last checkpoint is kept; begin again with a lower --lr, or with --grad_clip=1.0"
+DIVERGED = "the last checkpoint is kept; start again with a lower --lr, or with --grad_clip=1.0"
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -55,220 +54,257 @@ def make_optimizer(parameters: dict[str, torch.nn.Parameter], config: Config) ->
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=1e-8)
 
 
+def train_step(model, batches: list[Batch], optimizer, scaler, lr: float,
+               grad_clip: float = 0.0) -> torch.Tensor:
+    """One step of AdamW over the micro-batches; returns this rank's sum of the loss over its answer tokens.
+
+    The gradient is that of the mean loss over all answer tokens of all ranks: each micro-batch counts by its
+    number of answer tokens."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    total = torch.tensor(float(sum(batch.n_targets for batch in batches)), device=parameters[0].device)
+    loss_sum = torch.zeros_like(total)
+    if world > 1:
+        dist.all_reduce(total)
+    for i, batch in enumerate(batches):
+        last = i == len(batches) - 1
+        with nullcontext() if last or world == 1 else model.no_sync():
+            loss = model(*batch.to(total.device)) * batch.n_targets
+            loss_sum += loss.detach()
+            if batch.images is None and world > 1:  # DistributedDataParallel waits for every gradient
+                loss = loss + 0 * sum(p.sum() for p in parameters)
+            scaler.scale(loss * (world / total)).backward()  # it averages the gradients over the ranks
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    if grad_clip:
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(parameters, grad_clip)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return loss_sum
+
+
+# ---- evaluation --------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(model: MiniGPT4, samples: Samples, config: Config, device) -> tuple[float, list[dict]]:
+    """The mean loss per answer token over the first eval_samples held-out samples, and the first answers."""
+    total, count, first = 0.0, 0, list(samples.first(config.eval_samples))
+    for at in range(0, len(first), config.batch_size):
+        batch = collate(first[at:at + config.batch_size])
+        total += model(*batch.to(device)).item() * batch.n_targets
+        count += batch.n_targets
+    shown = [show_answer(model, sample, config, device) for sample in samples.first(config.show_samples)]
+    return total / count, shown
+
+
+def show_answer(model: MiniGPT4, sample: tuple, config: Config, device) -> dict[str, str]:
+    """The greedy answer to a sample's first prompt, and the answer of the data."""
+    images, ids, targets = sample
+    start = next(i for i, t in enumerate(targets) if t != IGNORE)
+    embeds = model.encode_image(torch.stack(images).to(device)) if images else None
+    answer = model.generate(ids[:start], embeds, config.max_txt_len, temperature=0,
+                            stop=model.tokenizer.stop_sequences(config.answer_end),
+                            context=start + config.max_txt_len)
+    of_data = list(takewhile(IGNORE.__ne__, targets[start:]))
+    return {"answer": model.tokenizer.decode(list(answer)), "data": model.tokenizer.decode(of_data)}
+
+
+def warn_of_broken_llama(loss: float, vocab_size: int):
+    """Warn when the first loss of a frozen language model is clearly above that of a uniform guess."""
+    if loss > log(vocab_size) + 1:
+        print(f"warning: the first loss, {loss:.2f}, is worse than a uniform guess over the vocabulary "
+              f"({log(vocab_size):.2f}): the language model's weights or tokenizer are probably wrong; "
+              "measure its perplexity with python chat.py --ckpt=OUT_DIR --check", file=sys.stderr)
+
+
 # ---- the run's folder --------------------------------------------------------------------------------------
+
+
+def saved_parts(config: Config) -> dict[str, str]:
+    """{part: its place in the run's folder}: the trained ones, and the projection, which identifies them."""
+    names = (*config.trainable, "proj") if config.vision else config.trainable
+    return {name: "llama" if name == "llama" else f"{name}.safetensors" for name in names}
 
 
 def refuse_to_overwrite(config: Config):
     """Raise InputError when out_dir holds a run that this one does not resume, or is no run's folder."""
     out = Path(config.out_dir)
-    held = [name for name in ("state.safetensors", *saved_parts(config).values()) if (out / name).exists()]
+    held = [name for name in ("state.pt", *saved_parts(config).values()) if (out / name).exists()]
     if held and not config.resume:
-        raise InputError(f"{out} already holds a run ({held[0]}); go on with it by --resume=True, or choose "
+        raise InputError(f"{out} already holds a run ({held[0]}); continue it with --resume, or choose "
                          "another --out_dir")
     if (out / "config.json").exists():
-        read_saved_config(str(out))  # raises it when this is the config.json of something else
-
-
-def saved_parts(config: Config) -> dict[str, str]:
-    """{part: its place in the run's folder}: those that learn, and the projection, which remembers them."""
-    names = (*config.train, "proj") if config.vision else config.train
-    return {name: "llama" if name == "llama" else f"{name}.safetensors" for name in names}
+        schema.read_saved_config(str(out))  # raises InputError for something else's config.json
 
 
 def start_folder(config: Config):
     """Make out_dir, with a config.json that leads chat.py to all parts."""
     out = Path(config.out_dir)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise InputError(f"out_dir {out}: cannot be made ({e}); choose another --out_dir") from e
+    out.mkdir(parents=True, exist_ok=True)
     own = {name: str(out / place) for name, place in saved_parts(config).items()}
-    own |= {"tokenizer": ""} if "llama" in config.train else {}
-    places = {k: own.get(k, getattr(config, k)) for k in PATHS}
+    own |= {"tokenizer": ""} if "llama" in config.trainable else {}
     real = os.path.realpath  # out may be a link
-    relative = {k: os.path.relpath(real(v), real(out)) if isinstance(v, str) and v else v
-                for k, v in places.items()}
-    temporary = out / ".config.json.tmp"
-    temporary.write_text(to_json(replace(config, **relative)))
-    os.replace(temporary, out / "config.json")
-
-
-def save_checkpoint(model: MiniGPT4, optimizer, scaler, parameters: dict, step: int, reader: Reader,
-                    config: Config):
-    """Write the trained parts, then all that a resume needs: float32 weights, AdamW's moments, the step, and
-    where the reader is."""
-    if not all(p.isfinite().all() for p in parameters.values()):
-        raise InputError(f"step {step}: the weights have become infinite or NaN; {NOT_FINITE}")
-    for name in saved_parts(config):
-        model.save_part(name, config.out_dir, config.save_dtype)
-    tensors = {f"weight.{k}": p.detach() for k, p in parameters.items()}
-    for k, p in parameters.items():  # a parameter that took no step yet has no state, as float16's at first
-        zeros = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p), "step": torch.tensor(0.0)}
-        tensors |= {f"{m}.{k}": (optimizer.state.get(p) or zeros)[m].detach() for m in zeros}
-    metadata = {"step": str(step), "scaler": json.dumps(scaler.state_dict()),
-                "reader": json.dumps(reader.state()), "frozen": json.dumps(frozen_parts(model, config))}
-    save_tensors(tensors, Path(config.out_dir) / "state.safetensors", metadata)
+    paths = {k: os.path.relpath(real(v), real(out)) if isinstance(v, str) and v else v
+             for k, v in (config.parts() | own).items()}
+    with replacing(out / "config.json") as temporary:
+        temporary.write_text(schema.to_json(replace(config, **paths)))
 
 
 def frozen_parts(model: MiniGPT4, config: Config) -> dict[str, str]:
-    """{part: fingerprint} of those that do not learn."""
-    marks = {name: mark for name, mark in model.fingerprints.items() if name not in config.train}
-    if model.proj is not None and "proj" not in config.train:
+    """{part: fingerprint} of the frozen parts."""
+    marks = dict(model.fingerprints)
+    if model.proj is not None:
         marks["proj"] = fingerprint(model.part_parameters("proj"))
-    return marks
+    return {name: mark for name, mark in marks.items() if name not in config.trainable}
 
 
-def load_checkpoint(model: MiniGPT4, optimizer, scaler, parameters: dict, config: Config,
-                    device) -> tuple[int, dict | None]:
-    """Put a run's last state back; returns the steps done and the reader's state, (0, None) at the start."""
-    path = Path(config.out_dir) / "state.safetensors"
+def save_checkpoint(model: MiniGPT4, optimizer, scaler, *, parameters: dict, step: int, identity: dict,
+                    config: Config):
+    """Write the trained parts, then state.pt, which holds all that a resume needs."""
+    if not all(p.isfinite().all() for p in parameters.values()):
+        raise InputError(f"step {step}: the weights have become infinite or NaN; {DIVERGED}")
+    for name in saved_parts(config):
+        model.save_part(name, config.out_dir, config.save_dtype)
+    state = {"step": step, "parameters": {k: p.detach() for k, p in parameters.items()},
+             "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "identity": identity,
+             "frozen": frozen_parts(model, config), "config": asdict(config)}
+    with replacing(Path(config.out_dir) / "state.pt") as temporary:
+        torch.save(state, temporary)
+
+
+def load_checkpoint(model: MiniGPT4, optimizer, scaler, *, parameters: dict, identity: dict,
+                    config: Config) -> int:
+    """Restore a run's last state; returns the number of finished steps, 0 at the start."""
+    path = Path(config.out_dir) / "state.pt"
     if not path.is_file():
-        return 0, None
-    tensors, metadata = load_tensors(path)
-    misfits = [k for k, p in parameters.items()
-               if tensors.get(f"weight.{k}", torch.empty(0)).shape != p.shape]
-    if misfits or len(tensors) != 4 * len(parameters):
-        raise InputError(f"{path}: was saved by a run of other parts or sizes; give that run's config or "
-                         "another --out_dir")
-    marks = json.loads(metadata["frozen"])
-    for name, mark in frozen_parts(model, config).items():
-        if marks.get(name) != mark and not config.force:
-            raise InputError(f"{path}: was saved beside another {name}; give the {name} of that run, another "
-                             "--out_dir, or --force=True")
-    saved_scaler = json.loads(metadata["scaler"])  # empty unless the run was in float16
-    if bool(saved_scaler) != scaler.is_enabled():
-        before = "in float16" if saved_scaler else "in another dtype than float16"
-        raise InputError(f"{path}: was saved by a run {before}; give that run's --dtype or another --out_dir")
+        return 0
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        before, saved = state["identity"], state["parameters"]
+    except Exception as e:  # a damaged file breaks PyTorch's reader in many ways
+        raise InputError(f"{path}: damaged ({type(e).__name__}); choose another --out_dir") from e
+    for name, now in identity.items():
+        if (was := before.get(name)) != now:
+            raise InputError(f"{path}: the run's {name} was {was}, now it is {now}; keep it, or choose "
+                             "another --out_dir")
+    if {k: t.shape for k, t in saved.items()} != {k: p.shape for k, p in parameters.items()}:
+        raise InputError(f"{path}: the run had parts of other sizes; give its parts, or another --out_dir")
+    if other := [k for k, mark in frozen_parts(model, config).items() if state["frozen"].get(k) != mark]:
+        print(f"warning: {path} was trained with another {' and another '.join(other)}", file=sys.stderr)
     for k, p in parameters.items():
-        p.data.copy_(tensors[f"weight.{k}"])
-        optimizer.state[p] = {m: tensors[f"{m}.{k}"].clone().to("cpu" if m == "step" else device)
-                              for m in ("exp_avg", "exp_avg_sq", "step")}
-    scaler.load_state_dict(saved_scaler)
-    return int(metadata["step"]), json.loads(metadata["reader"])
+        p.data.copy_(saved[k])
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    return state["step"]
 
 
 def refuse_separate_folders(done: int):
     """Raise InputError when the processes, on several machines, did not resume at the same step."""
-    steps = [None] * dist.get_world_size()
-    dist.all_gather_object(steps, done)
+    dist.all_gather_object(steps := [None] * dist.get_world_size(), done)
     if len(set(steps)) > 1:
-        raise InputError(f"resume: the processes found states of the steps {steps}; out_dir has to be one "
+        raise InputError(f"resume: the processes found checkpoints of steps {steps}; out_dir has to be one "
                          "folder for all machines")
 
 
 class Log:
-    """log.jsonl, one JSON object a line. On resume, lines of steps that are done again are taken out."""
+    """log.jsonl, one JSON object per line. On resume, lines of steps that are done again are removed."""
 
     def __init__(self, config: Config, step: int):
         path, kept = Path(config.out_dir) / "log.jsonl", []
-        if path.is_file() and step:
-            for line in path.read_text(errors="replace").splitlines():
-                try:
-                    kept += [line + "\n"] if json.loads(line)["step"] <= step else []
-                except (ValueError, TypeError, KeyError):  # the line at which the run was killed
-                    pass
-        temporary = path.with_name(".log.jsonl.tmp")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, path)
+        for line in path.read_text(errors="replace").splitlines() if path.is_file() and step else ():
+            try:
+                kept += [line + "\n"] if json.loads(line)["step"] <= step else []
+            except (ValueError, TypeError, KeyError):  # the line at which the run was killed
+                pass
+        with replacing(path) as temporary:
+            temporary.write_text("".join(kept))
         self.file = open(path, "a", buffering=1)
 
     def write(self, **values):
-        """One line, on disk at once. Raises InputError for a loss that is no number."""
+        """One line, on disk at once. Raises InputError for a loss that is not finite."""
         if not isfinite(values.get("loss", 0.0)):
-            raise InputError(f"step {values['step']}: the loss is {values['loss']}; {NOT_FINITE}")
+            raise InputError(f"step {values['step']}: the loss is {values['loss']}; {DIVERGED}")
         self.file.write(json.dumps(values) + "\n")
 
 
-# ---- evaluation during training ----------------------------------------------------------------------------
+class Meter:
+    """The losses and the speed since the last report, of all ranks together."""
+
+    def __init__(self, model: MiniGPT4, config: Config, sources: list[str], device):
+        self.sources, self.world = sources, dist.get_world_size() if dist.is_initialized() else 1
+        self.flops, self.peak = flops_per_position(model, config.trainable), config.peak_tflops * 1e12
+        self.sums = torch.zeros(2, len(sources), device=device, dtype=torch.float64)  # of losses, of targets
+        self.start()
+
+    def start(self):
+        self.sums.zero_()
+        self.since, self.waited, self.images, self.tokens = time.perf_counter(), 0.0, 0, 0
+
+    def add(self, source: int, batches: list[Batch], loss_sum: torch.Tensor, waited: float):
+        """Count a step: its loss, its batches, and the seconds of waiting for them."""
+        self.sums[0, source] += loss_sum
+        self.sums[1, source] += sum(b.n_targets for b in batches)
+        self.waited += waited
+        self.images += sum(len(b.tokens if b.images is None else b.images) for b in batches)
+        self.tokens += sum(b.n_tokens for b in batches)
+
+    def report(self) -> dict:
+        """The mean loss per answer token, also per source where there are several, and the speed."""
+        if self.world > 1:
+            dist.all_reduce(self.sums)
+        seconds, (losses, counts) = time.perf_counter() - self.since, self.sums.tolist()
+        report = {"loss": sum(losses) / sum(counts)}
+        if len(self.sources) > 1:
+            report["losses"] = {name: x / n for name, x, n in zip(self.sources, losses, counts) if n}
+        report |= {"images_per_s": round(self.images * self.world / seconds, 1),
+                   "tokens_per_s": round(self.tokens * self.world / seconds),
+                   "data_wait": round(self.waited / seconds, 3)}
+        if self.peak:
+            flops = self.images * self.flops[0] + self.tokens * self.flops[1]
+            report["mfu"] = round(flops / seconds / self.peak, 3)
+        return report
 
 
-@torch.no_grad()
-def heldout_loss(model: MiniGPT4, samples, config: Config, device) -> float:
-    """The mean loss per answer token over the first eval_samples held-out samples."""
-    total, count = 0.0, 0
-    first = list(samples.first(config.eval_samples))
-    for at in range(0, len(first), config.batch_size):
-        batch = collate(first[at:at + config.batch_size])
-        total += model(*to_device(batch, device)).item() * batch.n_targets
-        count += batch.n_targets
-    return total / count
+def flops_per_position(model: MiniGPT4, trainable: tuple[str, ...]) -> tuple[float, float]:
+    """Training FLOPs per (picture, token): per weight, 2 for the forward pass, 2 for the gradient of the
+    activations where something before is trained, 2 for the weight's own. Attention is left out."""
+    vision, qformer, llama = (sum(p.numel() for p in model.part_parameters(k).values() if p.dim() > 1)
+                              for k in ("vision", "qformer", "llama"))
+    n_vision = 0 if model.vision is None else model.vision.pos_embed.shape[1]
+    return (2 * vision * n_vision * (3 if "vision" in trainable else 1)
+            + 2 * qformer * model.n_image_tokens * (3 if {"vision", "qformer"} & set(trainable) else 1),
+            2 * llama * (3 if "llama" in trainable else 2))
 
 
-def show_answers(model: MiniGPT4, samples, config: Config, device) -> list[dict]:
-    """Greedy answers to the first held-out samples, each beside the text of the data."""
-    shown = []
-    for images, ids, targets in samples.first(config.show_samples):
-        start = next(at for at, t in enumerate(targets) if t != IGNORE)
-        embeds = model.encode_image(torch.stack(images).to(device)) if images else None
-        answer = model.generate(ids[:start], embeds, config.max_txt_len, temperature=0,
-                                stop=stop_sequences(model.tokenizer, config.end_sym),
-                                context=start + config.max_txt_len)
-        wanted = [t for t in targets if t != IGNORE]
-        shown.append({"answer": model.tokenizer.decode(list(answer)), "data": model.tokenizer.decode(wanted)})
-    return shown
+# ---- the run -----------------------------------------------------------------------------------------------
 
 
-def report_heldout(model: MiniGPT4, samples, config: Config, device, step: int, log: Log | None, bar: tqdm):
-    """Held-out loss and a few answers, into the log and above the progress bar of the rank that has a log."""
-    shown = show_answers(model, samples, config, device)
-    loss = heldout_loss(model, samples, config, device)
-    if log:
-        log.write(step=step, heldout_loss=loss, samples=shown)
-        bar.write(f"step {step}: held-out loss {loss:.4f}", file=sys.stderr)
-        for s in shown:
-            bar.write(f"  answer: {s['answer']!r}\n  data:   {s['data']!r}", file=sys.stderr)
-
-
-def to_device(batch: Batch, device) -> Batch:
-    """The batch on the device, copied while the CPU goes on."""
-    return Batch(*(t if t is None else t.to(device, non_blocking=True) for t in batch))
-
-
-# ---- the loop ----------------------------------------------------------------------------------------------
-
-
-def prepare_data(config: Config, rank: int):
-    """Make what `prepare` names, is used and is missing, by its command; rank 0 does it, the others wait."""
-    used, missing = [config.tokenizer], {}
-    for data in (config.data, config.heldout_data):
-        used += [data] if isinstance(data, str) else data
-    for path, command in reversed(config.prepare.items()):  # one may read what an earlier one makes
-        if not Path(path).exists() and any(f"{u}/".startswith(f"{path}/") for u in used):
-            missing = {path: command} | missing
-            used += [word.split("=", 1)[-1] for word in shlex.split(command)]
-    if rank == 0:
-        for path, command in missing.items():
-            print(f"{path} is missing; making it: python {command}", file=sys.stderr)
-            done = subprocess.run([sys.executable, *shlex.split(command)])
-            if done.returncode:
+def prepare_data(config: Config):
+    """If data is missing that `prepare` makes, run its commands in order, but not for what exists already."""
+    used = [path for data in ([config.tokenizer], config.data, config.heldout_data)
+            for path in ([data] if isinstance(data, str) else data)]
+    missing = [path for path in config.prepare if not Path(path).exists()]
+    if any(f"{u}/".startswith(f"{path}/") for u in used for path in missing):
+        for path in missing:
+            print(f"{path} is missing; making it: python {config.prepare[path]}", file=sys.stderr)
+            if subprocess.run([sys.executable, *shlex.split(config.prepare[path])]).returncode:
                 raise InputError(f"{path} could not be made: the command above failed")
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def open_data(config: Config, model: MiniGPT4) -> tuple[Samples, list[float], Samples | None]:
-    """The samples to train on, the weights of their sources, and the held-out samples, if there are any."""
-    opened = lambda data: open_samples(data, config, model.tokenizer, *model.image_shape)
-    samples, weights = opened(config.data)
-    heldout = opened(config.heldout_data)[0] if config.heldout_data else None
-    if heldout and not list(heldout.first(1)):
-        raise InputError(f"heldout_data {config.heldout_data}: not one of its samples can be used; mend it, "
-                         "or train without")
-    return samples, weights, heldout
 
 
 def build(config: Config, device) -> MiniGPT4:
     """The model of a config, its blocks sharded, checkpointed and compiled as the config says."""
     if config.shard and not dist.is_initialized():
-        raise InputError("shard = True: there is one process only; start several with torchrun")
+        raise InputError("shard = True: there is only one process; start several with torchrun")
     torch.manual_seed(config.seed)
-    model = MiniGPT4.from_files(config.vision, config.qformer, config.llama, config.proj, config.dtype,
-                                "cpu" if config.shard else device, config.train, config.tokenizer,
-                                config.image_size, config.force)
+    model = MiniGPT4.from_files(**config.parts(), dtype=config.dtype, trainable=config.trainable,
+                                device="cpu" if config.shard else device, image_size=config.image_size)
     if config.shard:
-        from torch.distributed.fsdp import fully_shard  # a second of imports, and 45 MB
+        from torch.distributed.fsdp import fully_shard  # takes a second to import
         mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
-        for block in model.llama.layers:  # each is moved to the device by itself, and shared out there
+        for block in model.llama.layers:  # one at a time is moved to the device, and sharded there
             fully_shard(block, mesh=mesh)
         model.to(device)
     model.llama.grad_checkpoint = config.grad_checkpoint
@@ -280,160 +316,130 @@ def build(config: Config, device) -> MiniGPT4:
 
 
 def compile_blocks(model: MiniGPT4):
-    """torch.compile each block by itself: one graph for all of a kind, whatever the number of tokens."""
-    for blocks in (model.vision and model.vision.blocks, model.qformer and model.qformer.layers,
-                   model.llama.layers):
-        for block in blocks or ():
-            block.compile(dynamic=True)
+    """torch.compile each block by itself: one graph for all blocks of a kind and any number of tokens."""
+    blocks = (*getattr(model.vision, "blocks", ()), *getattr(model.bridge, "layers", ()), *model.llama.layers)
+    for block in blocks:
+        block.compile(dynamic=True)
 
 
 @torch.no_grad()
-def cache_features(model: MiniGPT4, all_samples: list, config: Config, device, rank: int, world: int):
-    """Have the samples give features instead of pictures; the model then does without its towers."""
-    model.fingerprints = model.companions()  # while all parts are there
-    marks = [model.fingerprints.get(part, "none") for part in ("vision", "qformer")]
-    cache = FeatureCache(config.cache_dir, "-".join((*marks, config.dtype, str(model.image_size))))
-    for samples in all_samples:
-        loader = DataLoader(Uncached(samples, cache, rank, world), config.batch_size, collate_fn=flatten,
-                            num_workers=config.num_workers)
-        for pictures in tqdm(loader, desc="features", disable=rank > 0, dynamic_ncols=True):
-            if pictures:
-                paths, images = zip(*pictures)
-                for path, features in zip(paths, model.image_features(torch.stack(images).to(device)).cpu()):
-                    cache.put(path, features.clone())
-        samples.cache = cache
-    model.vision = model.ln_vision = model.qformer = None
+def cache_features(model: MiniGPT4, samples: Samples, config: Config, device):
+    """Keep the frozen vision features of all pictures in `samples`; each rank computes its share."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    features, keys = {}, list(samples.keys())[rank::world]
+    loader = DataLoader(samples, config.batch_size, sampler=keys, collate_fn=list,
+                        num_workers=config.num_workers)
+    for at, rows in enumerate(tqdm(loader, desc="features", disable=rank > 0, dynamic_ncols=True)):
+        if images := [image for row in rows if row for image in row[0]]:
+            computed = iter(model.image_features(torch.stack(images).to(device)).cpu())
+            for key, row in zip(keys[at * config.batch_size:], rows):
+                features[key[:3]] = [next(computed).clone() for _ in row[0]] if row else []
+    shares = [features] * world
     if world > 1:
-        dist.barrier()
+        dist.all_gather_object(shares, features)
+    samples.features = {key: value for share in shares for key, value in share.items() if value}
+    samples.bad = []  # training counts them
 
 
-def train_step(wrapped, batches: list[Batch], optimizer, scaler, parameters: dict, config: Config,
-               lr: float, device) -> torch.Tensor:
-    """One step of AdamW over the micro-batches. The loss is the mean over all answer tokens of all ranks, and
-    so is the gradient: each micro-batch counts by its number of answer tokens."""
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    counts = [b.n_targets for b in batches]
-    total = torch.tensor(float(sum(counts)), device=device)
-    if world > 1:
-        dist.all_reduce(total)
-    loss_sum = torch.zeros((), device=device)
-    for i, (batch, count) in enumerate(zip(batches, counts)):
-        last = i == len(batches) - 1
-        with nullcontext() if last or world == 1 else wrapped.no_sync():
-            loss = wrapped(*to_device(batch, device)) * (count / total)
-            if batch.images is None and config.vision:  # DistributedDataParallel waits for every gradient
-                loss = loss + 0 * sum(p.sum() for p in parameters.values())
-            scaler.scale(loss * world).backward()  # DistributedDataParallel takes the mean over ranks
-        loss_sum += loss.detach()
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    if config.grad_clip:
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(parameters.values(), config.grad_clip)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return loss_sum
-
-
-def warn_of_chance(loss: float, vocab_size: int):
-    """A frozen language model whose first loss is that of drawing lots has the wrong weights."""
-    if loss > log(vocab_size) - 0.5:
-        print(f"warning: the first loss, {loss:.2f}, is that of guessing among {vocab_size} tokens "
-              f"({log(vocab_size):.2f}); look whether the language model is whole, with python chat.py "
-              "--ckpt=OUT_DIR --check=True", file=sys.stderr)
+def open_data(config: Config, model: MiniGPT4, device) -> tuple[Samples, dict, Samples | None]:
+    """The samples to train on, the weights of their sources, and the held-out samples, if there are any."""
+    shape = (model.tokenizer, model.image_size, model.n_image_tokens)
+    samples, weights = open_samples(config.data, config, *shape)
+    heldout = open_samples(config.heldout_data, config, *shape)[0] if config.heldout_data else None
+    if heldout and not list(heldout.first(1)):
+        raise InputError(f"heldout_data {config.heldout_data}: not one of its samples can be used; fix it, "
+                         "or train without")
+    if config.cache_features:
+        for each in (samples, heldout) if heldout else (samples,):
+            cache_features(model, each, config, device)
+        model.vision = model.bridge = None  # to free their memory
+    return samples, weights, heldout
 
 
 def train(config: Config, device, rank: int = 0, world: int = 1):
     """Run the config from its first or its last saved step to max_steps."""
     refuse_to_overwrite(config)
-    prepare_data(config, rank)
+    if rank == 0:
+        prepare_data(config)
+    if world > 1:
+        dist.barrier()
     model = build(config, device)
-    samples, weights, heldout = open_data(config, model)
-    if config.cache_features:
-        cache_features(model, [samples] + [heldout] * bool(heldout), config, device, rank, world)
-    parameters = {f"{name}.{k}": p for name in config.train for k, p in model.part_parameters(name).items()}
+    parameters = {f"{name}.{k}": p for name in config.trainable
+                  for k, p in model.part_parameters(name).items()}
     optimizer = make_optimizer(parameters, config)
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
-    done, read = (load_checkpoint(model, optimizer, scaler, parameters, config, device) if config.resume
-                  else (0, None))
+    samples, weights, heldout = open_data(config, model, device)
+    groups = Groups(samples, weights, config, rank, world)
+    identity = groups.identity | {"trainable": config.trainable, "use of float16": scaler.is_enabled()}
+    state = {"parameters": parameters, "identity": identity, "config": config}
+    done = load_checkpoint(model, optimizer, scaler, **state) if config.resume else 0
     if world > 1:
         refuse_separate_folders(done)
-    reader = Reader(samples, weights, config, rank, world, read)
     if rank == 0:
-        start_folder(config)  # after the state was found to fit: a refused resume changes nothing
+        start_folder(config)  # not earlier: a refused resume changes nothing
     log = Log(config, done) if rank == 0 else None
-    # without init_sync, since all ranks start alike, by seed
+    # without init_sync: all ranks start alike, by their seed
     wrapped = DistributedDataParallel(model, init_sync=False) if world > 1 else model
-    batches = iter(reader)
-    if config.profile and config.max_steps - done < 6:
-        raise InputError("profile = True: it looks at the steps 4 to 6; raise max_steps")
-    profiler = start_profiler(config, device) if config.profile and rank == 0 else None
-    meter = Meter(model, config, device, world)
+    reader, meter = Reader(groups, done), Meter(model, config, list(weights), device)
+    steps = iter(reader)
     bar = tqdm(total=config.max_steps, initial=done, disable=rank > 0, unit="step", dynamic_ncols=True)
-    for step in range(done, config.max_steps):
-        asked = time.perf_counter()
-        micro = [next(batches) for _ in range(config.grad_accum)]
-        meter.add(micro, time.perf_counter() - asked)
-        lr = learning_rate(step, config)
-        loss = train_step(wrapped, micro, optimizer, scaler, parameters, config, lr, device)
-        if profiler:
-            profiler.step()
-        finished = step + 1
-        due = lambda interval: finished % interval == 0 or finished == config.max_steps
-        if world > 1 and (step == 0 or due(config.log_interval)):
-            dist.all_reduce(loss)  # until here each rank has its own share
-        if step == 0 and rank == 0 and "llama" not in config.train:
-            warn_of_chance(loss.item(), model.llama.config.vocab_size)
-        if due(config.log_interval):
-            if rank == 0:
-                value, rates = loss.item(), meter.rates()
-                log.write(step=finished, loss=value, lr=lr, **rates)
-                bar.set_postfix(loss=f"{value:.3f}", lr=f"{lr:.1e}", **rates)
-            meter.start()
+    for step in range(done + 1, config.max_steps + 1):
+        asked, lr = time.perf_counter(), learning_rate(step - 1, config)
+        source, batches = next(steps)
+        waited = time.perf_counter() - asked
+        loss_sum = train_step(wrapped, batches, optimizer, scaler, lr, config.grad_clip)
+        meter.add(source, batches, loss_sum, waited)
         bar.update()
-        if heldout and due(config.eval_interval) and (rank == 0 or config.shard):  # shards need all ranks
-            report_heldout(model, heldout, config, device, finished, log, bar)
-            meter.start()
-        if rank == 0 and due(config.save_interval):
-            save_checkpoint(model, optimizer, scaler, parameters, finished, reader, config)
+        if step == 1 and rank == 0 and "llama" not in config.trainable:
+            warn_of_broken_llama(loss_sum.item() / sum(b.n_targets for b in batches),
+                                 model.llama.config.vocab_size)
+        log_due, eval_due, save_due = (step % n == 0 or step == config.max_steps for n in (
+            config.log_interval, config.eval_interval, config.save_interval))
+        if log_due:
+            report = meter.report()
+            if rank == 0:
+                log.write(step=step, lr=lr, **report)
+                bar.set_postfix({k: report[k] for k in report if k != "losses"} | {"lr": f"{lr:.1e}"})
+        if eval_due and heldout and (rank == 0 or config.shard):  # shards need all ranks
+            loss, shown = evaluate(model, heldout, config, device)
+            if rank == 0:
+                log.write(step=step, heldout_loss=loss, samples=shown)
+                lines = [f"  answer: {s['answer']!r}\n  data:   {s['data']!r}" for s in shown]
+                bar.write("\n".join([f"step {step}: held-out loss {loss:.4f}", *lines]), file=sys.stderr)
+        if save_due and rank == 0:
+            save_checkpoint(model, optimizer, scaler, step=step, **state)
             if reader.skipped:
-                log.write(step=finished, skipped=dict(reader.skipped), of=reader.looked_at)
-                bar.write(f"step {finished}: {reader.account()}", file=sys.stderr)
+                log.write(step=step, skipped=dict(reader.skipped), of=reader.n_read)
+                bar.write(f"step {step}: {reader.account()}", file=sys.stderr)
+        if log_due:
             meter.start()
     bar.close()
-    if profiler:
-        profiler.stop()
 
 
 def main(argv: list[str]):
-    """`CONFIG [--key=value ...]`; under torchrun, one process per device."""
-    positional, options = parse_args(argv)
-    if len(positional) != 1:
-        raise InputError("usage: python train.py CONFIG [--key=value ...], for instance "
-                         "configs/tiny_stage1.py")
-    config = load_config(positional[0], options)
+    """Run `CONFIG [--key=value ...]`; under torchrun, one process per device."""
+    (path,), options = schema.parse_args(argv, __doc__, "CONFIG", Config)
+    config = schema.load_config(path, options)
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages on Linux: pictures are normalized faster
     world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    if config.dry_run:
-        from tools.dry_run import describe_training
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(describe_training(config, world))
-        return
     device = pick_device(config.device, local)
     if world > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))  # rank 0 makes data, evaluates, saves
     try:
         if (rank := dist.get_rank() if world > 1 else 0) == 0:
-            print(to_json(config), file=sys.stderr)
+            print(schema.to_json(config), file=sys.stderr)
         train(config, device, rank, world)
         if world > 1:
             dist.barrier()  # a rank that leaves while rank 0 evaluates and saves may crash on its way out
     finally:
         if world > 1:
-            gc.collect()  # what still holds the group, so that its threads end before Python does
+            gc.collect()  # frees what holds the process group, so that its threads end before Python does
             dist.destroy_process_group()
+    if rank == 0:
+        picture = "assets/tiny/example.png " if config.vision else ""
+        print(f"python chat.py {picture}--ckpt={shlex.quote(config.out_dir)}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    schema.run_main(main)

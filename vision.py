@@ -1,12 +1,10 @@
-"""EVA-ViT, the eyes of MiniGPT-4, and the one image transform that training, chat and tests share.
+"""EVA-ViT, MiniGPT-4's vision tower, and the image transform that training, chat and tests share.
 
-The vision tower of BLIP-2 (arXiv 2301.12597): EVA-CLIP ViT-g/14 (arXiv 2211.07636) without its last block and
-its final norm. A plain pre-norm vision transformer with learned absolute positions. Module and tensor names
-are those of the official `eva_vit_g.pth`.
+BLIP-2's vision tower (arXiv 2301.12597) is EVA-CLIP ViT-g/14 (arXiv 2211.07636) without its last block and
+final norm: a plain pre-norm vision transformer with learned absolute positions. Module and tensor names are
+those of the official `eva_vit_g.pth`. Axes: B images, N tokens (class token + patches), D width, H heads.
 
-Axes: B images, N tokens (class token + patches), D width, H heads.
-
-Quirks kept: queries and values have a bias, keys have none; the resize is straight to a square, uncropped.
+Quirks kept: queries and values have a bias, keys have none; pictures are resized to a square without a crop.
 """
 
 import io
@@ -26,11 +24,10 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def load_image(source: str | bytes, image_size: int, smallest: int = 1) -> torch.Tensor:
-    """Read a picture from a path, or from its encoded bytes, -> uint8 (3, image_size, image_size), RGB.
+    """A picture's path, or its encoded bytes, -> uint8 (3, image_size, image_size), RGB.
 
-    Any mode and size that PIL opens: EXIF rotation is applied, 16-bit grey is scaled to 8 bits, transparency
-    is laid on white. Raises InputError for a file that is missing, is no picture, or has a side of fewer
-    pixels than `smallest`."""
+    Applies EXIF rotation, scales 16-bit gray to 8 bits, puts transparent pixels on white. Raises InputError
+    for a missing or unreadable file, or one with a side of fewer pixels than `smallest`."""
     name = source if isinstance(source, str) else "picture"
     try:
         with Image.open(source if isinstance(source, str) else io.BytesIO(source)) as image:
@@ -38,7 +35,7 @@ def load_image(source: str | bytes, image_size: int, smallest: int = 1) -> torch
                 raise InputError(f"{name}: only {image.width} x {image.height} pixels; give a larger picture")
             exif = image.getexif()
             for tag in [tag for tag in exif if tag != ExifTags.Base.Orientation]:
-                del exif[tag]  # exif_transpose would write them again, and fail at odd values
+                del exif[tag]  # exif_transpose would write them back, and fail at odd values
             ImageOps.exif_transpose(image, in_place=True)
             return preprocess(to_rgb(image), image_size)
     except FileNotFoundError as e:
@@ -51,34 +48,34 @@ def load_image(source: str | bytes, image_size: int, smallest: int = 1) -> torch
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL mode -> RGB, as an eye would see it on white paper."""
-    if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey, or float from 0 to 1 or to 255
+    """Any PIL mode -> RGB, transparent pixels on white."""
+    if image.mode.startswith("I") or image.mode == "F":  # 16-bit gray, or float from 0 to 1 or to 255
         pixels = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0).clip(min=0)
         top = max(65535 if image.mode != "F" else 1 if pixels.max() <= 1 else 255, pixels.max())
         image = Image.fromarray((pixels * (255 / top)).astype(np.uint8))
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB")  # which would be a copy
+    return image if image.mode == "RGB" else image.convert("RGB")  # convert always copies
 
 
 def preprocess(image: Image.Image, image_size: int) -> torch.Tensor:
-    """RGB picture -> uint8 (3, image_size, image_size) by PIL's bicubic resize, both sides alike."""
+    """RGB picture -> uint8 (3, image_size, image_size) by PIL's bicubic resize to a square."""
     if image.size != (image_size, image_size):
         image = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
-    """uint8 (B, 3, S, S), 0..255 -> float32 (B, 3, S, S) normalised by CLIP's mean and standard deviation."""
+    """uint8 (B, 3, S, S), 0..255 -> float32 (B, 3, S, S) normalized by CLIP's mean and standard deviation."""
     mean = torch.tensor(IMAGE_MEAN, device=images.device).view(3, 1, 1)
     std = torch.tensor(IMAGE_STD, device=images.device).view(3, 1, 1)
-    return images.float().div_(255).sub_(mean).div_(std)  # in place: memory costs more than the arithmetic
+    return images.float().div_(255).sub_(mean).div_(std)  # in place: memory traffic dominates
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Sizes of the tower; the defaults are EVA-ViT-g/14 as BLIP-2 uses it."""
+    """Sizes; the defaults are EVA-ViT-g/14 as BLIP-2 uses it."""
 
     image_size: int = 224    # pixels, both sides
     patch_size: int = 14     # pixels
@@ -137,27 +134,24 @@ class Block(nn.Module):
 
     def forward(self, x):
         x = x + self.attn(self.norm1(x))
-        x = x + self.mlp(self.norm2(x))
-        return x
+        return x + self.mlp(self.norm2(x))
 
 
 class PatchEmbed(nn.Module):
-    """Each patch of the picture as one vector, (B, 3, S, S) -> (B, (S / patch_size)^2, D)."""
+    """One vector per patch, in reading order: (B, 3, S, S) -> (B, (S / patch_size)^2, D)."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.proj = nn.Conv2d(3, config.width, kernel_size=config.patch_size, stride=config.patch_size)
 
     def forward(self, images):
-        # (B, 3, S, S) -> (B, patches in reading order, D)
         return self.proj(images).flatten(2).transpose(1, 2)
 
 
 class VisionTransformer(nn.Module):
-    """Normalised images (B, 3, S, S), in the weights' dtype -> (B, 1 + (S / patch_size)^2, D).
+    """Normalized images (B, 3, S, S), in the weights' dtype -> class token and patches (B, N, D).
 
-    The class token comes first. S may be any multiple of patch_size: the positions are interpolated when it
-    is not the size of training."""
+    S may be any multiple of patch_size; positions are interpolated for another S than in training."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -173,7 +167,7 @@ class VisionTransformer(nn.Module):
         x = x + self.positions(x.shape[1])
         for block in self.blocks:
             x = block(x)
-        return x  # all tokens, and no final norm
+        return x  # all tokens, no final norm
 
     def positions(self, n_tokens):
         """pos_embed (1, n_tokens, D), its square grid of patches resized bicubically if n_tokens differs."""
@@ -187,8 +181,8 @@ class VisionTransformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Random weights for training from nothing: normal with variance 1 / inputs, residual outputs smaller
-        with depth, positions strong enough to be told apart from the first step on."""
+        """Random weights: normal with variance 1 / inputs, smaller for residual outputs of deep models,
+        positions of variance 1, so that they can be told apart from the first step on."""
         for name, p in self.named_parameters():
             if name in ("cls_token", "pos_embed"):
                 nn.init.normal_(p)

@@ -1,10 +1,11 @@
-"""The typed configuration of a training run, and the command-line rules that every program here shares.
+"""The typed configuration of a training run, and the command line that all programs share.
 
-A config file is plain Python that assigns the fields of `Config` at its top level (configs/stage1.py). The
-command line overrides any of them with `--key=value`. Unknown names and values of the wrong type are refused
-with one line.
+A config file is plain Python that assigns fields of `Config` (configs/stage1.py); a variant imports another
+one and states the difference. The command line overrides any field: `--key=value`, `--key value`, and for
+booleans a bare `--key`. An unknown name or a value of the wrong type is a one-line error.
 """
 
+import argparse
 import ast
 import difflib
 import json
@@ -16,161 +17,159 @@ from pathlib import Path
 from types import ModuleType
 from typing import get_args, get_origin
 
+from configs.prompts import TEMPLATES
 
-class InputError(ValueError):
-    """What the user gave is wrong. The message is one line: what, where, and what to do about it."""
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class InputError(Exception):
+    """A mistake of the user. The message is one line: what is wrong, where, and what to do."""
+
+
+def option(default, meaning: str, is_path: bool = False):
+    """A dataclass field whose meaning --help prints. `is_path`: it names a weight file or folder."""
+    metadata = {"help": meaning, "is_path": is_path}
+    return field(default_factory=dict, metadata=metadata) if default == {} else field(
+        default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class Config:
-    """One training run. Empty strings mean "none"; paths are relative to the working directory."""
+    """One training run. Paths are relative to the working directory; an empty string means "none"."""
 
-    # The parts. A path is a weight file (vision, qformer, proj) or folder (llama); a dict is the sizes of a
-    # new, random part.
-    vision: str | dict = ""              # "" trains on text alone, without pictures
-    qformer: str | dict = ""             # "": none, 4 neighbouring patches make one image token (LLaMA-2)
-    llama: str | dict = ""
-    proj: str = ""                       # "": a new, random projection
-    tokenizer: str = ""                  # tokenizer.model of a new llama; "": the one in the llama folder
-    train: tuple[str, ...] = ("proj",)   # the parts that learn: any of vision, qformer, proj, llama
-    image_size: int = 0                  # pixels; 0: the size that the vision part was trained with
+    # The model's parts. A dict holds the sizes of a new part, with random weights.
+    vision: str | dict = option("", "weight file; none: train on text alone", is_path=True)
+    qformer: str | dict = option("", "weight file; none: join 4 patches per image token", is_path=True)
+    llama: str | dict = option("", "weight folder", is_path=True)
+    proj: str = option("", "weight file; none: a new, random projection", is_path=True)
+    tokenizer: str = option("", "tokenizer.model; none: the one in the llama folder", is_path=True)
+    trainable: tuple[str, ...] = option(("proj",), "parts to train: vision, qformer, proj, llama")
+    image_size: int = option(0, "pixels; 0: the size that the vision part was trained with")
 
-    # The data: a path, a list of paths, or {path: weight}. A path is shards (*.tar, {00000..00099}.tar, a
-    # folder of them, a .txt that lists them, or pipe:COMMAND that prints them), a folder with
-    # filter_cap.json, or a .jsonl of captions and conversations. One source is drawn per batch, by weight.
-    data: str | dict | list = ""
-    heldout_data: str | dict | list = ""  # "": no evaluation during training
-    prepare: dict = field(default_factory=dict)  # {path: python arguments that make it if missing}
-    template: str = ""                   # "", "vicuna" or "llama2": what stands around a captioned image
-    end_sym: str = "\n"                  # ends every answer: a text, or the control token "</s>"
-    max_txt_len: int = 32                # answer tokens, end_sym included; a longer answer is cut
-    clean_captions: bool = True          # lower case, no punctuation, at most 50 words (stage 1)
-    chat_share: float = 0.0              # share of conversations laid out as in chat, with system text
+    # The data.
+    data: str | dict | list = option("", "path, list of paths or {path: weight}, one drawn per step: tar shards "
+                                     "(a glob, {00000..00099}.tar, a folder, a .txt that lists them), a "
+                                     "folder with filter_cap.json, or a .jsonl")
+    heldout_data: str | dict | list = option("", "the same; none: no evaluation during training")
+    prepare: dict = option({}, "{path: arguments of python that make it, if data needs it}")
+    template: str = option("", f"{', '.join(TEMPLATES)}; none: picture, then caption, as in stage 1")
+    end_sym: str = option("", "ends every answer: a text, or the token </s>; none: the template's own")
+    max_txt_len: int = option(32, "tokens of an answer with its end; longer ones are cut")
+    clean_captions: bool = option(False, "lower case, no punctuation, at most 50 words, as in stage 1")
+    chat_share: float = option(0.0, "share of conversations in chat's form, with the system text")
+    shuffle_shards: int = option(8, "shards whose samples are shuffled together")
+    length_group: int = option(1, "steps whose samples are sorted by length together; shared memory grows "
+                               "with it, as workers pass on all batches of a group at once")
+    max_bad_fraction: float = option(0.1, "of the samples; more unusable ones stop the run")
+    num_workers: int = option(2, "data-loading processes per training process")
+    seed: int = option(42, "of new weights and of the order of the samples")
 
-    # The optimiser (AdamW) and its learning rate.
-    batch_size: int = 64                 # samples per process and micro-batch
-    grad_accum: int = 1                  # micro-batches per step
-    max_steps: int = 20_000
-    lr: float = 1e-4
-    min_lr: float = 8e-5
-    warmup_lr: float = 1e-6              # the rate of step 0
-    warmup_steps: int = 5000
-    weight_decay: float = 0.05           # on matrices; biases and norms have none
-    betas: tuple[float, ...] = (0.9, 0.999)
-    grad_clip: float = 0.0               # largest gradient norm; 0: no clipping
+    # The optimizer, AdamW. A step has processes x batch_size x grad_accum samples.
+    batch_size: int = option(64, "samples per process and micro-batch")
+    grad_accum: int = option(1, "micro-batches per step")
+    max_steps: int = option(20_000, "steps")
+    lr: float = option(1e-4, "highest learning rate")
+    min_lr: float = option(8e-5, "learning rate at the end")
+    warmup_lr: float = option(1e-6, "learning rate of step 0")
+    warmup_steps: int = option(5000, "steps from warmup_lr to lr")
+    weight_decay: float = option(0.05, "of matrices; biases and norms have none")
+    betas: tuple[float, ...] = option((0.9, 0.999), "of AdamW")
+    grad_clip: float = option(0.0, "largest norm of the gradient; 0: no clipping")
 
     # The machine.
-    device: str = ""                     # "": cuda if there is one, else cpu
-    dtype: str = "bfloat16"              # float32, bfloat16 or float16; parts that learn are float32
-    num_workers: int = 2                 # data-loading processes per training process
-    cache_features: bool = False         # compute what the frozen vision side makes of each picture only once
-    cache_dir: str = "out/features"      # where that is kept, for other runs as well
-    grad_checkpoint: bool = False        # less memory for LLaMA's activations, a third more of its work
-    compile: bool = False                # torch.compile of all blocks
-    shard: bool = False                  # share LLaMA's weights out to the processes (fully_shard)
-    peak_tflops: float = 0.0             # of the device in `dtype`, for the utilisation; 0: measure it
-    profile: bool = False                # trace.json of three steps, and a table of the dearest operations
-    shuffle_shards: int = 8              # shards whose samples are shuffled together
-    length_group: int = 1                # batches whose samples are sorted by length together; 1: unsorted
-    max_bad_fraction: float = 0.1        # of the samples; a run that meets more unusable ones stops
-    seed: int = 42
+    device: str = option("", "none: cuda if there is one, else cpu")
+    dtype: str = option("bfloat16", "float32, bfloat16 or float16; trainable parts are float32")
+    cache_features: bool = option(False, "keep the frozen vision features of all pictures in memory")
+    grad_checkpoint: bool = option(False, "recompute LLaMA's activations instead of keeping them")
+    compile: bool = option(False, "torch.compile the blocks")
+    shard: bool = option(False, "shard LLaMA's blocks over the processes (fully_shard)")
+    peak_tflops: float = option(0.0, "of the device in `dtype`; the log then shows mfu")
 
     # The run's folder, and what is written to it.
-    out_dir: str = "out/run"
-    log_interval: int = 10               # steps
-    eval_interval: int = 500             # steps
-    eval_samples: int = 128              # held-out samples of which the loss is taken
-    show_samples: int = 2                # sample answers at each evaluation
-    save_interval: int = 500             # steps
-    save_dtype: str = "float32"          # or bfloat16: of the trained parts' files; states are float32
-    resume: bool = False                 # go on from out_dir's last checkpoint, if there is one
-    force: bool = False                  # take a projection, or a state, that was trained beside other parts
-    dry_run: bool = False                # print sizes, FLOPs and memory of the run, without weights, and exit
+    out_dir: str = option("out/run", "the run's folder")
+    log_interval: int = option(10, "steps")
+    eval_interval: int = option(500, "steps")
+    eval_samples: int = option(128, "held-out samples whose loss is taken")
+    show_samples: int = option(2, "sample answers per evaluation")
+    save_interval: int = option(500, "steps")
+    save_dtype: str = option("float32", "float32 or bfloat16, of the trained parts' files")
+    resume: bool = option(False, "continue from out_dir's last checkpoint, if there is one")
+
+    @property
+    def answer_end(self) -> str:
+        """What ends every answer: a text, or "</s>" for the control token."""
+        return self.end_sym or (TEMPLATES[self.template].end if self.template else "\n")
 
     def __post_init__(self):
-        dtypes = ("float32", "bfloat16", "float16")
-        choices = {"dtype": dtypes, "save_dtype": dtypes[:2], "template": ("", "vicuna", "llama2")}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                listed = ", ".join(repr(a) for a in allowed)
-                raise InputError(f"{name} = {getattr(self, name)!r}: give one of {listed}")
-        for name, fits, wanted in (
-                ("seed", 0 <= self.seed < 2**63, "give one from 0 to 2**63 - 1"),
-                ("betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
-                 "give two, from 0 to below 1"),
-                ("train", len(self.train) == len(set(self.train)) > 0, "name one part that learns, or more"),
-                ("end_sym", self.end_sym, "give what ends an answer"),
-                ("out_dir", self.out_dir, "name a folder")):
-            if not fits:
-                raise InputError(f"{name} = {getattr(self, name)!r}: {wanted}")
-        if self.cache_features and (not self.vision or {"vision", "qformer"} & set(self.train)):
-            raise InputError("cache_features = True: there is no frozen vision side; switch it off")
-        if self.shard and ("llama" in self.train or isinstance(self.llama, dict)):
-            raise InputError("shard = True: it is for a frozen language model from files; switch it off")
-        for name in ("num_workers", "peak_tflops", "lr", "min_lr", "warmup_lr", "warmup_steps",
-                     "weight_decay", "grad_clip", "chat_share", "max_bad_fraction", "image_size",
-                     "show_samples"):
-            if not getattr(self, name) >= 0:  # nor NaN
-                raise InputError(f"{name} = {getattr(self, name)}: give at least 0")
-        for name in ("batch_size", "grad_accum", "max_steps", "max_txt_len", "shuffle_shards", "length_group",
-                     "log_interval", "eval_interval", "eval_samples", "save_interval"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} = {getattr(self, name)}: give at least 1")
+        at_least_0 = ("num_workers peak_tflops lr min_lr warmup_lr warmup_steps weight_decay grad_clip chat_share "
+                      "max_bad_fraction image_size show_samples").split()
+        at_least_1 = ("batch_size grad_accum max_steps max_txt_len shuffle_shards length_group log_interval "
+                      "eval_interval eval_samples save_interval").split()
+        checks = {k: (getattr(self, k) >= 0, "give at least 0") for k in at_least_0}  # false for NaN
+        checks |= {k: (getattr(self, k) >= 1, "give at least 1") for k in at_least_1} | {
+            "dtype": (self.dtype in DTYPES, f"give one of {', '.join(DTYPES)}"),
+            "save_dtype": (self.save_dtype in DTYPES[:2], f"give one of {', '.join(DTYPES[:2])}"),
+            "template": (self.template in ("", *TEMPLATES), f"give one of {', '.join(TEMPLATES)}, or none"),
+            "seed": (0 <= self.seed < 2**63, "give one from 0 to 2**63 - 1"),
+            "betas": (len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "give two, from 0 to below 1"),
+            "trainable": (len(self.trainable) == len(set(self.trainable)) > 0, "name at least one part, once"),
+            "out_dir": (self.out_dir, "name a folder"),
+            "cache_features": (not self.cache_features or self.vision
+                               and not {"vision", "qformer"} & set(self.trainable),
+                               "there is no frozen vision side; switch it off"),
+            "shard": (not self.shard or "llama" not in self.trainable and not isinstance(self.llama, dict),
+                      "only a frozen language model from files can be sharded; switch it off")}
+        for name, (holds, advice) in checks.items():
+            if not holds:
+                raise InputError(f"{name} = {getattr(self, name)!r}: {advice}")
+
+    def parts(self) -> dict[str, str | dict]:
+        """The fields that name weights, as arguments of MiniGPT4.from_files."""
+        return {name: getattr(self, name) for name in PATHS}
 
 
-def parse_args(argv: list[str]) -> tuple[list[str], dict[str, str]]:
-    """["a.jpg", "--seed=1"] -> (["a.jpg"], {"seed": "1"}). Raises InputError for an option without value."""
-    positional, options = [], {}
-    for arg in argv:
-        if not arg.startswith("--"):
-            positional.append(arg)
-        elif "=" not in arg:
-            raise InputError(f"option {arg}: write it as {arg}=value")
-        else:
-            key, value = arg[2:].split("=", 1)
-            options[key.replace("-", "_")] = value
-    return positional, options
+PATHS = tuple(f.name for f in fields(Config) if f.metadata["is_path"])
 
 
-def override(config, options: dict, where: str = "command line"):
-    """The dataclass `config` with `options` put in, each checked; text is parsed as the field's type asks."""
+def override(config, values: dict, where: str = "command line"):
+    """The dataclass `config` with `values` put in; texts are parsed as the field's type asks."""
     types = {f.name: f.type for f in fields(config)}
-    checked = {}
-    for key, value in options.items():
-        if key not in types:
-            near = difflib.get_close_matches(key, types, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else "the names are: " + ", ".join(types)
-            raise InputError(f"{where}: unknown name {key!r}; {hint}")
-        checked[key] = _typed(key, value, types[key], where)
-    return replace(config, **checked)
+    return replace(config, **{check_name(k, types, where): _typed(k, value, types[k], where)
+                              for k, value in values.items()})
 
 
-def _typed(key, value, kind, where):
-    """`value` as type `kind`: an int will do for a float, and text, unless wanted, is read as a literal."""
+def check_name(name: str, known, where: str) -> str:
+    """The name, if it is known. Raises InputError with the nearest known one otherwise."""
+    if name in known:
+        return name
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else "the names are: " + ", ".join(known)
+    raise InputError(f"{where}: unknown name {name!r}; {hint}")
+
+
+def _typed(name, value, kind, where):
+    """`value` as type `kind`. A text is read as a Python literal where `kind` is not a text."""
     kinds = get_args(kind) if get_origin(kind) is not tuple and get_args(kind) else (kind,)
     if isinstance(value, str) and (str not in kinds or {"{": dict, "[": list}.get(value[:1]) in kinds):
         try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError, TypeError):
+            value = ast.literal_eval(value.capitalize() if value.lower() in ("true", "false") else value)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             pass
     for k in kinds:
-        if k is float and type(value) is int:
-            return float(value)
-        if get_origin(k) is tuple:
-            item = get_args(k)[0]
-            value = (value,) if isinstance(value, item) else value
-            if isinstance(value, (tuple, list)) and all(isinstance(v, item) for v in value):
-                return tuple(value)
-        elif type(value) is k:
-            return value
+        if get_origin(k) is tuple:  # a Python tuple, its only item, or "proj,qformer"
+            item, items = get_args(k)[0], value.split(",") if isinstance(value, str) else value
+            items = items if isinstance(items, (tuple, list)) else (items,)
+            items = tuple(float(x) if item is float and type(x) is int else x for x in items)
+            if all(type(x) is item for x in items):
+                return tuple(x.strip() for x in items) if item is str else items
+        elif type(value) is k or k is float and type(value) is int:
+            return k(value)
     wanted = " or ".join(getattr(k, "__name__", str(k)) if get_origin(k) is None else str(k) for k in kinds)
-    raise InputError(f"{where}: {key} = {value!r} is not of type {wanted}")
+    raise InputError(f"{where}: {name} = {value!r} is not of type {wanted}")
 
 
 def load_config(path: str, options: dict[str, str]) -> Config:
-    """Read a config file, then the command line's `options` over it.
-
-    Raises InputError for a missing or faulty file, an unknown name, or a value of the wrong type."""
+    """Read a config file, then the command line's `options` over it."""
     if not Path(path).is_file():
         raise InputError(f"config file {path}: there is no such file")
     try:
@@ -182,23 +181,27 @@ def load_config(path: str, options: dict[str, str]) -> Config:
 
 
 def read_saved_config(folder: str) -> Config:
-    """The configuration that a run saved in its folder; the paths in it are relative to that folder."""
+    """The configuration of a run's folder; the paths in its config.json are relative to the folder."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise InputError(f"{folder}: not a run's folder, it has no config.json; give the out_dir of a "
                          "training run")
+    saved = override(Config(), read_json(path), str(path))
+    paths = {k: str(Path(folder) / v) for k, v in saved.parts().items() if isinstance(v, str) and v}
+    return replace(saved, **paths)
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file that holds an object."""
     try:
         content = json.loads(path.read_text())
-    except ValueError as e:
-        raise InputError(f"{path}: not valid JSON ({e}); the run has to be started again") from e
+    except FileNotFoundError as e:
+        raise InputError(f"{path}: there is no such file") from e
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{path}: not valid JSON ({e}); fetch or make it again") from e
     if not isinstance(content, dict):
-        raise InputError(f"{path}: it should hold a JSON object; the run has to be started again")
-    saved = override(Config(), content, str(path))
-    given = {k: v for k in PATHS if isinstance(v := getattr(saved, k), str) and v}
-    return replace(saved, **{k: str(Path(folder) / v) for k, v in given.items()})
-
-
-PATHS = ("vision", "qformer", "llama", "proj", "tokenizer")  # the fields that name a weight file
+        raise InputError(f"{path}: it should hold a JSON object; fetch or make it again")
+    return content
 
 
 def to_json(config) -> str:
@@ -206,22 +209,51 @@ def to_json(config) -> str:
     return json.dumps(asdict(config), indent=1)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f"command line: {message}")
+
+
+def parse_args(argv: list[str], doc: str, positional: str, *classes) -> tuple[list[str], dict[str, str]]:
+    """(["a.jpg", "--seed", "1"], ...) -> (["a.jpg"], {"seed": "1"}), for `override` to check and convert.
+
+    The options are the fields of the dataclasses in `classes`. `positional` names the other arguments,
+    "SRC DST", or "[IMAGE ...]" for any number. -h prints `doc` and all options, and exits."""
+    options = {f.name: f for cls in classes for f in fields(cls)}
+    usage = f"python {os.path.relpath(sys.argv[0])} {positional} [--key=value ...]"
+    parser = _Parser(usage=usage, description=doc, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, f in options.items():
+        default = f.default_factory() if callable(f.default_factory) else f.default
+        about = f"{f.metadata['help']} (default: {default!r})".replace("%", "%%")
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, metavar="VALUE", help=about)
+    parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
+    words = []
+    for word, following in zip(argv, [*argv[1:], ""]):
+        if word.startswith("--") and word != "--help":
+            key, equals, value = word[2:].partition("=")
+            check_name(key := key.replace("-", "_"), options, "command line")
+            bare = options[key].type is bool and not equals and following.lower() not in ("true", "false")
+            word = f"--{key}=True" if bare else f"--{key}{equals}{value}"
+        words.append(word)
+    given = vars(parser.parse_intermixed_args(words))
+    arguments = given.pop("arguments")
+    if "..." not in positional and len(arguments) != len(positional.split()):
+        raise InputError(f"usage: {usage}")
+    return arguments, given
+
+
 def run_main(main):
-    """Call `main(argv)`; an InputError becomes one line on stderr and exit status 2. With --help, print the
-    program's docstring instead."""
+    """Call `main(argv)`; an InputError becomes one line on stderr and exit status 2."""
     try:
-        if {"-h", "--help"} & set(sys.argv[1:]):
-            print(sys.modules["__main__"].__doc__)
-        else:
-            main(sys.argv[1:])
+        main(sys.argv[1:])
     except InputError as e:
-        message = str(e).strip().splitlines()[-1]  # of an error in a data worker, the last line of its report
-        print(f"error: {message.removeprefix('configs.schema.InputError: ')}", file=sys.stderr)
+        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output, such as head, has had enough
+    except BrokenPipeError:  # the reader of our output, such as head, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as e:  # no permission, no room
+    except OSError as e:  # no permission, no space left
         print(f"error: {e.filename or 'a file'}: {e.strerror or e}", file=sys.stderr)
         sys.exit(2)

@@ -1,23 +1,22 @@
-"""Stage 1 of MiniGPT-4 (arXiv 2304.10592): the projection learns from noisy image-caption pairs.
+"""Stage 1 of MiniGPT-4 (arXiv 2304.10592): the projection is trained on noisy image-caption pairs.
 
 torchrun --nproc-per-node 4 train.py configs/stage1.py
 
-Cost in the paper: about 10 hours on 4 A100 80GB. Expected: a model that names what it sees in short, often
-broken or repeated phrases; stage 2 repairs that. The global batch is 4 x 64 = 256: on another number of
-devices keep processes x batch_size x grad_accum at 256.
+Cost in the paper: about 10 hours on 4 A100 80GB. Expected: a model that names what it sees in short, often broken
+or repeated phrases; stage 2 repairs that. The global batch is 4 x 64 = 256: on another number of devices keep
+processes x batch_size x grad_accum at 256.
 """
 
 vision = "weights/eva_vit_g.safetensors"
 qformer = "weights/qformer.safetensors"
 llama = "weights/vicuna-7b"
 
-data = {  # drawn per batch, 115 : 14
+data = {  # drawn per step, 115 : 14
     "data/laion_dataset/{00000..10488}.tar": 115,
     "data/cc_sbu_dataset/{00000..01255}.tar": 14,
 }
-end_sym = "\n"
-max_txt_len = 32
 clean_captions = True
+max_txt_len = 32
 
 batch_size = 64
 max_steps = 20_000  # 4 epochs of 5,000
@@ -29,6 +28,6 @@ weight_decay = 0.05
 
 dtype = "bfloat16"
 num_workers = 4
-length_group = 8
+length_group = 8  # the workers of 4 processes then hold about 2.3 GiB of shared memory
 out_dir = "out/stage1"
 save_interval = 1000

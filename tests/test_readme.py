@@ -1,30 +1,28 @@
 """The README is run: its commands, file tree and figures cannot drift from the program."""
 
 import ast
+import importlib
 import json
 import re
 import shlex
-from dataclasses import fields
+import sys
 from pathlib import Path
 
 import pytest
 
-import chat
-from configs.schema import load_config, parse_args
-from data import INSTRUCTIONS
-from tools import make_scenes
+from configs.schema import Config, load_config, override, parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-OPTIONAL = {("bench_chat.py", "transformers"), ("bench_train.py", "transformers"),
-            ("bench_data.py", "webdataset"), ("prepare_stage1.py", "pyarrow")}
+OPTIONAL = {("bench.py", "transformers"), ("bench.py", "webdataset"), ("prepare_stage1.py", "pyarrow")}
 # which say so in one line where they are missing
-SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("configs/*.py"), *ROOT.glob("tools/*.py")]
+SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("configs/**/*.py"), *ROOT.glob("tools/*.py")]
 
 
 def commands():
     """Every command of the README's code blocks and of the config files' and modules' docstrings."""
-    texts = [block for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)]
+    pages = (README, (ROOT / "configs/tiny/README.md").read_text())
+    texts = [block for page in pages for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL)]
     texts += [ast.get_docstring(ast.parse(p.read_text())) or "" for p in SOURCES]
     for text in texts:
         for line in text.splitlines():
@@ -40,11 +38,16 @@ def test_every_command_is_one_that_the_program_takes(command):
         assert words[:3] == ["python", "-m", "pytest"]
         return
     assert (ROOT / script).is_file()
-    positional, options = parse_args(words[words.index(script) + 1:])
+    arguments = words[words.index(script) + 1:]
     if script == "train.py":
-        load_config(str(ROOT / positional[0]), options)
-    elif script == "chat.py":
-        assert set(options) <= {f.name for f in fields(chat.Options)}
+        positional, given = parse_args(arguments, "", "CONFIG", Config)
+        load_config(str(ROOT / positional[0]), given)
+    elif not script.startswith("tests/"):
+        own = importlib.import_module(script.removesuffix(".py").replace("/", ".")).Options
+        takes_config = script in ("tools/show_data.py", "tools/dry_run.py")
+        _, given = parse_args(arguments, "", "...", own, *[Config] * takes_config)
+        known = own.__dataclass_fields__
+        override(own(), {k: v for k, v in given.items() if k in known})
 
 
 def test_the_file_tree_is_the_repository_s():
@@ -56,9 +59,15 @@ def test_the_file_tree_is_the_repository_s():
 
 
 def test_the_configs_that_it_names_are_there():
-    named = set(re.findall(r"\btiny_\w+|\bstage[12]_?\w*\.py", README))
-    assert len(named) > 8
-    assert all((ROOT / "configs" / name).with_suffix(".py").is_file() for name in named)
+    named = set(re.findall(r"configs/\w+(?:/\w+)?\.py|\bstage[12]_?\w*\.py", README))
+    assert len(named) > 5
+    assert all((ROOT / "configs" / name.removeprefix("configs/")).is_file() for name in named)
+
+
+def test_the_readme_opens_with_the_example_and_the_limits():
+    top = README.splitlines()[:15]
+    assert any("assets/tiny/example.png" in line for line in top)
+    assert any("CPUs only" in line for line in top) and len(README.splitlines()) <= 260
 
 
 def test_the_evaluation_table_is_the_saved_one():
@@ -74,14 +83,9 @@ def test_the_committed_weights_are_small():
     assert sum(p.stat().st_size for p in (ROOT / "assets/tiny").rglob("*") if p.is_file()) <= 10e6
 
 
-def test_the_scenes_ask_with_the_instructions_of_stage_2():
-    assert make_scenes.DESCRIBE_PROMPTS[:4] == INSTRUCTIONS
-
-
 def test_nothing_outside_the_six_packages_is_imported():
     allowed = {"torch", "sentencepiece", "safetensors", "numpy", "PIL", "tqdm"}
     own = {p.stem for p in SOURCES} | {"configs", "tools"}
-    import sys
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else \

@@ -3,20 +3,16 @@
 import json
 import random
 import re
-import sys
 import tarfile
 from dataclasses import replace
 from itertools import combinations, permutations, product
-from pathlib import Path
 
 import pytest
 import sentencepiece
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-import make_scenes as world  # noqa: E402
-from configs.schema import InputError  # noqa: E402
+from configs.schema import InputError
+from tools import make_scenes as world
 
 
 def draws(n, heldout=False):
@@ -86,7 +82,10 @@ def test_the_texts_of_one_scene_word_for_word():
 
 def test_answers_about_counts_presence_and_relations_follow_from_the_cells():
     axis = {"to the left of": (0, -1), "to the right of": (0, 1), "above": (1, -1), "below": (1, 1)}
-    at = lambda obj: (obj.cell % 3, obj.cell // 3)
+
+    def at(obj):
+        return obj.cell % 3, obj.cell // 3
+
     for scene, rng in draws(3000):
         question, answer, kind = world.qa(scene, rng)
         if kind == "count":
@@ -186,8 +185,10 @@ def test_shards_have_the_members_of_img2dataset(tmp_path):
 
 def test_text_and_its_tokenizer(tmp_path):
     world.main(["text", str(tmp_path / "text"), "--n=3000"])
-    lines = lambda name: (tmp_path / "text" / f"{name}.jsonl").read_text().splitlines()
-    read = lambda name: [json.loads(line) for line in lines(name)]
+
+    def read(name):
+        return [json.loads(line) for line in (tmp_path / "text" / f"{name}.jsonl").read_text().splitlines()]
+
     for line in read("chat"):
         first = line["conversation"][0]["user"]
         assert first.startswith("<Img> ") and first.count(" </Img> ") == 1 and len(line["conversation"]) == 12

@@ -1,15 +1,15 @@
-"""BLIP's lists of captions and addresses -> the tar shards of stage 1, fetched by img2dataset.
+"""BLIP's lists of captions and URLs -> the tar shards of stage 1, downloaded by img2dataset.
 
-    python tools/prepare_stage1.py SRC.json DST [--run=True] [--list=DST.tsv] [--key=value ...]
+    python tools/prepare_stage1.py SRC.json DST [--run] [--list=DST.tsv] [--key=value ...]
     python tools/prepare_stage1.py check DST
 
-SRC is one of BLIP's `*_synthetic_filtered_large.json`, of any size: it is read in pieces. From it comes the
-list that img2dataset takes (a .tsv, or a .parquet if --list ends so), and the command that fetches the
-pictures into the folder DST is printed, or started with --run=True; broken off, it goes on where it was.
+SRC is one of BLIP's `*_synthetic_filtered_large.json`, of any size: it is read in chunks. The program writes
+the list that img2dataset takes, a .tsv or .parquet, and prints the command that downloads the pictures into
+the folder DST. --run also runs it; an interrupted download continues where it stopped.
 
-check, which also follows a --run, looks through the shards: samples, failures by cause, bytes, suspicious
-shards. It writes DST/index.json, from which data.py knows the counts without opening every shard.
-img2dataset is a package of its own, and a .parquet needs pyarrow.
+check, which also follows a --run, reports samples, failed downloads by cause, bytes and suspicious shards. It
+writes DST/index.json, so that data.py need not open every shard to count its samples. img2dataset is a
+separate package, and a .parquet needs pyarrow.
 """
 
 import csv
@@ -20,129 +20,108 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
 
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configs.schema import InputError, override, parse_args, run_main
+from configs.schema import InputError, option, override, parse_args, run_main
 from data import index_tar
 
-PIECE, LARGEST = 2**20, 2**24  # characters read at a time, and of the largest entry
-USAGE = "usage: python tools/prepare_stage1.py SRC.json DST [--run=True], or: prepare_stage1.py check DST"
+CHUNK, LARGEST = 2**20, 2**24  # characters: read at a time; of the largest entry
 
 
 @dataclass(frozen=True)
 class Options:
-    run: bool = False            # start img2dataset, and check what it made
-    list: str = ""               # where the .tsv or .parquet goes; "": DST.tsv
-    image_size: int = 224        # pixels of a side; img2dataset keeps proportions and fills up with white
-    processes: int = 16          # of img2dataset, each with so many threads
-    threads: int = 128
-    timeout: int = 10            # seconds for a picture
-    shard_size: int = 10_000     # addresses of a shard
+    run: bool = option(False, "run img2dataset, then check its shards")
+    list: str = option("", "the .tsv or .parquet to write; none: DST.tsv")
+    image_size: int = option(224, "pixels; img2dataset keeps the proportions and pads with white")
+    processes: int = option(16, "of img2dataset")
+    threads: int = option(128, "per process")
+    timeout: int = option(10, "seconds per picture")
+    shard_size: int = option(10_000, "URLs per shard")
 
     def __post_init__(self):
         if min(self.image_size, self.processes, self.threads, self.timeout, self.shard_size) < 1:
-            raise InputError("the options that are numbers are at least 1")
+            raise InputError("the numeric options must be at least 1")
 
 
-# ---- the list ----------------------------------------------------------------------------------------------
+# ---- the list and the download -----------------------------------------------------------------------------
 
-
-def read_entries(path: str) -> Iterator:
-    """The entries of a JSON list, one after the other; no more than a piece of the file is in memory.
-
-    Raises InputError, with the place, where the file is broken."""
+def read_entries(path: str):
+    """Yield the entries of a JSON list, with only a chunk in memory. InputError: where it is broken."""
     decode, skip_space = json.JSONDecoder().raw_decode, re.compile(r"\s*").match
     with open(path, encoding="utf-8-sig", errors="replace") as f:
-        text, passed, at, n = f.read(PIECE), 0, 0, 0
-        at = skip_space(text).end()
-        if text[at:at + 1] != "[":
+        text, passed, n = f.read(CHUNK), 0, 0
+        start = re.match(r"\s*\[\s*\]?", text)
+        if not start:
             raise InputError(f"{path}: does not begin with [; give a JSON list of {{\"url\", \"caption\"}}")
-        at = skip_space(text, at + 1).end()
-        if text[at:at + 1] == "]":
-            return
-        while True:
+        at, separator = start.end(), start[0][-1]  # "]": the list is empty
+        while separator != "]":
             try:
                 entry, end = decode(text, skip_space(text, at).end())
                 end = skip_space(text, end).end()
-                if text[end] not in ",]":
-                    raise ValueError("no comma behind it")
-            except (ValueError, IndexError, RecursionError) as e:  # as also where the piece ends
-                more = f.read(PIECE) if len(text) - at < LARGEST else ""
+                separator = text[end]
+                if separator not in ",]":
+                    raise ValueError("no comma after it")
+            except (ValueError, IndexError, RecursionError) as e:  # broken, or the chunk ends here
+                more = f.read(CHUNK) if len(text) - at < LARGEST else ""
                 if not more:
-                    raise InputError(f"{path}: broken or cut off in entry {n + 1:,}, which begins at "
-                                     f"character {passed + at:,}; fetch the file again") from e
+                    raise InputError(f"{path}: broken or truncated in entry {n + 1:,}, which begins at "
+                                     f"character {passed + at:,}; download the file again") from e
                 text, passed, at = text[at:] + more, passed + at, 0
                 continue
             yield entry
             n, at = n + 1, end + 1
-            if text[end] == "]":
-                return
 
 
-def write_list(src: str, dst: Path) -> Counter:
-    """SRC's addresses and captions as a .tsv or .parquet; how many entries there were of which kind."""
-    counts, part = Counter(), Path(f"{dst}.part")
-    try:
-        dst.parent.mkdir(parents=True, exist_ok=True)
-        write, close = (_parquet if dst.suffix == ".parquet" else _tsv)(part)
-    except OSError as e:
-        raise InputError(f"{dst}: cannot be written ({e}); give another --list or DST") from e
-    try:
-        for entry in tqdm(read_entries(src), desc=f"writing {dst}", unit="entry", unit_scale=True, delay=1):
-            url, caption = (entry.get(k) for k in ("url", "caption")) if isinstance(entry, dict) else (0, 0)
-            missing = [k for k, v in (("url", url), ("caption", caption))
-                       if not isinstance(v, str) or not v.strip()]
-            counts[f"without {missing[0]}" if missing else "written"] += 1
-            if not missing:
-                write(*(text.encode("utf-8", "replace").decode() for text in (url.strip(), caption)))
-        close()
-    except BaseException:
-        part.unlink()
-        raise
-    part.replace(dst)
-    return counts
+def _rows(entries, counts):
+    """Yield (url, caption) of the entries that have both; count these and the others in `counts`."""
+    for entry in entries:
+        row = {key: entry.get(key) if isinstance(entry, dict) else None for key in ("url", "caption")}
+        missing = [key for key, text in row.items() if not isinstance(text, str) or not text.strip()]
+        counts[f"without {missing[0]}" if missing else "written"] += 1
+        if not missing:
+            url, caption = (text.encode("utf-8", "replace").decode() for text in row.values())
+            yield url.strip(), caption
 
 
-def _tsv(path: Path) -> tuple[Callable, Callable]:
-    """(write a row, close). A line break, which img2dataset's reader of .tsv cannot take, becomes a space."""
-    f = open(path, "w", encoding="utf-8", newline="")
-    rows = csv.writer(f, delimiter="\t", lineterminator="\n")
-    rows.writerow(("url", "caption"))
-    return lambda *row: rows.writerow([re.sub(r"[\r\n\0]+", " ", text) for text in row]), f.close
+def _write_tsv(path, rows):
+    """Line breaks, which img2dataset cannot read in a .tsv, become spaces."""
+    with open(path, "w", encoding="utf-8", newline="") as f:
+        writer = csv.writer(f, delimiter="\t", lineterminator="\n")
+        writer.writerow(("url", "caption"))
+        writer.writerows([re.sub(r"[\r\n\0]+", " ", text) for text in row] for row in rows)
 
 
-def _parquet(path: Path) -> tuple[Callable, Callable]:
-    """(write a row, close)."""
+def _write_parquet(path, rows):
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError as e:
-        raise InputError("a .parquet needs the package pyarrow: pip install pyarrow, or take a .tsv") from e
+        raise InputError("a .parquet needs the package pyarrow: pip install pyarrow, or write a .tsv") from e
     schema = pyarrow.schema([("url", pyarrow.string()), ("caption", pyarrow.string())])
-    writer, rows = parquet.ParquetWriter(path, schema), []
-
-    def flush():
-        urls, captions = zip(*rows) if rows else ((), ())
-        writer.write_table(pyarrow.table([urls, captions], schema=schema))
-        rows.clear()
-
-    def write(*row):
-        rows.append(row)
-        if len(rows) == 100_000:
-            flush()
-
-    return write, lambda: (flush(), writer.close())
+    with parquet.ParquetWriter(path, schema) as writer:
+        while batch := list(islice(rows, 100_000)):
+            writer.write_table(pyarrow.table(list(zip(*batch)), schema=schema))
 
 
-# ---- the pictures ------------------------------------------------------------------------------------------
+def write_list(src: str, dst: Path) -> Counter:
+    """Write SRC's URLs and captions to a .tsv or .parquet; count the entries written and left out."""
+    counts, part = Counter(), Path(f"{dst}.part")
+    entries = tqdm(read_entries(src), desc=f"writing {dst}", unit="entry", unit_scale=True, delay=1)
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        (_write_parquet if dst.suffix == ".parquet" else _write_tsv)(part, _rows(entries, counts))
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    part.replace(dst)
+    return counts
 
 
 def fetch_command(listed: Path, dst: Path, options: Options) -> list[str]:
@@ -155,62 +134,48 @@ def fetch_command(listed: Path, dst: Path, options: Options) -> list[str]:
 
 
 def prepare(src: str, dst: Path, options: Options):
-    """Write the list, unless it is there and newer than SRC; print or start the command."""
+    """Write the list, unless it exists and is newer than SRC; print or run the command."""
     listed = Path(options.list or f"{dst}.tsv")
     if listed.suffix not in (".tsv", ".parquet"):
-        raise InputError(f"--list={listed}: a name that ends in .tsv or .parquet")
+        raise InputError(f"--list={listed}: give a name that ends with .tsv or .parquet")
     if not Path(src).is_file():
         raise InputError(f"{src}: there is no such file; give BLIP's *_synthetic_filtered_large.json")
     if listed.is_file() and listed.stat().st_mtime >= Path(src).stat().st_mtime:
-        print(f"{listed} is there already, and newer than {src}")
+        print(f"{listed} exists already, and is newer than {src}")
     else:
         counts = write_list(src, listed)
-        left_out = {k: v for k, v in counts.items() if k != "written"}
-        print(f"{listed}: {counts['written']:,} pictures; left out: "
-              + (", ".join(f"{v:,} {k}" for k, v in left_out.items()) or "none"))
+        left_out = [f"{n:,} {kind}" for kind, n in counts.items() if kind != "written"]
+        print(f"{listed}: {counts['written']:,} pictures; left out: {', '.join(left_out) or 'none'}")
     command, index = fetch_command(listed, dst, options), dst / "index.json"
-    # img2dataset takes every .json of the folder for that of a finished shard, and stumbles over this one
+    # img2dataset takes every .json in the folder for a finished shard's, and fails on this one
     print((f"rm {shlex.quote(str(index))} && " if index.exists() else "") + shlex.join(command))
     if options.run:
-        near = shutil.which("img2dataset", path=str(Path(sys.executable).parent))
-        program = near or shutil.which("img2dataset")
+        near = str(Path(sys.executable).parent)
+        program = shutil.which("img2dataset", path=near) or shutil.which("img2dataset")
         if not program:
             raise InputError("img2dataset is not installed: pip install img2dataset")
         index.unlink(missing_ok=True)
         dst.parent.mkdir(parents=True, exist_ok=True)
         status = subprocess.run([program, *command[1:]]).returncode
         if status:
-            raise InputError(f"img2dataset ended with status {status}; started again, it keeps the shards "
-                             "that are finished")
+            raise InputError(f"img2dataset exited with {status}; run it again: finished shards are kept")
         check(dst)
 
 
 # ---- the shards --------------------------------------------------------------------------------------------
 
-
-class Shard(NamedTuple):
-    name: str
-    n_bytes: int
-    samples: int
-    problems: list[str]
-    asked: int          # addresses, as img2dataset's *_stats.json says
-    causes: Counter     # of the pictures that could not be had
-    has_stats: bool
-
-
-def examine(path: Path) -> Shard:
-    """One shard, and what img2dataset wrote about it."""
-    problems, samples, causes, asked = [], 0, Counter(), 0
+def examine(path: Path) -> tuple[int, int, Counter, list[str]]:
+    """(samples, URLs, failed downloads by cause, problems) of a shard, from the .tar and its *_stats.json."""
+    samples, asked, causes, problems = 0, 0, Counter(), []
     try:
         table = index_tar(str(path))
         samples = len(table)
-        odd = sum(picture is None or text is None for _, picture, text, _ in table)
         if not samples:
             problems.append("no samples")
-        if odd:
+        if odd := sum(picture is None or text is None for _, picture, text, _ in table):
             problems.append(f"{odd:,} samples without picture or caption")
     except InputError as e:
-        problems.append(f"unreadable ({e.__cause__})")
+        problems.append(f"unreadable ({e.__cause__ or e})")
     stats_file = path.with_name(f"{path.stem}_stats.json")
     try:
         stats = json.loads(stats_file.read_text())
@@ -221,64 +186,54 @@ def examine(path: Path) -> Shard:
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        problems.append(f"{stats_file.name} cannot be read ({e!r})")
-    return Shard(path.name, path.stat().st_size, samples, problems, asked, causes, stats_file.is_file())
+        problems.append(f"{stats_file.name} is unreadable ({e!r})")
+    return samples, asked, causes, problems
 
 
-def missing_numbers(names: list[str]) -> str:
-    """["00000.tar", "00003.tar"] -> "00001.tar to 00002.tar"; "" if there are none."""
-    present = {int(name[:-4]) for name in names if name[:-4].isdigit()}
-    width = len(names[0]) - 4
-    gaps = []
-    for a, b in zip(sorted(present | {-1}), sorted(present)):
-        if b - a > 1:
-            first, last = f"{a + 1:0{width}d}.tar", f"{b - 1:0{width}d}.tar"
-            gaps.append(first if first == last else f"{first} to {last}")
-    return ", ".join(gaps)
+def missing_shards(tars: list[Path]) -> str:
+    """[00000.tar, 00002.tar, 00005.tar] -> "00001.tar, 00003.tar to 00004.tar"; "" if none is missing."""
+    present, width = sorted({-1, *(int(t.stem) for t in tars if t.stem.isdigit())}), len(tars[0].stem)
+    gaps = [{a + 1, b - 1} for a, b in zip(present, present[1:]) if b - a > 1]
+    return ", ".join(" to ".join(f"{i:0{width}d}.tar" for i in sorted(gap)) for gap in gaps)
 
 
 def check(folder: Path):
-    """Print what is in a folder of shards, and write its index.json."""
-    tars = sorted(folder.glob("*.tar"))
+    """Print a report on a folder of shards, and write its index.json."""
+    tars, stats = sorted(folder.glob("*.tar")), {path.name for path in folder.glob("*_stats.json")}
     if not tars:
         raise InputError(f"{folder}: no *.tar shards there")
     with ProcessPoolExecutor() as pool:
         shards = list(tqdm(pool.map(examine, tars), total=len(tars), desc="checking", unit="shard", delay=1))
-    usual = median(shard.samples for shard in shards)
-    for i, shard in enumerate(shards):
-        if 0 < shard.samples < usual / 2 and i < len(shards) - 1:  # the last one holds what is left
-            shard.problems.append(f"{shard.samples:,} samples, of the others half have {usual:,.0f} or more")
-        if not shard.has_stats and any(s.has_stats for s in shards):
-            shard.problems.append(f"no {shard.name[:-4]}_stats.json: img2dataset has not finished it")
-    samples, asked = sum(s.samples for s in shards), sum(s.asked for s in shards)
-    causes = sum((s.causes for s in shards), Counter())
-    print(f"{folder}: {len(shards):,} shards, {samples:,} samples, {sum(s.n_bytes for s in shards):,} bytes")
-    if asked:
-        print(f"of {asked:,} pictures {causes.total():,} could not be had ({causes.total() / asked:.1%})")
-        for cause, n in causes.most_common(10):
+    samples, asked, causes, problems = zip(*shards)
+    usual = median(samples)
+    for tar, n, found in zip(tars, samples, problems):
+        if 0 < n < usual / 2 and tar != tars[-1]:  # the last one holds the remainder
+            found.append(f"only {n:,} samples; the median is {usual:,.0f}")
+        if stats and f"{tar.stem}_stats.json" not in stats:
+            found.append(f"no {tar.stem}_stats.json: img2dataset has not finished it")
+    n_bytes, failed = sum(tar.stat().st_size for tar in tars), sum(causes, Counter())
+    print(f"{folder}: {len(tars):,} shards, {sum(samples):,} samples, {n_bytes:,} bytes")
+    if sum(asked):
+        print(f"{failed.total():,} of {sum(asked):,} downloads failed ({failed.total() / sum(asked):.1%})")
+        for cause, n in failed.most_common(10):
             print(f"{n:12,}  {cause}")
-    suspicious = [f"{s.name}: {'; '.join(s.problems)}" for s in shards if s.problems]
-    missing = missing_numbers([s.name for s in shards])
-    suspicious += [f"missing: {missing}"] if missing else []
-    print(f"suspicious shards: {len(suspicious) or 'none'}")
-    for line in suspicious:
-        print(f"  {line}")
-    if not samples:
-        raise InputError(f"{folder}: not one sample in {len(shards):,} shards")
-    part = folder / "index.json.part"
-    part.write_text(json.dumps({"samples": {s.name: s.samples for s in shards}}, indent=0))
-    part.replace(folder / "index.json")
+    suspicious = [f"{tar.name}: {'; '.join(found)}" for tar, found in zip(tars, problems) if found]
+    if missing := missing_shards(tars):
+        suspicious.append(f"missing: {missing}")
+    print("\n  ".join([f"suspicious shards: {len(suspicious) or 'none'}", *suspicious]))
+    if not sum(samples):
+        raise InputError(f"{folder}: no sample in {len(tars):,} shards")
+    index = {"samples": {tar.name: n for tar, n in zip(tars, samples)}}
+    (folder / "index.json").write_text(json.dumps(index, indent=0))
 
 
 def main(argv: list[str]):
-    positional, given = parse_args(argv)
-    if len(positional) != 2:
-        raise InputError(USAGE)
+    (src, dst), given = parse_args(argv, __doc__, "SRC|check DST", Options)
     options = override(Options(), given)
-    if positional[0] == "check":
-        check(Path(positional[1]))
+    if src == "check":
+        check(Path(dst))
     else:
-        prepare(positional[0], Path(positional[1]), options)
+        prepare(src, Path(dst), options)
 
 
 if __name__ == "__main__":

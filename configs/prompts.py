@@ -1,0 +1,71 @@
+"""The prompts: chat templates, MiniGPT-4's system text, and the instructions of stage 2.
+
+A prompt is a list of segments: a text, IMAGE (the tokens of one picture) or BOS (the control token `<s>`).
+Training and chat both build theirs from here. A new template is one more entry of TEMPLATES.
+"""
+
+from dataclasses import dataclass
+
+IMAGE = -1  # one image token; in token ids it is repeated once for each token of a picture
+BOS = -2    # the tokenizer's `<s>`
+
+SYSTEM = ("Give the following image: <Img>ImageContent</Img>. You will be able to see the image once I "
+          "provide it to you. Please answer my questions.")
+INSTRUCTIONS = (  # stage 2 draws one per sample
+    "Describe this image in detail.",
+    "Take a look at this image and describe what you notice.",
+    "Please provide a detailed description of the picture.",
+    "Could you describe the contents of this image for me?",
+)
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a conversation is written down, in training (without system text) and in chat."""
+
+    training: tuple[str, str]         # before and after the user's message
+    system: tuple[str | int, ...]     # chat: before the first message
+    user: tuple[str | int, ...]       # chat: before each message of the user
+    assistant: str                    # chat: between the message and the answer
+    end: str                          # ends each answer: a text, or the control token "</s>"
+
+
+TEMPLATES = {
+    "vicuna": Template(training=("###Human: ", " ###Assistant: "), system=(SYSTEM, "###"),
+                       user=("Human: ",), assistant="###Assistant: ", end="###"),
+    "llama2": Template(training=("[INST] ", " [/INST] "), system=(SYSTEM,),
+                       user=(BOS, "[INST] "), assistant=" [/INST] ", end="</s>"),
+}
+
+
+def user_message(text: str, n_images: int) -> list[str | int]:
+    """("Hi", 1) -> ["<Img>", IMAGE, "</Img> ", "Hi"]."""
+    return ["<Img>", IMAGE, "</Img> "] * n_images + [text]
+
+
+def chat_segments(turns: list[tuple[list[str | int], str | None]], template: Template) -> list[str | int]:
+    """Turns of (user_message, answer), the last answer None, -> the segments of a chat prompt."""
+    segments = [BOS, *template.system]
+    for message, answer in turns:
+        segments += [*template.user, *message, template.assistant]
+        if answer is not None:
+            segments += [answer, template.end.replace("</s>", "")]  # the original's history has no </s>
+    return segments
+
+
+def training_segments(turns: list[tuple[str, str]], n_images: int, template: str, end: str,
+                      as_chat: bool = False) -> list[list[str | int]]:
+    """The prompt segments before each answer of a training conversation, its pictures in the first message.
+
+    `end` ended the answer before. `as_chat` writes the conversation as chat does, with the system text."""
+    template, prompts = TEMPLATES[template], []
+    before, after = template.training
+    for i, (text, _) in enumerate(turns):
+        message = user_message(text, n_images if i == 0 else 0)
+        if as_chat:
+            start = [BOS, *template.system] if i == 0 else []
+            prompts.append([*start, *template.user, *message, template.assistant])
+        else:
+            start = [BOS, before] if i == 0 else [before.removeprefix(end)]
+            prompts.append([*start, *message, after])
+    return prompts

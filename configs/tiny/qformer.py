@@ -1,0 +1,15 @@
+"""Q-Former: learns to tell the teacher what the finished vision tower sees, as BLIP-2's did between EVA-CLIP
+and FlanT5. The teacher is not the language model that MiniGPT-4 will chat with."""
+from configs.tiny.vision import *
+
+vision = "out/tiny_vision/vision.safetensors"
+qformer = dict(n_queries=19, width=128, n_layers=4, n_heads=4, ffn_hidden=256)
+llama = "out/tiny_teacher/llama"
+proj = ""
+trainable = ("qformer", "proj")
+max_steps = 5500
+min_lr = 1e-5
+warmup_steps = 200
+out_dir = "out/tiny_eyes"
+show_samples = 4
+save_interval = 500
