@@ -20,6 +20,8 @@ from typing import get_args, get_origin
 from configs.prompts import TEMPLATES
 
 DTYPES = ("float32", "bfloat16", "float16")
+DATA = ("a path, a list of paths, or {path: weight}: tar shards (a glob, {00000..00099}.tar, a folder, a .txt "
+        "that lists them), a folder with filter_cap.json, or a .jsonl")
 
 
 class InputError(Exception):
@@ -37,7 +39,7 @@ def option(default, meaning: str, is_path: bool = False):
 class Config:
     """One training run. Paths are relative to the working directory; an empty string means "none"."""
 
-    # The model's parts. A dict holds the sizes of a new part, with random weights.
+    # The model's parts; a dict holds the sizes of a new part, with random weights.
     vision: str | dict = option("", "weight file; none: train on text alone", is_path=True)
     qformer: str | dict = option("", "weight file; none: join 4 patches per image token", is_path=True)
     llama: str | dict = option("", "weight folder", is_path=True)
@@ -45,25 +47,20 @@ class Config:
     tokenizer: str = option("", "tokenizer.model; none: the one in the llama folder", is_path=True)
     trainable: tuple[str, ...] = option(("proj",), "parts to train: vision, qformer, proj, llama")
     image_size: int = option(0, "pixels; 0: the size that the vision part was trained with")
-
     # The data.
-    data: str | dict | list = option("", "path, list of paths or {path: weight}, one drawn per step: tar shards "
-                                     "(a glob, {00000..00099}.tar, a folder, a .txt that lists them), a "
-                                     "folder with filter_cap.json, or a .jsonl")
+    data: str | dict | list = option("", DATA + "; each step takes one of several, by weight")
     heldout_data: str | dict | list = option("", "the same; none: no evaluation during training")
     prepare: dict = option({}, "{path: arguments of python that make it, if data needs it}")
     template: str = option("", f"{', '.join(TEMPLATES)}; none: picture, then caption, as in stage 1")
     end_sym: str = option("", "ends every answer: a text, or the token </s>; none: the template's own")
     max_txt_len: int = option(32, "tokens of an answer with its end; longer ones are cut")
-    clean_captions: bool = option(False, "lower case, no punctuation, at most 50 words, as in stage 1")
+    clean_captions: bool = option(False, "lower case, less punctuation, at most 50 words, as in stage 1")
     chat_share: float = option(0.0, "share of conversations in chat's form, with the system text")
     shuffle_shards: int = option(8, "shards whose samples are shuffled together")
-    length_group: int = option(1, "steps whose samples are sorted by length together; shared memory grows "
-                               "with it, as workers pass on all batches of a group at once")
+    length_group: int = option(1, "steps whose samples are sorted by length; workers' memory grows with it")
     max_bad_fraction: float = option(0.1, "of the samples; more unusable ones stop the run")
     num_workers: int = option(2, "data-loading processes per training process")
     seed: int = option(42, "of new weights and of the order of the samples")
-
     # The optimizer, AdamW. A step has processes x batch_size x grad_accum samples.
     batch_size: int = option(64, "samples per process and micro-batch")
     grad_accum: int = option(1, "micro-batches per step")
@@ -75,7 +72,6 @@ class Config:
     weight_decay: float = option(0.05, "of matrices; biases and norms have none")
     betas: tuple[float, ...] = option((0.9, 0.999), "of AdamW")
     grad_clip: float = option(0.0, "largest norm of the gradient; 0: no clipping")
-
     # The machine.
     device: str = option("", "none: cuda if there is one, else cpu")
     dtype: str = option("bfloat16", "float32, bfloat16 or float16; trainable parts are float32")
@@ -84,7 +80,6 @@ class Config:
     compile: bool = option(False, "torch.compile the blocks")
     shard: bool = option(False, "shard LLaMA's blocks over the processes (fully_shard)")
     peak_tflops: float = option(0.0, "of the device in `dtype`; the log then shows mfu")
-
     # The run's folder, and what is written to it.
     out_dir: str = option("out/run", "the run's folder")
     log_interval: int = option(10, "steps")
@@ -101,8 +96,8 @@ class Config:
         return self.end_sym or (TEMPLATES[self.template].end if self.template else "\n")
 
     def __post_init__(self):
-        at_least_0 = ("num_workers peak_tflops lr min_lr warmup_lr warmup_steps weight_decay grad_clip chat_share "
-                      "max_bad_fraction image_size show_samples").split()
+        at_least_0 = ("num_workers peak_tflops lr min_lr warmup_lr warmup_steps weight_decay grad_clip "
+                      "chat_share max_bad_fraction image_size show_samples").split()
         at_least_1 = ("batch_size grad_accum max_steps max_txt_len shuffle_shards length_group log_interval "
                       "eval_interval eval_samples save_interval").split()
         checks = {k: (getattr(self, k) >= 0, "give at least 0") for k in at_least_0}  # false for NaN
@@ -111,8 +106,9 @@ class Config:
             "save_dtype": (self.save_dtype in DTYPES[:2], f"give one of {', '.join(DTYPES[:2])}"),
             "template": (self.template in ("", *TEMPLATES), f"give one of {', '.join(TEMPLATES)}, or none"),
             "seed": (0 <= self.seed < 2**63, "give one from 0 to 2**63 - 1"),
-            "betas": (len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "give two, from 0 to below 1"),
-            "trainable": (len(self.trainable) == len(set(self.trainable)) > 0, "name at least one part, once"),
+            "betas": (len(self.betas) == 2 and 0 <= min(self.betas) <= max(self.betas) < 1,
+                      "give two, from 0 to below 1"),
+            "trainable": (0 < len(self.trainable) == len(set(self.trainable)), "name each part once"),
             "out_dir": (self.out_dir, "name a folder"),
             "cache_features": (not self.cache_features or self.vision
                                and not {"vision", "qformer"} & set(self.trainable),

@@ -2,9 +2,9 @@
 
 torchrun --nproc-per-node 4 train.py configs/stage1.py
 
-Cost in the paper: about 10 hours on 4 A100 80GB. Expected: a model that names what it sees in short, often broken
-or repeated phrases; stage 2 repairs that. The global batch is 4 x 64 = 256: on another number of devices keep
-processes x batch_size x grad_accum at 256.
+Cost in the paper: about 10 hours on 4 A100 80GB. Expected: a model that names what it sees in short, often
+broken or repeated phrases; stage 2 repairs that. On another number of devices than 4 keep the global batch,
+processes x batch_size x grad_accum, at 256.
 """
 
 vision = "weights/eva_vit_g.safetensors"

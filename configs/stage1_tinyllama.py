@@ -2,8 +2,8 @@
 
 python train.py configs/stage1_tinyllama.py
 
-The global batch is still 256, by accumulation. `python tools/dry_run.py configs/stage1_tinyllama.py` shows the
-memory; for it, config.json in weights/tinyllama-1.1b-chat is enough.
+The global batch is still 256, by accumulation. tools/dry_run.py shows the memory; for it, config.json in
+weights/tinyllama-1.1b-chat is enough.
 """
 
 from configs.stage1 import *

@@ -2,8 +2,8 @@
 
 python train.py configs/stage2.py
 
-Cost in the paper: about 7 minutes on one A100. It stops at 400 steps (--max_steps=400); the published code runs
-1,000. Expected: whole, fluent descriptions; in the paper failures fall from about 35 % to 2 %.
+Cost in the paper: about 7 minutes on one A100. It stops at 400 steps (--max_steps=400); the published code
+runs 1,000. Expected: whole, fluent descriptions; in the paper failures fall from about 35 % to 2 %.
 """
 
 from configs.stage1 import *

@@ -64,7 +64,7 @@ class Golden:
         """The original's model in float32, its weights converted by tools/convert.py."""
         with tempfile.TemporaryDirectory() as folder:
             files = self.convert(Path(folder))
-            model = MiniGPT4.from_files(**files, dtype="float32", train=())
+            model = MiniGPT4.from_files(**files, dtype="float32", trainable=())
         model.tokenizer = self.tokenizer  # the copy in the folder is gone
         return model
 

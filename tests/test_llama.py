@@ -43,8 +43,8 @@ def make_folder(folder, **changes):
     return theirs
 
 
-def load(folder, dtype="float32", train=()):
-    return MiniGPT4.from_files(vision=None, qformer=None, llama=str(folder), dtype=dtype, train=train)
+def load(folder, dtype="float32", trainable=()):
+    return MiniGPT4.from_files(vision=None, qformer=None, llama=str(folder), dtype=dtype, trainable=trainable)
 
 
 @torch.no_grad()
@@ -117,7 +117,10 @@ def test_a_conversation_beyond_the_context_loses_its_beginning(tmp_path):
     """Of the prompt remains what leaves room for the answer."""
     make_folder(tmp_path)
     model, prompt = load(tmp_path), TOKENS[0].tolist()
-    answer = lambda ids, context: list(model.generate(ids, max_new_tokens=10, temperature=0, context=context))
+
+    def answer(ids, context):
+        return list(model.generate(ids, max_new_tokens=10, temperature=0, context=context))
+
     assert answer(prompt, 30) == answer(prompt[-20:], 2000) != answer(prompt, 2000)
     assert answer(prompt, 50) == answer(prompt, 2000)  # it just fits
 
@@ -135,10 +138,10 @@ def test_bfloat16_is_near(tmp_path):
 
 
 def test_frozen_unless_named(tmp_path):
-    """Named in `train`, the part has gradients and is float32 whatever dtype is asked for the others."""
+    """Named in `trainable`, the part has gradients and is float32 whatever dtype is asked for the others."""
     make_folder(tmp_path)
     assert not any(p.requires_grad for p in load(tmp_path).parameters())
-    trained = load(tmp_path, "bfloat16", train=("llama",))
+    trained = load(tmp_path, "bfloat16", trainable=("llama",))
     assert all(p.requires_grad and p.dtype == torch.float32 for p in trained.parameters())
 
 
@@ -169,8 +172,7 @@ def test_rotary_buffers_of_old_files_are_ignored(tmp_path):
 
 def test_tied_tensor_that_is_stored_twice_is_ignored(tmp_path):
     theirs = make_folder(tmp_path, tie_word_embeddings=True)
-    add_head = lambda t: t | {"lm_head.weight": torch.zeros_like(t["model.embed_tokens.weight"])}
-    change_tensors(tmp_path, add_head)
+    change_tensors(tmp_path, lambda t: t | {"lm_head.weight": torch.zeros_like(t["model.embed_tokens.weight"])})
     close(logits(load(tmp_path)), their_logits(theirs), 2e-5)
 
 
@@ -265,13 +267,20 @@ def test_sizes_missing_from_config_json_are_named(tmp_path, key):
 # ---- drawing a token ---------------------------------------------------------------------------------------
 
 
+def draw(logits, ids, temperature, top_p, penalty, generator=None):
+    """`sample` with the ids that were seen as a list."""
+    seen = torch.zeros(len(logits), dtype=torch.bool)
+    seen[ids] = True
+    return int(sample(logits, seen, temperature, top_p, penalty, generator))
+
+
 def random_logits(seed, n=50, scale=2.0):
     return torch.randn(n, generator=torch.Generator().manual_seed(seed)) * scale
 
 
 def test_temperature_zero_takes_the_likeliest():
     for seed in range(20):
-        assert sample(random_logits(seed), [1], 0, 0.9, 1.0) == random_logits(seed).argmax()
+        assert draw(random_logits(seed), [1], 0, 0.9, 1.0) == random_logits(seed).argmax()
 
 
 def test_repetition_penalty_equals_transformers():
@@ -282,7 +291,7 @@ def test_repetition_penalty_equals_transformers():
         ids = [1, *scores.topk(2).indices.tolist(), int(scores.argmax())]
         want = penalise(torch.tensor([ids]), scores[None].clone())[0].argmax()
         before = scores.clone()
-        assert sample(scores, ids, 0, 0.9, 1.5) == want
+        assert draw(scores, ids, 0, 0.9, 1.5) == want
         assert torch.equal(scores, before)  # the caller's logits stay as they were
         changed += int(want != scores.argmax())
     assert 10 < changed
@@ -290,8 +299,11 @@ def test_repetition_penalty_equals_transformers():
 
 def test_top_p_keeps_the_nucleus_and_nothing_else():
     scores = torch.tensor([0.15, 0.5, 0.05, 0.3]).log()
-    draws = lambda top_p: {sample(scores, [0], 1.0, top_p, 1.0, generator) for _ in range(400)}
     generator = torch.Generator().manual_seed(0)
+
+    def draws(top_p):
+        return {draw(scores, [0], 1.0, top_p, 1.0, generator) for _ in range(400)}
+
     assert draws(0.45) == {1}  # the token that passes top_p is kept
     assert draws(0.7) == {1, 3}
     assert draws(0.9) == {0, 1, 3}
@@ -307,7 +319,7 @@ def test_drawn_shares_equal_those_of_transformers():
     want = chain(torch.tensor([ids]), scores[None].clone())[0].softmax(-1)
     assert 1 < (want > 0).sum() < 8
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.tensor([sample(scores, ids, 0.7, 0.8, 1.3, generator) for _ in range(n)])
+    drawn = torch.tensor([draw(scores, ids, 0.7, 0.8, 1.3, generator) for _ in range(n)])
     drawn = drawn.bincount(minlength=8) / n
     assert torch.equal(drawn > 0, want > 0)
     close(drawn, want, 0.03)
@@ -316,8 +328,11 @@ def test_drawn_shares_equal_those_of_transformers():
 def test_seeded_draws_repeat(tmp_path):
     make_folder(tmp_path)
     model = load(tmp_path)
-    answer = lambda seed: list(model.generate([1, 300, 301], max_new_tokens=20, temperature=1.0,
-                                              generator=torch.Generator().manual_seed(seed)))
+
+    def answer(seed):
+        return list(model.generate([1, 300, 301], max_new_tokens=20, temperature=1.0,
+                                   generator=torch.Generator().manual_seed(seed)))
+
     assert answer(1) == answer(1)
     assert answer(1) != answer(2)
 
@@ -326,3 +341,11 @@ def test_a_window_wider_than_a_conversation_makes_no_difference_and_is_taken():
     from llama import LlamaConfig
     sizes = LlamaConfig().to_hub() | {"model_type": "mistral", "sliding_window": 4096}
     assert LlamaConfig.from_dict(sizes) == LlamaConfig()
+
+
+def test_unknown_dtypes_and_a_missing_language_model_are_refused(tmp_path):
+    make_folder(tmp_path)
+    with pytest.raises(InputError, match="dtype 'int3': give one of float32"):
+        load(tmp_path, "int3")
+    with pytest.raises(InputError, match="no language model is given; set llama"):
+        load("")

@@ -70,9 +70,9 @@ def test_q_former_equals_blip_2_s():
                      "layernorm": "norm"}.items():
             k = k.replace(a, b)
         tensors[k] = t
-    ours.load_state_dict(tensors)
+    ours.load_state_dict(tensors | {f"ln_vision.{k}": torch.rand(64) for k in ("weight", "bias")})
     image = torch.randn(3, 17, 64)
-    want = theirs(queries.expand(3, -1, -1), encoder_hidden_states=image).last_hidden_state
+    want = theirs(queries.expand(3, -1, -1), encoder_hidden_states=ours.ln_vision(image)).last_hidden_state
     torch.testing.assert_close(ours(image), want, atol=1e-4, rtol=0)
 
 

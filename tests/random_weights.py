@@ -1,10 +1,10 @@
 """Random weights of the true shapes, in the official formats and names: rehearse conversion, chat and
 training before fetching 30 GB.
 
-    python tools/random_weights.py vision weights/random/eva_vit_g.pth
-    python tools/random_weights.py qformer weights/random/blip2_pretrained_flant5xxl.pth
-    python tools/random_weights.py llama weights/random/vicuna-7b [--size=7b|1.1b|13b] [--format=bin]
-    python tools/random_weights.py proj weights/random/prerained_minigpt4_7b.pth [--size=7b]
+    python tests/random_weights.py vision weights/random/eva_vit_g.pth
+    python tests/random_weights.py qformer weights/random/blip2_pretrained_flant5xxl.pth
+    python tests/random_weights.py llama weights/random/vicuna-7b [--size=7b|1.1b|13b] [--format=bin]
+    python tests/random_weights.py proj weights/random/prerained_minigpt4_7b.pth [--size=7b]
 
 Nothing sensible will come out of them. Without --tokenizer=FILE the LLaMA folder gets a tokenizer of 32,000
 made-up pieces.
@@ -21,12 +21,13 @@ from pathlib import Path
 
 import sentencepiece
 import torch
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configs.schema import InputError, override, parse_args, run_main
+from configs.schema import InputError, option, override, parse_args, run_main
 from llama import LlamaConfig
-from model import MiniGPT4, write_tensors
+from model import MiniGPT4
 from qformer import QFormerConfig
 from vision import VisionConfig
 
@@ -56,10 +57,10 @@ OFFICIAL = (  # our Q-Former names -> the official file's
 
 @dataclass(frozen=True)
 class Options:
-    size: str = "7b"              # llama, proj: 7b, 13b or 1.1b
-    format: str = "safetensors"   # llama: safetensors or bin
-    tokenizer: str = ""           # llama: a tokenizer.model to put beside; "": a made-up one
-    seed: int = 0
+    size: str = option("7b", "llama, proj: 7b, 13b or 1.1b")
+    format: str = option("safetensors", "llama: safetensors or bin")
+    tokenizer: str = option("", "llama: a tokenizer.model to put beside; none: a made-up one")
+    seed: int = option(0, "of the weights")
 
     def __post_init__(self):
         if self.tokenizer and not Path(self.tokenizer).is_file():
@@ -122,15 +123,12 @@ def write_llama(folder, options, make):
     for i, names in enumerate(shards, 1):
         file = f"{stem}-{i:05d}-of-{len(shards):05d}.{options.format}"
 
-        def get(k):
-            bar.update()
-            return make(k, shapes[k])
-
+        tensors = {k: make(k, shapes[k]) for k in names}
+        bar.update(len(names))
         if options.format == "bin":
-            torch.save({k: get(k) for k in names}, folder / file)
+            torch.save(tensors, folder / file)
         else:
-            layout = {k: (torch.float16, shapes[k]) for k in names}
-            write_tensors(folder / file, {"format": "pt"}, layout, get)
+            save_file(tensors, folder / file, {"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / f"{stem}.{options.format}.index.json").write_text(json.dumps(index))
@@ -145,7 +143,10 @@ def made_up_tokenizer(vocab_size: int, seed: int) -> bytes:
     """A sentencepiece model set up as LLaMA's, of pieces of random words."""
     rng = random.Random(seed)
     letters = "etaoinshrdlucmfwypvbgkjqxz"
-    word = lambda: "".join(rng.choices(letters, weights=range(26, 0, -1), k=rng.randint(2, 9)))
+
+    def word():
+        return "".join(rng.choices(letters, weights=range(26, 0, -1), k=rng.randint(2, 9)))
+
     words = [word() for _ in range(100_000)]
     lines = [" ".join(words[i:i + 20]) for i in range(0, len(words), 20)]
     lines += ["###Human: <Img></Img> ###Assistant: "] * 9
@@ -161,9 +162,9 @@ WRITE = {"vision": write_vision, "qformer": write_qformer, "llama": write_llama,
 
 
 def main(argv: list[str]):
-    positional, given = parse_args(argv)
-    if len(positional) != 2 or positional[0] not in WRITE:
-        raise InputError(f"usage: python tools/random_weights.py {'|'.join(WRITE)} DST [--key=value ...]")
+    positional, given = parse_args(argv, __doc__, "PART DST", Options)
+    if positional[0] not in WRITE:
+        raise InputError(f"usage: python tests/random_weights.py {'|'.join(WRITE)} DST [--key=value ...]")
     options, target = override(Options(), given), Path(positional[1])
     if target.exists():
         raise InputError(f"{target} exists already: give another name, or remove it first")
