@@ -75,9 +75,9 @@ class MiniGPT4(nn.Module):
                 targets: torch.Tensor) -> torch.Tensor:
         """The mean cross entropy, float32, over all targets of the batch.
 
-        images: all pictures of the batch (any number, 3, S, S), or their features, or None. tokens: int64 (B, T),
-        padded on the right with any id. targets: int64 (B, T), the same ids where they are to be predicted,
-        IGNORE elsewhere; shifted by one here."""
+        images: all pictures of the batch (any number, 3, S, S), or their features, or None. tokens: int64
+        (B, T), padded on the right. targets: int64 (B, T), the same ids where they are to be predicted, IGNORE
+        elsewhere; shifted by one here."""
         image_embeds = self.encode_image(images) if images is not None else None
         hidden = self.llama(self.embed(tokens, image_embeds))
         targets = targets[:, 1:]
@@ -99,9 +99,9 @@ class MiniGPT4(nn.Module):
                  generator: torch.Generator | None = None) -> Iterator[int]:
         """Yield the ids of the answer to one conversation, including those that end it.
 
-        tokens: ids with IMAGE; image_embeds: (pictures, N, d_llama). Ends at `</s>`, when the last ids are one of
-        the `stop` sequences, or after max_new_tokens. The prompt's beginning is cut off where prompt and answer
-        would exceed `context`. The repetition penalty applies to `<s>` and the new ids, as in the original."""
+        tokens: ids with IMAGE; image_embeds: (pictures, N, d_llama). Ends at `</s>`, when the last ids are one
+        of the `stop` sequences, or after max_new_tokens. The prompt's beginning is cut off where prompt and
+        answer would exceed `context`. The repetition penalty applies to `<s>` and new ids, as the original's."""
         if context <= max_new_tokens:
             raise InputError(f"context {context} leaves no room for a prompt beside max_new_tokens "
                              f"{max_new_tokens}")
@@ -125,11 +125,9 @@ class MiniGPT4(nn.Module):
     @torch.no_grad()
     def perplexity(self, text: str) -> float:
         """Of the language model alone, per token of the text."""
-        ids = self.tokenizer.encode(text, bos=True)
-        tokens = torch.tensor([ids], device=self.llama.embed_tokens.weight.device)
+        device = self.llama.embed_tokens.weight.device
+        tokens = torch.tensor([self.tokenizer.encode(text, bos=True)], device=device)
         return math.exp(min(self(None, tokens, tokens).item(), 700))
-
-    # ---- weights -------------------------------------------------------------------------------------------
 
     @classmethod
     def from_files(cls, vision: str | dict | None, qformer: str | dict | None, llama: str | dict,
@@ -140,8 +138,8 @@ class MiniGPT4(nn.Module):
 
         The projection and the parts in `trainable` (default: the projection) are float32, the others `dtype`;
         all but the trainable ones are frozen. Without `vision` it is a language model alone. `image_size`
-        (pixels) overrides the vision part's own. Files are memory-mapped. Raises InputError for files that are
-        missing, broken, or do not fit together."""
+        (pixels) overrides the vision part's own. Files are memory-mapped. Raises InputError for files that
+        are missing, broken, or do not fit together."""
         sources = {"vision": vision, "qformer": qformer, "proj": proj, "llama": llama}
         trainable = (("proj",) if vision else ()) if trainable is None else trainable
         check_sources(sources, trainable, dtype)
@@ -333,12 +331,13 @@ def read_part(name: str, path: str) -> PartFile:
             tensors.pop("lm_head.weight", None)  # some files hold the tied tensor twice
         return PartFile(path, tensors, sizes)
     tensors, metadata = load_tensors(path)
-    if name in ("vision", "qformer") and "config" not in metadata:
+    key, default = ("config", None) if name in ("vision", "qformer") else ("trained_with", "{}")
+    about = metadata.get(key, default)
+    if about is None:
         raise InputError(f"{path}: its metadata has no sizes, so it is not a converted {name} file; "
                          f"run tools/convert.py {name}")
     try:
-        return PartFile(path, tensors,
-                        dict(json.loads(metadata.get("config") or metadata.get("trained_with") or "{}")))
+        return PartFile(path, tensors, dict(json.loads(about)))
     except (ValueError, TypeError) as e:
         raise InputError(f"{path}: its metadata is not a JSON object; fetch or convert it again") from e
 

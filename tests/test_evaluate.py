@@ -35,7 +35,7 @@ def test_the_table_of_a_few_scenes(tmp_path, capsys):
 
 @pytest.mark.parametrize("argv, words", [
     (["--n=0"], "at least 1"), (["extra"], "usage"), (["--save=/none/table.json"], "a folder that exists"),
-    ([f"--save={TESTS}"], "a folder that exists"), ([f"--data={TESTS}", "--n=1"], "no good scenes.json"),
+    ([f"--save={TESTS}"], "a folder that exists"), ([f"--data={TESTS}", "--n=1"], "no valid scenes.json"),
     ([f"--stage1={TESTS}"], "tests: there is no proj.safetensors")])
 def test_wrong_options_are_refused_before_the_work(argv, words):
     with pytest.raises(InputError, match=words):
@@ -45,5 +45,5 @@ def test_wrong_options_are_refused_before_the_work(argv, words):
 def test_a_broken_list_of_scenes_is_refused(tmp_path):
     for content in ("[", "{}x", '[{"objects": 3}]', '[{"background": "gray"}]', "3"):
         (tmp_path / "scenes.json").write_text(content)
-        with pytest.raises(InputError, match="no good scenes.json"):
+        with pytest.raises(InputError, match="no valid scenes.json"):
             evaluate.main([f"--data={tmp_path}", "--n=1"])

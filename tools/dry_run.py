@@ -1,15 +1,14 @@
-"""What a run will need, computed on PyTorch's meta device: no weights, no data and no memory are needed.
+"""What a run will need, computed on PyTorch's meta device: no weights, data or memory are needed.
 
-    python train.py configs/stage1.py --dry_run=True
-    python chat.py --ckpt=out/stage2 --dry_run=True
+    python tools/dry_run.py configs/stage1.py --world=4 --batch_size=32      training, with 4 processes
+    python tools/dry_run.py out/stage2                                       chat with a run's model
 
-Sizes are read from the headers of the weight files and from LLaMA's config.json; where these are not there,
-the official sizes (EVA-ViT-g, BLIP-2's Q-Former, LLaMA-7B) are taken, and it says so. Memory is an estimate:
-the weights, what autograd keeps for the backward pass (measured by its hooks), gradients and AdamW's moments.
+Sizes come from the weight files' headers and LLaMA's config.json; the official ones if files are missing.
+Peak memory is an estimate: weights, gradients, AdamW's moments and what autograd keeps for the backward pass.
 """
 
 import sys
-from dataclasses import replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -17,130 +16,100 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configs.schema import Config, InputError, read_saved_config
-from data import open_source
-from llama import CONTEXT, LlamaConfig, read_json
-from model import PARTS, File, MiniGPT4, check_parts, read_part
-
-GIB = 2**30
-OFFICIAL_LLAMA = dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
-PROMPT_TOKENS = 30  # of a template and an instruction with LLaMA's tokenizer, beside image and answer
+from configs.schema import (Config, InputError, load_config, option, override, parse_args, read_saved_config,
+                            run_main)
+from data import open_samples
+from llama import CONTEXT, IGNORE, KVCache, LlamaConfig, Tokenizer, read_json
+from model import PARTS, MiniGPT4, PartFile, check_sources, read_part
 
 
-def meta_model(config: Config, train: tuple[str, ...] = ()) -> tuple[MiniGPT4, list[str]]:
-    """The model of a config on the meta device, the parts in `train` learning, and notes on sizes that had to
-    be assumed."""
-    if not config.llama:
-        raise InputError("llama: no language model is given; set llama")
-    sources = {name: getattr(config, name) for name in ("vision", "qformer", "llama")}
-    files, notes = {}, []
-    for name, source in sources.items():
-        if isinstance(source, dict) or not source:
-            continue
-        if name == "llama" and (Path(source) / "config.json").is_file():
-            sizes = Path(source) / "config.json"  # is enough
-            files[name] = File(source, {}, LlamaConfig.from_dict(read_json(sizes), str(sizes)))
-        elif Path(source).is_file():
-            files[name] = read_part(name, source)
-        else:
-            notes.append(f"{source} is not here: official sizes are assumed for the {name} part")
-            sources[name] = OFFICIAL_LLAMA if name == "llama" else {}
-    model = MiniGPT4.on_meta(**sources, files=files, vocab_size=32000, image_size=config.image_size)
-    for name in PARTS:
-        if getattr(model, name) is not None:
-            for p in model.part_parameters(name).values():
-                p.data = p.data.to(torch.float32 if name in train else getattr(torch, config.dtype))
-                p.requires_grad_(name in train)
+@dataclass(frozen=True)
+class Options:
+    world: int = option(1, "training processes")
+
+
+class MetaMiniGPT4(MiniGPT4):
+    """The model on the meta device. Targets stay on the CPU: their values say how many logits to compute."""
+
+    def cross_entropy(self, hidden, targets):
+        return super().cross_entropy(hidden, targets.to(hidden.device))
+
+
+def meta_model(config: Config, trainable: tuple[str, ...] = ()) -> tuple[MetaMiniGPT4, list[str]]:
+    """The model of a config on the meta device, and notes on the sizes that had to be assumed."""
+    sources, files, notes = config.parts(), {}, []
+    check_sources(sources, trainable, config.dtype)
+    for name in ("vision", "qformer", "llama"):
+        if (path := sources[name]) and isinstance(path, str):
+            if name == "llama" and (sizes := Path(path) / "config.json").is_file():
+                files[name] = PartFile(path, {}, LlamaConfig.from_dict(read_json(sizes), str(sizes)))
+            elif Path(path).is_file():
+                files[name] = read_part(name, path)
+            else:
+                notes.append(f"note: {path} is missing; official sizes are assumed for the {name} part")
+                sources[name] = asdict(LlamaConfig()) if name == "llama" else {}
+    vocab_size = Tokenizer(config.tokenizer).vocab_size if Path(config.tokenizer).is_file() else 32000
+    model = MetaMiniGPT4.on_meta(sources, files, vocab_size, config.image_size)
+    model.to(getattr(torch, config.dtype)).requires_grad_(False)
+    for name in (*trainable, "proj"):
+        for _, module in model.part_modules(name):
+            module.float().requires_grad_(name in trainable)
     return model, notes
 
 
-def describe_parts(model: MiniGPT4) -> list[str]:
-    """A table: parameters, bytes and trainable parameters of each part."""
-    lines = [f"{'part':<10}{'parameters':>16}{'GiB':>9}{'dtype':>10}{'learn':>14}"]
-    total = [0, 0, 0]
-    for name in PARTS:
-        if getattr(model, name) is None:
-            continue
-        tensors = list(model.part_parameters(name).values())
-        row = [sum(t.numel() for t in tensors), sum(t.nbytes for t in tensors),
-               sum(t.numel() for t in tensors if t.requires_grad)]
-        total = [a + b for a, b in zip(total, row)]
-        dtype = str(tensors[0].dtype).removeprefix("torch.")
-        lines.append(f"{name:<10}{row[0]:>16,}{row[1] / GIB:>9.3f}{dtype:>10}{row[2]:>14,}")
-    lines.append(f"{'all':<10}{total[0]:>16,}{total[1] / GIB:>9.3f}{'':>10}{total[2]:>14,}")
-    return lines
+def gib(tensors) -> float:
+    return sum(t.nbytes for t in tensors) / 2**30
 
 
-def describe_training(config: Config, world: int = 1) -> str:
-    """The whole answer for train.py, for `world` processes."""
-    check_parts(config.train, config.vision, config.qformer)
-    model, notes = meta_model(config, config.train)
-    table, n_image = describe_parts(model), model.image_shape[1]
-    prompt = 1 + (PROMPT_TOKENS if config.template else 0)
-    B, T = config.batch_size, prompt + n_image + config.max_txt_len
-    tokens = torch.zeros(B, T, dtype=torch.int64, device="meta")
-    images = None
-    model.llama.grad_checkpoint = config.grad_checkpoint
-    if config.cache_features:
-        notes.append("once the features are cached, vision and qformer are not in memory, nor counted below")
-        images = torch.empty(B, n_image, model.proj.in_features, device="meta")
-        model.vision = model.ln_vision = model.qformer = None
-    elif n_image:
-        images = torch.empty(B, 3, model.image_size, model.image_size, dtype=torch.uint8, device="meta")
-    kept: dict[int, int] = {}  # storage -> bytes
-    weights = {p.untyped_storage()._cdata for p in model.parameters()}
-
-    def keep(t):
-        storage = t.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = storage.nbytes()
-        return t
-
-    with FlopCounterMode(display=False) as counter, saved_tensors_hooks(keep, lambda t: t):
-        x = model.llama.embed_tokens(tokens)  # as in MiniGPT4.forward, whose indexing needs real ids
-        if images is not None:
-            x = torch.cat((model.encode_image(images).to(x.dtype), x[:, n_image:]), dim=1)
-        answers = model.llama(x)[:, -config.max_txt_len:]
-        model.cross_entropy(answers.flatten(0, 1), tokens[:, -config.max_txt_len:].flatten()).backward()
-    flops = counter.get_total_flops() * config.grad_accum
-    weight_bytes = sum(p.nbytes for p in model.parameters())
-    learn_bytes = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    peak = weight_bytes + sum(kept.values()) + 3 * learn_bytes
-    lines = [*table, "", f"tokens per sample     at most {T}: {prompt} of prompt, {n_image} of image, "
-                  f"{config.max_txt_len} of answer",
-              f"FLOPs per step        {flops / 1e12:.3g} TFLOP for {B} x {config.grad_accum} samples in each "
-              "process",
-              f"peak memory           about {peak / GIB:.1f} GiB a process: "
-              f"{weight_bytes / GIB:.1f} weights, {sum(kept.values()) / GIB:.1f} activations, "
-              f"{3 * learn_bytes / GIB:.2f} gradients, moments",
-              f"samples and epochs    {_epochs(config, world)}"]
-    return "\n".join([f"note: {n}" for n in notes] + lines)
+def describe_training(model: MetaMiniGPT4, config: Config, world: int):
+    """Print FLOPs and memory of a step over samples of full length, and the samples of the whole run."""
+    prompt, answer = 31 if config.template else 1, config.max_txt_len  # estimated
+    B, T, S = config.batch_size, prompt + model.n_image_tokens + answer, model.image_size
+    targets = torch.tensor([[IGNORE] * (T - answer) + [0] * answer] * B)
+    images = torch.empty(B, 3, S, S, dtype=torch.uint8, device="meta") if S else None
+    if config.cache_features:  # as train.py does
+        images, model.vision, model.bridge = model.image_features(images), None, None
+    model.llama.grad_checkpoint, saved = config.grad_checkpoint, {id(p): p for p in model.parameters()}
+    with (FlopCounterMode(display=False) as counter,
+          saved_tensors_hooks(lambda t: saved.setdefault(id(t), t), lambda t: t)):
+        model(images, torch.zeros_like(targets, device="meta"), targets).backward()
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in saved.values()}
+    weights, state = gib(model.parameters()), 3 * gib(p for p in model.parameters() if p.requires_grad)
+    activations = sum(storages.values()) / 2**30 - weights
+    weights -= gib(model.llama.layers.parameters()) * (1 - 1 / max(1, world)) * config.shard
+    n_drawn = world * B * config.grad_accum * config.max_steps
+    print(f"""
+tokens per sample     at most {T}: {prompt} prompt, {model.n_image_tokens} image, {answer} answer
+FLOPs per step        {counter.get_total_flops() * config.grad_accum / 1e12:.3g} TFLOP per process
+peak memory           about {weights + activations + state:.3g} GiB per process: {weights:.3g} weights, \
+{activations:.3g} activations, {state:.3g} gradients and moments
+samples               {n_drawn:,} with {world} process(es)""")
+    try:
+        samples, shares = open_samples(config.data, config, None, 0, 0)
+        for source, (path, share) in zip(samples.sources, shares.items()):
+            n, drawn = sum(source.counts), n_drawn * share / sum(shares.values())
+            print(f"epochs                {drawn / n:.2f} of the {n:,} in {path}")
+    except InputError as e:
+        print(f"epochs                unknown: {e}")
 
 
-def _epochs(config, world):
-    drawn = world * config.batch_size * config.grad_accum * config.max_steps
-    data = [config.data] if isinstance(config.data, str) else config.data
-    weights = data if isinstance(data, dict) else dict.fromkeys(data, 1.0)
-    found = []
-    for path, weight in weights.items():
-        share = drawn * weight / sum(weights.values())
-        try:
-            n = sum(open_source(path).counts)
-            found.append(f"{share / n:.2f} epochs of the {n:,} in {path}")
-        except InputError:
-            found.append(f"{share:,.0f} draws from {path}, which is not here")
-    return f"{drawn:,} samples for {world} process(es): " + "; ".join(found)
+def main(argv: list[str]):
+    (path,), given = parse_args(argv, __doc__, "CONFIG|RUN_FOLDER", Options, Config)
+    options, is_run = override(Options(), {"world": given.pop("world", 1)}), Path(path).is_dir()
+    config = override(read_saved_config(path), given) if is_run else load_config(path, given)
+    model, notes = meta_model(config, () if is_run else config.trainable)
+    print(*notes, f"{'part':<10}{'parameters':>16}{'trainable':>16}{'GiB':>9}", sep="\n")
+    parts = {name: list(model.part_parameters(name).values()) for name in PARTS}
+    for name, tensors in (parts | {"all": list(model.parameters())}).items():
+        print(f"{name:<10}{sum(t.numel() for t in tensors):>16,}"
+              f"{sum(t.numel() for t in tensors if t.requires_grad):>16,}{gib(tensors):>9.3f}")
+    if is_run:
+        cache = KVCache(model.llama.config, 1, CONTEXT, "meta", getattr(torch, config.dtype))
+        total = gib((*model.parameters(), cache.keys, cache.values))
+        print(f"\npeak memory           about {total:.3g} GiB, with keys and values of {CONTEXT} tokens")
+    else:
+        describe_training(model, config, options.world)
 
 
-def describe_chat(options) -> str:
-    """The whole answer for chat.py."""
-    folder = options.ckpt or str(Path(__file__).resolve().parent.parent / "assets/tiny")
-    config = read_saved_config(folder)
-    model, notes = meta_model(replace(config, dtype=options.dtype or config.dtype), train=("proj",))
-    weights = sum(p.nbytes for p in model.parameters())
-    llama = model.llama.config
-    cache = 2 * llama.num_hidden_layers * llama.num_key_value_heads * llama.head_dim * CONTEXT * 2
-    lines = describe_parts(model)
-    lines += ["", f"peak memory           about {(weights + cache) / GIB:.1f} GiB: the weights, and "
-                  f"{cache / GIB:.2f} for keys and values of {CONTEXT} tokens"]
-    return "\n".join(lines + [f"note: {n}" for n in notes])
+if __name__ == "__main__":
+    run_main(main)
