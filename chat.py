@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from configs.prompts import TEMPLATES, chat_segments, user_message
-from configs.schema import DTYPES, InputError, option, override, parse_args, read_saved_config, run_main
+from configs.schema import (DTYPES, InputError, check_options, option, override, parse_args,
+                            read_saved_config, run_main)
 from llama import CONTEXT
 from model import MiniGPT4, pick_device
 from vision import load_image
@@ -44,26 +45,24 @@ class Options:
 
     ckpt: str = option("", "a run's folder; none: the tiny model of this repo")
     prompt: str = option("", "ask this, print the answer alone, and exit")
-    template: str = option("", f"{', '.join(TEMPLATES)}; none: the run's own")
+    template: str = option("", "none: the run's own", choices=("", *TEMPLATES))
     temperature: float = option(1.0, "0: greedy")
     top_p: float = option(0.9, "sample from the likeliest tokens of this total probability")
     repetition_penalty: float = option(1.05, "1: none")
-    max_new_tokens: int = option(300, "most tokens of an answer")
+    max_new_tokens: int = option(300, "most tokens of an answer", least=1)
     seed: int = option(0, "the same seed gives the same answers")
     device: str = option("", "none: cuda if there is one, else cpu")
-    dtype: str = option("", "none: the run's own, but never float16 on a CPU")
+    dtype: str = option("", "none: the run's own, but never float16 on a CPU", choices=("", *DTYPES))
     check: bool = option(False, "first measure whether the language model knows English")
 
     def __post_init__(self):
+        check_options(self)
         for name, holds, advice in (
                 ("temperature", self.temperature == 0 or self.temperature >= 1e-3, "is 0 or at least 0.001"),
                 ("top_p", 0 < self.top_p <= 1, "is above 0, at most 1"),
                 ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "is from 0.01 to 100"),
-                ("max_new_tokens", 0 < self.max_new_tokens < CONTEXT, f"is at least 1, and less than {CONTEXT}, "
-                 "the most that a conversation can have"),
-                ("seed", 0 <= self.seed < 2**63, "is from 0 to 2**63 - 1"),
-                ("dtype", self.dtype in ("", *DTYPES), f"is one of {', '.join(DTYPES)}"),
-                ("template", self.template in ("", *TEMPLATES), f"is one of {', '.join(TEMPLATES)}")):
+                ("max_new_tokens", self.max_new_tokens < CONTEXT, f"is less than {CONTEXT}, the context"),
+                ("seed", 0 <= self.seed < 2**63, "is from 0 to 2**63 - 1")):
             if not holds:
                 raise InputError(f"{name} {getattr(self, name)!r}: {name} {advice}")
 
@@ -86,7 +85,7 @@ def load(options: Options) -> tuple[MiniGPT4, Options]:
 def check(model: MiniGPT4):
     """Print the language model's perplexity on English, and a warning if its weights are broken."""
     value = model.perplexity(PARAGRAPH)
-    print(f"perplexity on a paragraph of English: {value:.1f} (below 20 for a healthy LLaMA)", file=sys.stderr)
+    print(f"perplexity on a paragraph of English: {value:.1f} (a healthy LLaMA: below 20)", file=sys.stderr)
     if value > 100:
         print("warning: these weights are broken, or not of a model of English; convert or fetch them again",
               file=sys.stderr)
@@ -115,8 +114,8 @@ class Chat:
     def add_image(self, path: str):
         """Show a picture; it stands before the next question. Raises InputError when it cannot be read."""
         if self.model.vision is None:
-            raise InputError(f"{self.options.ckpt}: a language model alone sees no pictures; give the folder of "
-                             "a run with vision")
+            raise InputError(f"{self.options.ckpt}: a language model alone sees no pictures; give the folder "
+                             "of a run with vision")
         image = load_image(path, self.model.image_size).unsqueeze(0).to(self.options.device)
         self.images.append(self.model.encode_image(image))
         self.new_images += 1
@@ -130,7 +129,7 @@ class Chat:
         tokens = model.tokenizer.encode_segments(segments, model.n_image_tokens)
         stop = model.tokenizer.stop_sequences(end)
         if len(tokens) > CONTEXT - o.max_new_tokens:
-            print(f"note: with its answer the conversation exceeds {CONTEXT} tokens; its beginning is cut off",
+            print(f"note: the conversation and its answer exceed {CONTEXT} tokens; its beginning is cut off",
                   file=sys.stderr)
         ids, shown = [], ""
         self.turns.append((message, ""))

@@ -254,6 +254,8 @@ class Samples(Dataset):
 
     def _load(self, key, images, ids, targets):
         if self.features and images:
+            if key[:3] not in self.features:
+                raise BadSample("picture cannot be read")
             return self.features[key[:3]], ids, targets
         return [read_image(image, self.image_size) for image in images], ids, targets
 

@@ -1,9 +1,9 @@
 """LLaMA (arXiv 2302.13971), MiniGPT-4's language model, with its KV cache and tokenizer.
 
 For LLaMA 1 and 2, Vicuna and every model of that architecture: RMSNorm, rotary positions, SwiGLU, no biases,
-grouped-query attention, tied or separate output embeddings. Module and tensor names are Hugging Face's without
-the leading `model.`. Axes: B sequences, T tokens, S tokens so far (with the cache's), D width, H query heads,
-K key/value heads, V vocabulary.
+grouped-query attention, tied or separate output embeddings. Module and tensor names are Hugging Face's
+without the leading `model.`. Axes: B sequences, T tokens, S tokens so far (with the cache's), D width,
+H query heads, K key/value heads, V vocabulary.
 """
 
 from dataclasses import asdict, dataclass
@@ -40,8 +40,8 @@ class LlamaConfig:
 
     @classmethod
     def from_dict(cls, sizes: dict, where: str = "config.json") -> "LlamaConfig":
-        """From a Hugging Face config.json, old (`rope_theta`) or new (`rope_parameters`). Raises InputError for
-        unsupported models: another architecture, scaled rotary positions, ..."""
+        """From a Hugging Face config.json, old (`rope_theta`) or new (`rope_parameters`). Raises InputError
+        for unsupported models: another architecture, scaled rotary positions, ..."""
         rope = sizes.get("rope_parameters") or sizes.get("rope_scaling") or {}
         window = sizes.get("sliding_window")
         if not isinstance(rope, dict) or not isinstance(window or 0, int):

@@ -76,8 +76,8 @@ class MiniGPT4(nn.Module):
         """The mean cross entropy, float32, over all targets of the batch.
 
         images: all pictures of the batch (any number, 3, S, S), or their features, or None. tokens: int64
-        (B, T), padded on the right. targets: int64 (B, T), the same ids where they are to be predicted, IGNORE
-        elsewhere; shifted by one here."""
+        (B, T), padded on the right. targets: int64 (B, T), the same ids where they are to be predicted,
+        IGNORE elsewhere; shifted by one here."""
         image_embeds = self.encode_image(images) if images is not None else None
         hidden = self.llama(self.embed(tokens, image_embeds))
         targets = targets[:, 1:]
@@ -99,9 +99,9 @@ class MiniGPT4(nn.Module):
                  generator: torch.Generator | None = None) -> Iterator[int]:
         """Yield the ids of the answer to one conversation, including those that end it.
 
-        tokens: ids with IMAGE; image_embeds: (pictures, N, d_llama). Ends at `</s>`, when the last ids are one
-        of the `stop` sequences, or after max_new_tokens. The prompt's beginning is cut off where prompt and
-        answer would exceed `context`. The repetition penalty applies to `<s>` and new ids, as the original's."""
+        tokens: ids with IMAGE; image_embeds: (pictures, N, d_llama). Ends at `</s>`, when the last ids are
+        one of the `stop` sequences, or after max_new_tokens. The prompt's beginning is cut off if prompt and
+        answer would exceed `context`. The repetition penalty spares the prompt, as in the original."""
         if context <= max_new_tokens:
             raise InputError(f"context {context} leaves no room for a prompt beside max_new_tokens "
                              f"{max_new_tokens}")
@@ -136,10 +136,10 @@ class MiniGPT4(nn.Module):
                    image_size: int = 0) -> "MiniGPT4":
         """Build the model from weight files; a dict of sizes in place of a path makes a new, random part.
 
-        The projection and the parts in `trainable` (default: the projection) are float32, the others `dtype`;
-        all but the trainable ones are frozen. Without `vision` it is a language model alone. `image_size`
-        (pixels) overrides the vision part's own. Files are memory-mapped. Raises InputError for files that
-        are missing, broken, or do not fit together."""
+        The projection, new parts and those in `trainable` (default: the projection) are float32, the others
+        `dtype`; all but the trainable ones are frozen. Without `vision` it is a language model alone.
+        `image_size` (pixels) overrides the vision part's own. Files are memory-mapped. Raises InputError for
+        files that are missing, broken, or do not fit together."""
         sources = {"vision": vision, "qformer": qformer, "proj": proj, "llama": llama}
         trainable = (("proj",) if vision else ()) if trainable is None else trainable
         check_sources(sources, trainable, dtype)

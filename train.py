@@ -397,9 +397,11 @@ def train(config: Config, device, rank: int = 0, world: int = 1):
             config.log_interval, config.eval_interval, config.save_interval))
         if log_due:
             report = meter.report()
+            meter.start()
             if rank == 0:
                 log.write(step=step, lr=lr, **report)
                 bar.set_postfix({k: report[k] for k in report if k != "losses"} | {"lr": f"{lr:.1e}"})
+        paused = time.perf_counter()
         if eval_due and heldout and (rank == 0 or config.shard):  # shards need all ranks
             loss, shown = evaluate(model, heldout, config, device)
             if rank == 0:
@@ -411,8 +413,7 @@ def train(config: Config, device, rank: int = 0, world: int = 1):
             if reader.skipped:
                 log.write(step=step, skipped=dict(reader.skipped), of=reader.n_read)
                 bar.write(f"step {step}: {reader.account()}", file=sys.stderr)
-        if log_due:
-            meter.start()
+        meter.since += time.perf_counter() - paused  # evaluation and saving do not count
     bar.close()
 
 

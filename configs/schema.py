@@ -20,19 +20,29 @@ from typing import get_args, get_origin
 from configs.prompts import TEMPLATES
 
 DTYPES = ("float32", "bfloat16", "float16")
-DATA = ("a path, a list of paths, or {path: weight}: tar shards (a glob, {00000..00099}.tar, a folder, a .txt "
-        "that lists them), a folder with filter_cap.json, or a .jsonl")
+DATA = ("a path, a list of paths, or {path: weight}: tar shards (a glob, {00000..00099}.tar, a folder, a "
+        ".txt that lists them), a folder with filter_cap.json, or a .jsonl")
 
 
 class InputError(Exception):
     """A mistake of the user. The message is one line: what is wrong, where, and what to do."""
 
 
-def option(default, meaning: str, is_path: bool = False):
-    """A dataclass field whose meaning --help prints. `is_path`: it names a weight file or folder."""
-    metadata = {"help": meaning, "is_path": is_path}
-    return field(default_factory=dict, metadata=metadata) if default == {} else field(
-        default=default, metadata=metadata)
+def option(default, meaning: str, least=None, choices: tuple = (), is_path: bool = False):
+    """A dataclass field with its meaning for --help and its bounds for check_options. `is_path`: it names
+    a weight file or folder."""
+    kind = {"default_factory": dict} if default == {} else {"default": default}
+    return field(**kind, metadata={"help": meaning, "least": least, "choices": choices, "is_path": is_path})
+
+
+def check_options(options):
+    """Raise InputError for a value below its field's least one, or not among its choices."""
+    for f in fields(options):
+        value, least, choices = getattr(options, f.name), f.metadata["least"], f.metadata["choices"]
+        if least is not None and not value >= least:  # true for NaN
+            raise InputError(f"{f.name} = {value!r}: give at least {least}")
+        if choices and value not in choices:
+            raise InputError(f"{f.name} = {value!r}: give one of {', '.join(c or 'none' for c in choices)}")
 
 
 @dataclass(frozen=True)
@@ -46,48 +56,48 @@ class Config:
     proj: str = option("", "weight file; none: a new, random projection", is_path=True)
     tokenizer: str = option("", "tokenizer.model; none: the one in the llama folder", is_path=True)
     trainable: tuple[str, ...] = option(("proj",), "parts to train: vision, qformer, proj, llama")
-    image_size: int = option(0, "pixels; 0: the size that the vision part was trained with")
+    image_size: int = option(0, "pixels; 0: the size that the vision part was trained with", least=0)
     # The data.
     data: str | dict | list = option("", DATA + "; each step takes one of several, by weight")
     heldout_data: str | dict | list = option("", "the same; none: no evaluation during training")
     prepare: dict = option({}, "{path: arguments of python that make it, if data needs it}")
-    template: str = option("", f"{', '.join(TEMPLATES)}; none: picture, then caption, as in stage 1")
+    template: str = option("", "none: picture, then caption, as in stage 1", choices=("", *TEMPLATES))
     end_sym: str = option("", "ends every answer: a text, or the token </s>; none: the template's own")
-    max_txt_len: int = option(32, "tokens of an answer with its end; longer ones are cut")
+    max_txt_len: int = option(32, "tokens of an answer with its end; longer ones are cut", least=1)
     clean_captions: bool = option(False, "lower case, less punctuation, at most 50 words, as in stage 1")
-    chat_share: float = option(0.0, "share of conversations in chat's form, with the system text")
-    shuffle_shards: int = option(8, "shards whose samples are shuffled together")
-    length_group: int = option(1, "steps whose samples are sorted by length; workers' memory grows with it")
-    max_bad_fraction: float = option(0.1, "of the samples; more unusable ones stop the run")
-    num_workers: int = option(2, "data-loading processes per training process")
+    chat_share: float = option(0.0, "share of conversations in chat's form, with the system text", least=0)
+    shuffle_shards: int = option(8, "shards whose samples are shuffled together", least=1)
+    length_group: int = option(1, "steps sorted by length together; workers' memory grows with it", least=1)
+    max_bad_fraction: float = option(0.1, "of the samples; more unusable ones stop the run", least=0)
+    num_workers: int = option(2, "data-loading processes per training process", least=0)
     seed: int = option(42, "of new weights and of the order of the samples")
     # The optimizer, AdamW. A step has processes x batch_size x grad_accum samples.
-    batch_size: int = option(64, "samples per process and micro-batch")
-    grad_accum: int = option(1, "micro-batches per step")
-    max_steps: int = option(20_000, "steps")
-    lr: float = option(1e-4, "highest learning rate")
-    min_lr: float = option(8e-5, "learning rate at the end")
-    warmup_lr: float = option(1e-6, "learning rate of step 0")
-    warmup_steps: int = option(5000, "steps from warmup_lr to lr")
-    weight_decay: float = option(0.05, "of matrices; biases and norms have none")
+    batch_size: int = option(64, "samples per process and micro-batch", least=1)
+    grad_accum: int = option(1, "micro-batches per step", least=1)
+    max_steps: int = option(20_000, "steps", least=1)
+    lr: float = option(1e-4, "highest learning rate", least=0)
+    min_lr: float = option(8e-5, "learning rate at the end", least=0)
+    warmup_lr: float = option(1e-6, "learning rate of step 0", least=0)
+    warmup_steps: int = option(5000, "steps from warmup_lr to lr", least=0)
+    weight_decay: float = option(0.05, "of matrices; biases and norms have none", least=0)
     betas: tuple[float, ...] = option((0.9, 0.999), "of AdamW")
-    grad_clip: float = option(0.0, "largest norm of the gradient; 0: no clipping")
+    grad_clip: float = option(0.0, "largest norm of the gradient; 0: no clipping", least=0)
     # The machine.
     device: str = option("", "none: cuda if there is one, else cpu")
-    dtype: str = option("bfloat16", "float32, bfloat16 or float16; trainable parts are float32")
+    dtype: str = option("bfloat16", "of the frozen parts; trainable ones are float32", choices=DTYPES)
     cache_features: bool = option(False, "keep the frozen vision features of all pictures in memory")
     grad_checkpoint: bool = option(False, "recompute LLaMA's activations instead of keeping them")
     compile: bool = option(False, "torch.compile the blocks")
     shard: bool = option(False, "shard LLaMA's blocks over the processes (fully_shard)")
-    peak_tflops: float = option(0.0, "of the device in `dtype`; the log then shows mfu")
+    peak_tflops: float = option(0.0, "of the device in `dtype`; the log then shows mfu", least=0)
     # The run's folder, and what is written to it.
     out_dir: str = option("out/run", "the run's folder")
-    log_interval: int = option(10, "steps")
-    eval_interval: int = option(500, "steps")
-    eval_samples: int = option(128, "held-out samples whose loss is taken")
-    show_samples: int = option(2, "sample answers per evaluation")
-    save_interval: int = option(500, "steps")
-    save_dtype: str = option("float32", "float32 or bfloat16, of the trained parts' files")
+    log_interval: int = option(10, "steps", least=1)
+    eval_interval: int = option(500, "steps", least=1)
+    eval_samples: int = option(128, "held-out samples whose loss is taken", least=1)
+    show_samples: int = option(2, "sample answers per evaluation", least=0)
+    save_interval: int = option(500, "steps", least=1)
+    save_dtype: str = option("float32", "of the trained parts' files", choices=DTYPES[:2])
     resume: bool = option(False, "continue from out_dir's last checkpoint, if there is one")
 
     @property
@@ -96,26 +106,17 @@ class Config:
         return self.end_sym or (TEMPLATES[self.template].end if self.template else "\n")
 
     def __post_init__(self):
-        at_least_0 = ("num_workers peak_tflops lr min_lr warmup_lr warmup_steps weight_decay grad_clip "
-                      "chat_share max_bad_fraction image_size show_samples").split()
-        at_least_1 = ("batch_size grad_accum max_steps max_txt_len shuffle_shards length_group log_interval "
-                      "eval_interval eval_samples save_interval").split()
-        checks = {k: (getattr(self, k) >= 0, "give at least 0") for k in at_least_0}  # false for NaN
-        checks |= {k: (getattr(self, k) >= 1, "give at least 1") for k in at_least_1} | {
-            "dtype": (self.dtype in DTYPES, f"give one of {', '.join(DTYPES)}"),
-            "save_dtype": (self.save_dtype in DTYPES[:2], f"give one of {', '.join(DTYPES[:2])}"),
-            "template": (self.template in ("", *TEMPLATES), f"give one of {', '.join(TEMPLATES)}, or none"),
-            "seed": (0 <= self.seed < 2**63, "give one from 0 to 2**63 - 1"),
-            "betas": (len(self.betas) == 2 and 0 <= min(self.betas) <= max(self.betas) < 1,
-                      "give two, from 0 to below 1"),
-            "trainable": (0 < len(self.trainable) == len(set(self.trainable)), "name each part once"),
-            "out_dir": (self.out_dir, "name a folder"),
-            "cache_features": (not self.cache_features or self.vision
-                               and not {"vision", "qformer"} & set(self.trainable),
-                               "there is no frozen vision side; switch it off"),
-            "shard": (not self.shard or "llama" not in self.trainable and not isinstance(self.llama, dict),
-                      "only a frozen language model from files can be sharded; switch it off")}
-        for name, (holds, advice) in checks.items():
+        check_options(self)
+        for name, holds, advice in (
+                ("seed", 0 <= self.seed < 2**63, "give one from 0 to 2**63 - 1"),
+                ("betas", len(self.betas) == 2 and 0 <= min(self.betas) <= max(self.betas) < 1,
+                 "give two, from 0 to below 1"),
+                ("trainable", 0 < len(self.trainable) == len(set(self.trainable)), "name each part once"),
+                ("out_dir", self.out_dir, "name a folder"),
+                ("cache_features", not self.cache_features or self.vision and not {"vision", "qformer"} & set(
+                    self.trainable), "there is no frozen vision side; switch it off"),
+                ("shard", not self.shard or "llama" not in self.trainable and isinstance(self.llama, str),
+                 "only a frozen language model from files can be sharded; switch it off")):
             if not holds:
                 raise InputError(f"{name} = {getattr(self, name)!r}: {advice}")
 
@@ -222,7 +223,8 @@ def parse_args(argv: list[str], doc: str, positional: str, *classes) -> tuple[li
     for name, f in options.items():
         default = f.default_factory() if callable(f.default_factory) else f.default
         about = f"{f.metadata['help']} (default: {default!r})".replace("%", "%%")
-        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, metavar="VALUE", help=about)
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=about,
+                            metavar="|".join(filter(None, f.metadata["choices"])) or "VALUE")
     parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
     words = []
     for word, following in zip(argv, [*argv[1:], ""]):

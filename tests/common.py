@@ -1,4 +1,4 @@
-"""What several tests share: the original's golden numbers, its weights under this program's names."""
+"""Shared by several tests: the original's golden numbers, and its weights, converted."""
 
 import json
 import shutil
@@ -15,36 +15,36 @@ from model import MiniGPT4
 from tools import convert
 
 GOLDEN = Path(__file__).parent / "golden"
-IMAGE_ROW = -200  # in the golden ids: the place of one image token
-torch.set_num_threads(1)  # at these sizes more threads only wait for each other: minutes instead of seconds
+IMAGE_ROW = -200  # stands for one image token in the golden ids
+torch.set_num_threads(1)  # at these sizes more threads only slow each other down
 
 
 class Case(NamedTuple):
-    """One batch of three samples: what goes in, and what the original makes of it."""
+    """One batch of three samples: the inputs, and the original's results."""
 
     config: Config                # template, end_sym and max_txt_len of the case
     answers: list[str]
     prompts: list[str]            # the original's, one for each instruction; none in stage 1
-    drawn: int | None             # the prompt that was drawn for this batch
+    drawn: int | None             # index of the prompt used for this batch
     ids: list[list[int]]          # without padding, with IMAGE
     targets: list[list[int]]      # as long as ids
     loss: float
     gradients: dict[str, torch.Tensor]  # "weight", "bias" of the projection
 
 
-class Talk(NamedTuple):
+class Conversation(NamedTuple):
     """A conversation of two turns about the first picture."""
 
     questions: list[str]
-    answer: str                   # to the first question, as written into the second turn's history
-    ids: list[list[int]]          # of each turn's whole context, with IMAGE
-    said: list[tuple[list[int], str]]  # live: new ids and text of each answer
+    answer: str                   # to the first question, as the second turn's history has it
+    ids: list[list[int]]          # the whole context of each turn, with IMAGE
+    generated: list[tuple[list[int], str]]  # live: ids and text of each answer
 
 
 class Golden:
     """One variant ("qformer" or "noqformer") of a golden folder: its cases, inputs, results, and the model.
 
-    The methods hide that the small set and the full one lay out the same things in two ways."""
+    The small and the full set have different layouts; the methods hide this."""
 
     def __init__(self, folder: Path, variant: str):
         noq = "_noq" if variant == "noqformer" else ""
@@ -69,7 +69,7 @@ class Golden:
         return model
 
     def convert(self, folder: Path) -> dict[str, str]:
-        """The weights as the original's files; from these, by tools/convert.py, from_files' arguments."""
+        """Write the weights as the original's files and convert them; returns the arguments of from_files."""
         given = {k: t.contiguous() for k, t in self.weights.items()
                  if not (self.variant == "noqformer" and k.startswith(("Qformer.", "query_tokens")))}
         whole, hub = folder / "original.pth", folder / "hub"
@@ -92,7 +92,7 @@ class Golden:
 
     @property
     def images(self) -> torch.Tensor:
-        """Normalised pictures, float32 (3, 3, S, S)."""
+        """Normalized pictures, float32 (3, 3, S, S)."""
         return self.io["images"].float()
 
     def case(self, name: str, template: str) -> Case:
@@ -103,9 +103,7 @@ class Golden:
         else:
             case, inputs = self.cases["loss"][self.variant][name], self.cases["loss_inputs"][name]
             drawn, rows, lengths = inputs["prompt_index"], case["input_ids"], case["attention_len"]
-        # the captions go in as they are here; clean_caption has a test of its own
-        config = Config(template=template, end_sym=inputs["end_sym"], max_txt_len=inputs["max_txt_len"],
-                        clean_captions=False)
+        config = Config(template=template, end_sym=inputs["end_sym"], max_txt_len=inputs["max_txt_len"])
         ids = [[IMAGE if i == IMAGE_ROW else i for i in row[:n]] for row, n in zip(rows, lengths)]
         targets = [row[:n] for row, n in zip(case["labels"], lengths)]
         prefix = f"{'loss.' if self.full else ''}{name}.grad.llama_proj."
@@ -117,11 +115,12 @@ class Golden:
         """name -> (config with that schedule, [(step, learning rate)])."""
         given = (json.loads((self.folder / "optim.json").read_text())["schedules"] if self.full
                  else self.cases["lr"])
-        rates = lambda s: [(r["step"], r["lr"]) for r in s["lr"]] if self.full else s["step_lr"]
-        return {name: (_with_schedule(Config(), s), rates(s)) for name, s in given.items()}
+        return {name: (_with_schedule(Config(), s),
+                       [(r["step"], r["lr"]) for r in s["lr"]] if self.full else s["step_lr"])
+                for name, s in given.items()}
 
     def adamw(self, name: str, config: Config) -> tuple[Config, list[int], list[float], list[float]]:
-        """"adamw5" or "adamw5_biglr" -> config with that schedule; steps, learning rates, losses (1 more)."""
+        """"adamw5" or "adamw5_biglr" -> config with that schedule; steps, rates, losses (one more)."""
         if self.full:
             optim = json.loads((self.folder / "optim.json").read_text())
             run = optim["adamw"][self.variant + name.removeprefix("adamw5")]
@@ -133,7 +132,7 @@ class Golden:
         return _with_schedule(config, schedule), steps, rates, losses + [run["loss_after"]]
 
     def pictures(self) -> list[tuple[Path, int, torch.Tensor]]:
-        """(file, pixels of a side, float32 (3, S, S) that the original makes of it)."""
+        """(file, side in pixels, the original's preprocessed float32 (3, S, S))."""
         if self.full:
             results = load_file(self.folder / "preproc" / "preproc.safetensors")
             named = [(*k.split("@"), t) for k, t in results.items() if "resized" not in k]
@@ -142,7 +141,7 @@ class Golden:
         return [(self.folder / "images" / name, 28, t) for name, t in results.items()]
 
     def captions(self) -> list[tuple[str, str, list[int]]]:
-        """(web caption, cleaned, ids of the cleaned one and a newline)."""
+        """(web caption, cleaned, ids of the cleaned one with a newline)."""
         if self.full:
             return [(c["in"], c["out"], c["ids_of_out_plus_newline"]) for c in self._texts("captions")]
         return self.cases["captions"]
@@ -156,28 +155,29 @@ class Golden:
     def _texts(self, key):
         return json.loads((self.folder / "preproc" / "preproc.json").read_text())[key]
 
-    def talk(self, template: str, kind: str = "scripted") -> Talk:
-        """A talk in "vicuna" or "llama2"; the "live" one (full set only) has the model's own answers."""
-        talk, said = self._chat(template), []
+    def conversation(self, template: str, kind: str = "scripted") -> Conversation:
+        """A scripted conversation; the "live" one (full set only) holds the model's own answers."""
+        chat, generated = self._chat(template), []
         if not self.full:
-            segments = [talk["turn1_segment_ids"], talk["turn2_segment_ids"]]
-            questions, answer = [talk["question1"], talk["question2"]], talk["answer1"]
+            segments = [chat["turn1_segment_ids"], chat["turn2_segment_ids"]]
+            questions, answer = [chat["question1"], chat["question2"]], chat["answer1"]
         else:
-            turns = [talk[kind]["turn1"], talk[kind]["turn2"]]
+            turns = [chat[kind]["turn1"], chat[kind]["turn2"]]
             segments = [t["segment_ids"] for t in turns]
-            questions, answer = [talk["Q1"], talk["Q2"]], talk["A1_scripted"]
+            questions, answer = [chat["Q1"], chat["Q2"]], chat["A1_scripted"]
             if kind == "live":
                 # without the BOS of generate()
-                said = [(t["output_ids"][1:], t["answer_text"]) for t in turns]
-                answer = said[0][1]
-        return Talk(questions, answer, [[*a, *[IMAGE] * self.n_image_tokens, *b] for a, b in segments], said)
+                generated = [(t["output_ids"][1:], t["answer_text"]) for t in turns]
+                answer = generated[0][1]
+        ids = [[*a, *[IMAGE] * self.n_image_tokens, *b] for a, b in segments]
+        return Conversation(questions, answer, ids, generated)
 
     def _chat(self, template):
         chats = self.cases["variants"][self.variant]["chat"] if self.full else self.cases["chat"]
         return chats["vicuna0" if template == "vicuna" else template]
 
     def greedy(self, template: str) -> dict[str, dict]:
-        """name ("greedy_turn2_rp1.05") -> {"new_tokens": ids, perhaps "eos_token_id", "stop_words_ids"}."""
+        """name ("greedy_turn2_rp1.05") -> {"new_tokens": ids[, "eos_token_id", "stop_words_ids"]}."""
         if self.full:
             runs = self._chat(template)["scripted"]["generation"]
         else:

@@ -6,14 +6,11 @@ training before fetching 30 GB.
     python tests/random_weights.py llama weights/random/vicuna-7b [--size=7b|1.1b|13b] [--format=bin]
     python tests/random_weights.py proj weights/random/prerained_minigpt4_7b.pth [--size=7b]
 
-Nothing sensible will come out of them. Without --tokenizer=FILE the LLaMA folder gets a tokenizer of 32,000
-made-up pieces.
+The model talks nonsense. Without --tokenizer=FILE the LLaMA folder gets a tokenizer of 32,000 made-up pieces.
 """
 
 import io
-import json
 import random
-import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -21,15 +18,15 @@ from pathlib import Path
 
 import sentencepiece
 import torch
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configs.schema import InputError, option, override, parse_args, run_main
-from llama import LlamaConfig
-from model import MiniGPT4
-from qformer import QFormerConfig
-from vision import VisionConfig
+from llama import Llama, LlamaConfig
+from model import PARTS, replacing
+from qformer import QFormer, QFormerConfig
+from tools import convert
+from vision import VisionConfig, VisionTransformer
 
 LLAMA = {
     "7b": LlamaConfig(),
@@ -38,29 +35,15 @@ LLAMA = {
     "1.1b": LlamaConfig(hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
                         num_attention_heads=32, num_key_value_heads=4, head_dim=64, rms_norm_eps=1e-5),
 }
-SHARD = 4 * 2**30  # bytes of a LLaMA shard, about
-OFFICIAL = (  # our Q-Former names -> the official file's
-    (r"query_tokens$", "query_tokens"),
-    (r"norm\.", "Qformer.bert.embeddings.LayerNorm."),
-    (r"layers\.(\d+)\.self_attn\.out\.", r"Qformer.bert.encoder.layer.\1.attention.output.dense."),
-    (r"layers\.(\d+)\.self_attn\.norm\.", r"Qformer.bert.encoder.layer.\1.attention.output.LayerNorm."),
-    (r"layers\.(\d+)\.self_attn\.", r"Qformer.bert.encoder.layer.\1.attention.self."),
-    (r"layers\.(\d+)\.cross_attn\.out\.", r"Qformer.bert.encoder.layer.\1.crossattention.output.dense."),
-    (r"layers\.(\d+)\.cross_attn\.norm\.", r"Qformer.bert.encoder.layer.\1.crossattention.output.LayerNorm."),
-    (r"layers\.(\d+)\.cross_attn\.", r"Qformer.bert.encoder.layer.\1.crossattention.self."),
-    (r"layers\.(\d+)\.fc1\.", r"Qformer.bert.encoder.layer.\1.intermediate_query.dense."),
-    (r"layers\.(\d+)\.fc2\.", r"Qformer.bert.encoder.layer.\1.output_query.dense."),
-    (r"layers\.(\d+)\.norm\.", r"Qformer.bert.encoder.layer.\1.output_query.LayerNorm."),
-    (r"ln_vision\.", "ln_vision."),
-)
+OFFICIAL = {ours: theirs for theirs, ours in convert.NAMES.items()}
 
 
 @dataclass(frozen=True)
 class Options:
-    size: str = option("7b", "llama, proj: 7b, 13b or 1.1b")
+    size: str = option("7b", f"llama, proj: {', '.join(LLAMA)}")
     format: str = option("safetensors", "llama: safetensors or bin")
-    tokenizer: str = option("", "llama: a tokenizer.model to put beside; none: a made-up one")
-    seed: int = option(0, "of the weights")
+    tokenizer: str = option("", "llama: a tokenizer.model to copy; none: a made-up one")
+    seed: int = option(0, "of the weights and the made-up tokenizer")
 
     def __post_init__(self):
         if self.tokenizer and not Path(self.tokenizer).is_file():
@@ -77,62 +60,37 @@ def random_tensor(name: str, shape: tuple, generator: torch.Generator, dtype=tor
     return torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02, generator=generator).to(dtype)
 
 
-def shapes_of(part: str, size: str) -> dict[str, tuple]:
-    """{our name: shape} of an official part."""
-    with torch.device("meta"):
-        model = MiniGPT4(VisionConfig(n_layers=40 if part == "vision" else 1), QFormerConfig(), LLAMA[size])
-    return {k: tuple(p.shape) for k, p in model.part_parameters(part).items()}
+def official_shapes(part: str, llama: LlamaConfig) -> dict[str, tuple]:
+    """{official name: shape} of the vision part, Q-Former or projection, and of some unused tensors."""
+    if part == "proj":
+        return {"llama_proj.weight": (llama.hidden_size, QFormerConfig().width),
+                "llama_proj.bias": (llama.hidden_size,),
+                "llama_model.model.layers.0.self_attn.rotary_emb.inv_freq": (64,)}
+    if part == "vision":  # one block more than BLIP-2 uses
+        config = VisionConfig(n_layers=40)
+        unused = dict.fromkeys(("norm.weight", "norm.bias"), (config.width,))
+        return convert.parameter_shapes(VisionTransformer, config) | unused
+    shapes = convert.parameter_shapes(QFormer, QFormerConfig())
+    return {convert.rename(f"qformer.{k}", OFFICIAL): shape for k, shape in shapes.items()} | {
+        "Qformer.bert.embeddings.word_embeddings.weight": (30523, 768), "t5_proj.weight": (4096, 768)}
 
 
-def write_vision(path, options, make):
-    shapes = shapes_of("vision", options.size)
-    shapes |= dict.fromkeys(("norm.weight", "norm.bias"), shapes["cls_token"][-1:])
-    torch.save({k: make(k, shape) for k, shape in tqdm(shapes.items(), desc="vision")}, path)
-
-
-def write_qformer(path, options, make):
-    tensors = {}
-    for k, shape in tqdm(shapes_of("qformer", options.size).items(), desc="qformer"):
-        pattern, theirs = next(row for row in OFFICIAL if re.match(row[0], k))
-        name = re.sub("^" + pattern, theirs, k)
-        tensors[name] = make(name, shape, dtype=torch.float32)
-    tensors["Qformer.bert.embeddings.word_embeddings.weight"] = torch.zeros(30523, 768)  # the text branch
-    tensors["t5_proj.weight"] = torch.zeros(4096, 768)
-    torch.save({"model": tensors}, path)
-
-
-def write_proj(path, options, make):
-    shapes = shapes_of("proj", options.size)
-    tensors = {f"llama_{k}": make(k, shape, dtype=torch.float32) for k, shape in shapes.items()}
-    tensors["llama_model.model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(64)  # a stray buffer
-    torch.save({"model": tensors, "epoch": 0}, path)
-
-
-def write_llama(folder, options, make):
+def write_llama(folder: Path, options: Options, generator: torch.Generator):
+    config = LLAMA[options.size]
+    shapes = convert.parameter_shapes(Llama, config)
+    layout = {k: torch.empty(shape, dtype=torch.float16, device="meta") for k, shape in shapes.items()}
+    source = convert.Source(config, layout, lambda k: random_tensor(k, shapes[k], generator))
     folder.mkdir()
-    config, shards, n_bytes = LLAMA[options.size], [[]], 0
-    shapes = {k if k.startswith("lm_head") else f"model.{k}": shape
-              for k, shape in shapes_of("llama", options.size).items()}
-    for k, shape in shapes.items():
-        if n_bytes > SHARD:
-            shards, n_bytes = [*shards, []], 0
-        shards[-1].append(k)
-        n_bytes += 2 * torch.Size(shape).numel()
-    stem = "model" if options.format == "safetensors" else "pytorch_model"
-    weight_map, bar = {}, tqdm(total=len(shapes), desc="llama")
-    for i, names in enumerate(shards, 1):
-        file = f"{stem}-{i:05d}-of-{len(shards):05d}.{options.format}"
-
-        tensors = {k: make(k, shapes[k]) for k in names}
-        bar.update(len(names))
-        if options.format == "bin":
-            torch.save(tensors, folder / file)
-        else:
-            save_file(tensors, folder / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / f"{stem}.{options.format}.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps(config.to_hub(), indent=1))
+    convert.write_llama(folder, source)
+    if options.format == "bin":
+        index = folder / "model.safetensors.index.json"
+        names = index.read_text().replace('"model-', '"pytorch_model-').replace(".safetensors", ".bin")
+        (folder / "pytorch_model.bin.index.json").write_text(names)
+        for file in tqdm(sorted(folder.glob("*.safetensors")), desc="bin", unit="file"):
+            tensors = {k: t.clone() for k, t in convert.load_tensors(file)[0].items()}
+            torch.save(tensors, folder / f"pytorch_{file.stem}.bin")
+            file.unlink()
+        index.unlink()
     if options.tokenizer:
         shutil.copyfile(options.tokenizer, folder / "tokenizer.model")
     else:
@@ -140,14 +98,11 @@ def write_llama(folder, options, make):
 
 
 def made_up_tokenizer(vocab_size: int, seed: int) -> bytes:
-    """A sentencepiece model set up as LLaMA's, of pieces of random words."""
+    """A sentencepiece model of random words, with LLaMA's settings."""
     rng = random.Random(seed)
     letters = "etaoinshrdlucmfwypvbgkjqxz"
-
-    def word():
-        return "".join(rng.choices(letters, weights=range(26, 0, -1), k=rng.randint(2, 9)))
-
-    words = [word() for _ in range(100_000)]
+    words = ["".join(rng.choices(letters, weights=range(26, 0, -1), k=rng.randint(2, 9)))
+             for _ in range(100_000)]
     lines = [" ".join(words[i:i + 20]) for i in range(0, len(words), 20)]
     lines += ["###Human: <Img></Img> ###Assistant: "] * 9
     model = io.BytesIO()
@@ -158,29 +113,22 @@ def made_up_tokenizer(vocab_size: int, seed: int) -> bytes:
     return model.getvalue()
 
 
-WRITE = {"vision": write_vision, "qformer": write_qformer, "llama": write_llama, "proj": write_proj}
-
-
 def main(argv: list[str]):
-    positional, given = parse_args(argv, __doc__, "PART DST", Options)
-    if positional[0] not in WRITE:
-        raise InputError(f"usage: python tests/random_weights.py {'|'.join(WRITE)} DST [--key=value ...]")
-    options, target = override(Options(), given), Path(positional[1])
+    (part, target), given = parse_args(argv, __doc__, "PART DST", Options)
+    options, target = override(Options(), given), Path(target)
+    if part not in PARTS:
+        raise InputError(f"usage: python tests/random_weights.py {'|'.join(PARTS)} DST [--key=value ...]")
     if target.exists():
         raise InputError(f"{target} exists already: give another name, or remove it first")
+    target.parent.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(options.seed)
-    part = target.with_name(target.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        WRITE[positional[0]](part, options, lambda k, shape, **kw: random_tensor(k, shape, generator, **kw))
-        part.rename(target)
-    except (OSError, RuntimeError) as e:
-        raise InputError(f"{target}: cannot be written: {str(e).splitlines()[0]}") from e
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-        if part.is_file():
-            part.unlink()
+    if part == "llama":
+        return write_llama(target, options, generator)
+    dtype = torch.float16 if part == "vision" else torch.float32
+    shapes = tqdm(official_shapes(part, LLAMA[options.size]).items(), desc=part)
+    tensors = {k: random_tensor(k, shape, generator, dtype) for k, shape in shapes}
+    with replacing(target) as temporary:
+        torch.save(tensors if part == "vision" else {"model": tensors, "epoch": 0}, temporary)
 
 
 if __name__ == "__main__":

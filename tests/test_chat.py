@@ -1,4 +1,4 @@
-"""The terminal: pictures of every kind, streaming, commands, mistakes."""
+"""The terminal chat: kinds of pictures, streaming, commands, options, errors."""
 
 import io
 import json
@@ -33,15 +33,15 @@ def answer_to(tiny, question, *pictures, **options):
     return "".join(talk.ask(question)), talk
 
 
-def test_the_tiny_model_describes_its_example_rightly(tiny):
-    for seed in range(3):  # sampled as the demo does, not greedy
+def test_the_tiny_model_describes_its_example_correctly(tiny):
+    for seed in range(3):  # sampled as in the demo, not greedy
         answer, talk = answer_to(tiny, "Describe this image in detail.", EXAMPLE, seed=seed)
         assert talk.ended and named_objects(answer) == {("red", "star"), ("yellow", "ring")}
         assert "large red striped star at the top left" in answer
         assert "small yellow ring placed on the right" in answer and "gray" in answer
 
 
-def test_the_same_seed_gives_the_same_answer_and_greedy_needs_none(tiny):
+def test_answers_repeat_with_the_same_seed_and_greedy_ignores_it(tiny):
     rhyme = "Write a rhyme about this image."
     assert answer_to(tiny, rhyme, EXAMPLE, seed=3)[0] == answer_to(tiny, rhyme, EXAMPLE, seed=3)[0]
     greedy = {answer_to(tiny, rhyme, EXAMPLE, seed=s, temperature=0.0)[0] for s in (1, 2)}
@@ -56,7 +56,7 @@ def test_a_second_turn_remembers_the_first(tiny):
     assert not talk.turns and not talk.images
 
 
-def test_the_pieces_of_a_stream_make_the_answer_without_its_end(tiny):
+def test_streamed_pieces_add_up_to_the_answer_without_its_end(tiny):
     model, options = tiny
     talk = Chat(model, options)
     talk.add_image(EXAMPLE)
@@ -67,12 +67,12 @@ def test_the_pieces_of_a_stream_make_the_answer_without_its_end(tiny):
     assert model.tokenizer.answer_text(ids, "###") == "".join(pieces)
 
 
-def test_an_answer_at_its_limit_is_said_to_be_cut(tiny):
+def test_an_answer_cut_at_max_new_tokens_is_not_ended(tiny):
     _, talk = answer_to(tiny, "Describe this image in detail.", EXAMPLE, max_new_tokens=3)
     assert not talk.ended
 
 
-def test_a_conversation_that_outgrows_the_context_says_so(tiny, capsys):
+def test_a_conversation_that_exceeds_the_context_is_reported(tiny, capsys):
     text = "a \udce9 " * 900  # half a character, as a Latin-1 terminal sends it
     answer_to(tiny, text, EXAMPLE, max_new_tokens=1999)
     assert "its beginning is cut off" in capsys.readouterr().err
@@ -81,7 +81,7 @@ def test_a_conversation_that_outgrows_the_context_says_so(tiny, capsys):
 @pytest.mark.parametrize("options, words", [
     ({"temperature": 1e-45}, "temperature is 0 or"), ({"repetition_penalty": 1e-300}, "from 0.01"),
     ({"seed": 2**70}, "seed"), ({"max_new_tokens": 2000}, "less than 2000")])
-def test_options_that_make_no_sense_are_refused(options, words):
+def test_options_out_of_range_raise(options, words):
     with pytest.raises(InputError, match=words):
         Options(**options)
 
@@ -92,7 +92,7 @@ def test_both_templates_and_several_pictures_run(tiny):
         assert talk.images
 
 
-def test_a_language_model_alone_talks_and_says_that_it_sees_no_pictures(tmp_path, capsys):
+def test_a_language_model_alone_answers_but_takes_no_pictures(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps({"llama": str(ROOT / "assets/tiny/llama")}))
     talk = Chat(*chat.load(Options(ckpt=str(tmp_path), device="cpu", max_new_tokens=8)))
     assert "trained without a template" in capsys.readouterr().err
@@ -107,11 +107,11 @@ def pictures():
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     yield "jpeg", rgb, "JPEG", {}
-    yield "grey jpeg", rgb.convert("L"), "JPEG", {}
+    yield "gray jpeg", rgb.convert("L"), "JPEG", {}
     yield "cmyk jpeg", rgb.convert("CMYK"), "JPEG", {}
     yield "rotated jpeg", rgb, "JPEG", {"exif": exif}
     yield "png with alpha", rgb.convert("RGBA"), "PNG", {}
-    yield "grey with alpha", rgb.convert("LA"), "PNG", {}
+    yield "gray with alpha", rgb.convert("LA"), "PNG", {}
     yield "palette", rgb.convert("P"), "PNG", {}
     yield "palette with transparency", rgb.convert("P"), "PNG", {"transparency": 3}
     yield "one bit", rgb.convert("1"), "PNG", {}
@@ -125,14 +125,14 @@ def pictures():
 
 @pytest.mark.parametrize("picture, kind, options", [p[1:] for p in pictures()],
                          ids=[p[0] for p in pictures()])
-def test_any_picture_goes_through(tiny, tmp_path, picture, kind, options):
+def test_every_kind_of_picture_is_read(tiny, tmp_path, picture, kind, options):
     path = tmp_path / f"picture.{kind.lower()}"
     picture.save(path, kind, **options)
     _, talk = answer_to(tiny, "What is this?", str(path), max_new_tokens=4)
     assert load_image(str(path), 64).shape == (3, 64, 64) and len(talk.turns) == 1
 
 
-def test_exif_rotation_transparency_and_16_bits_are_seen_as_meant(tmp_path):
+def test_exif_rotation_transparency_and_16_bits_are_respected(tmp_path):
     half = Image.new("RGB", (64, 64), "black")
     half.paste("white", (0, 0, 64, 32))  # the upper half is white
     exif = Image.Exif()
@@ -167,7 +167,7 @@ def test_a_truncated_picture_is_named(tmp_path):
         load_image(str(tmp_path / "half.jpg"), 64)
 
 
-def test_prompt_prints_the_answer_alone(capsys):
+def test_prompt_prints_only_the_answer(capsys):
     chat.main([EXAMPLE, "--prompt=What color is the star?", "--temperature=0"])
     out, err = capsys.readouterr()
     assert out.endswith(".\n") and len(out.splitlines()) == 1 and "#" not in out
@@ -180,7 +180,8 @@ def test_commands(capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
     chat.main(["--temperature=0"])
     out, err = capsys.readouterr()
-    for words in ("seen. What would you like to know?", "/image PATH", "/dance: unknown command", "A new conversation"):
+    for words in ("seen. What would you like to know?", "/image PATH", "/dance: unknown command",
+                  "A new conversation"):
         assert words in out
     assert "nowhere.png: there is no such picture" in err
 
@@ -189,19 +190,26 @@ def test_commands(capsys, monkeypatch):
     (["--temprature=1"], "did you mean temperature"), (["--temperature=hot"], "not of type float"),
     (["--template=alpaca"], "alpaca"), (["--top_p=0"], "top_p"), (["--dtype=int3"], "int3"),
     (["--ckpt=nowhere"], "nowhere"), (["nowhere.png"], "nowhere.png")])
-def test_wrong_arguments_are_refused(arguments, words):
+def test_wrong_arguments_raise(arguments, words):
     with pytest.raises(InputError, match=words):
         chat.main([*arguments, "--prompt=x"])
 
 
-def test_options_may_be_bare_or_follow_with_a_space(capsys):
-    chat.main([EXAMPLE, "--check", "--prompt", "What color is the star?", "--temperature", "0"])
-    out, err = capsys.readouterr()
-    assert "perplexity on a paragraph" in err and out.endswith(".\n")
+def test_bare_booleans_and_values_after_a_space(capsys):
+    """A bare --check does not take the picture's path after it as its value."""
+    answers = []
+    for arguments in (["--check", EXAMPLE, "--prompt", "What color is the star?", "--temperature", "0"],
+                      ["--check=True", "--temperature=0", "--prompt=What color is the star?", EXAMPLE]):
+        chat.main(arguments)
+        out, err = capsys.readouterr()
+        assert "perplexity on a paragraph" in err and "red" in out and len(out.splitlines()) == 1
+        answers.append(out)
+    assert answers[0] == answers[1]
 
 
 def test_help_lists_every_option(capsys):
     with pytest.raises(SystemExit) as end:
         chat.main(["-h"])
-    said = capsys.readouterr().out
-    assert end.value.code == 0 and all(f"--{name} " in said for name in Options.__dataclass_fields__)
+    shown = capsys.readouterr().out
+    assert end.value.code == 0 and chat.__doc__.strip() in shown
+    assert all(f"--{name} " in shown for name in Options.__dataclass_fields__)

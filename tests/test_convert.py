@@ -17,8 +17,8 @@ from configs.schema import InputError
 from llama import LlamaConfig, Tokenizer
 from model import MiniGPT4
 from qformer import QFormerConfig
-from tests.common import GOLDEN, Golden
 from tests import random_weights
+from tests.common import GOLDEN, Golden
 from tools import convert
 from vision import VisionConfig
 
@@ -58,7 +58,7 @@ def hub_folder(folder, sizes, tensors, shards=1, ending="safetensors"):
 def converted(source, target, *options):
     """The tensors that `convert.py llama` makes, under our names, as a loaded model has them."""
     convert.main(["llama", str(source), str(target), "--check=False", *options])
-    model = MiniGPT4.from_files(None, None, str(target), dtype="float32", trainable=())
+    model = MiniGPT4.from_files(None, None, str(target), dtype="float32")
     return model.llama.config, model.part_parameters("llama")
 
 
@@ -70,7 +70,7 @@ def same(parameters, tensors):
 
 
 def fails(*argv):
-    """The one line with which the command refuses."""
+    """The one-line error of the command."""
     with pytest.raises(InputError) as e:
         convert.main([str(a) for a in argv])
     assert "\n" not in str(e.value)
@@ -133,7 +133,7 @@ def meta_folder(folder, tensors, files):
              "mlp.down_proj": "feed_forward.w2", "mlp.up_proj": "feed_forward.w3"}
     parts = [{} for _ in range(files)]
     for k, t in tensors.items():
-        if "q_proj" in k or "k_proj" in k:  # halves of a head -> neighbours
+        if "q_proj" in k or "k_proj" in k:  # halves of a head -> neighbors
             t = t.view(-1, 2, 4, 32).transpose(1, 2).reshape(t.shape)
         name = k.removeprefix("model.")
         for ours, theirs in names.items():
@@ -186,6 +186,30 @@ def test_a_lora_adapter_is_merged(tmp_path):
     assert "r = 0 is no number above 0" in fails("llama", folder, tmp_path / "c", f"--lora={adapter}")
 
 
+def test_a_folder_is_written_in_order_and_in_shards_of_bounded_size(tmp_path, monkeypatch):
+    sizes, tensors = random_llama()
+    monkeypatch.setattr(convert, "SHARD", 30_000)
+    folder = hub_folder(tmp_path / "hub", sizes, tensors, 1, "bin")
+    same(converted(folder, tmp_path / "ours", "--dtype=bfloat16")[1],
+         {k: t.bfloat16().float() for k, t in tensors.items()})
+    files = sorted((tmp_path / "ours").glob("*.safetensors"))
+    shards = [load_file(file) for file in files]
+    largest = max(2 * t.numel() for t in tensors.values())
+    assert len(shards) > 2 and files[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
+    assert all(sum(t.nbytes for t in shard.values()) <= 30_000 + largest for shard in shards)
+    place = {k: i for i, shard in enumerate(shards) for k in shard}
+    assert [place[k] for k in tensors] == sorted(place.values())
+    index = json.loads((tmp_path / "ours/model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {k: files[i].name for k, i in place.items()}
+    assert index["metadata"]["total_size"] == sum(2 * t.numel() for t in tensors.values())
+
+
+def test_tensors_that_share_memory_are_written_twice(tmp_path):
+    sizes, tensors = random_llama()
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    same(converted(hub_folder(tmp_path / "hub", sizes, tensors, 1, "bin"), tmp_path / "ours")[1], tensors)
+
+
 def test_dtype_casts_and_without_it_tensors_stay_as_they_are(tmp_path):
     sizes, tensors = random_llama()
     folder = hub_folder(tmp_path / "hub", sizes, {k: t.half() for k, t in tensors.items()})
@@ -195,7 +219,18 @@ def test_dtype_casts_and_without_it_tensors_stay_as_they_are(tmp_path):
         assert {t.dtype for p in out.glob("*.safetensors") for t in load_file(p).values()} == {dtype}
 
 
-# ---- the projection, and what it was trained with ----------------------------------------------------------
+# ---- the vision side and the projection --------------------------------------------------------------------
+
+
+def test_ln_vision_is_in_the_q_former_s_file_and_in_that_of_a_vision_part_that_has_its_own(tmp_path):
+    files, own = Golden(GOLDEN, "qformer").convert(tmp_path), {"ln_vision.weight", "ln_vision.bias"}
+    assert own < load_file(files["vision"]).keys() and own < load_file(files["qformer"]).keys()
+    eva = {k.removeprefix("visual_encoder."): t for k, t in Golden(GOLDEN, "qformer").weights.items()
+           if k.startswith("visual_encoder.")}
+    torch.save(eva, tmp_path / "eva.pth")
+    convert.main(["vision", str(tmp_path / "eva.pth"), files["vision"], "--n_layers=3", "--heads=4"])
+    assert not own & load_file(files["vision"]).keys()
+    MiniGPT4.from_files(**files)
 
 
 def test_an_exported_projection_is_the_original_s_and_comes_back_bit_for_bit(tmp_path):
@@ -224,7 +259,7 @@ def test_a_converted_projection_with_a_config_is_a_run_s_folder(tmp_path):
     done = subprocess.run([sys.executable, "chat.py", str(picture), f"--ckpt={out.parent}", "--prompt=hm?",
                            "--max_new_tokens=3"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "does not say which parts" in done.stderr
-    (out.parent / "state.safetensors").write_bytes(b"")  # a training run is not overwritten
+    (out.parent / "state.pt").write_bytes(b"")  # a training run is not overwritten
     assert "already holds a run" in fails("proj", tmp_path / "original.pth", out, f"--config={config}")
     other = tmp_path / "other/proj.safetensors"
     fails("proj", tmp_path / "original.pth", other, "--config=none.py")
@@ -337,8 +372,17 @@ def test_another_architecture_is_refused_by_name(hub, tmp_path, model_type):
     assert model_type in fails("llama", hub, tmp_path / "ours")
 
 
+def test_the_command_line(hub, tmp_path):
+    for argv in (("vission", hub, tmp_path / "x"), ("llama", hub), ()):
+        assert fails(*argv).startswith("usage: python ")
+    assert "did you mean dtype" in fails("llama", hub, tmp_path / "x", "--dtyp=float16")
+    assert "--dtype=int8: give one of float32" in fails("llama", hub, tmp_path / "x", "--dtype=int8")
+    assert "exists already" in fails("llama", hub, hub)
+
+
 def test_a_full_disk_leaves_nothing_half_written(tmp_path):
-    """A limit on the size of files stands for the disk's end; the old file is kept."""
+    """A limit on the size of files acts as a full disk; the old file is kept."""
+    pytest.importorskip("resource")  # not on Windows
     torch.save(Golden(GOLDEN, "qformer").weights, tmp_path / "o.pth")
     (tmp_path / "out").mkdir()
     (tmp_path / "out/v.safetensors").write_text("old")
@@ -353,6 +397,15 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path):
     assert (tmp_path / "out/v.safetensors").read_text() == "old"
 
 
+def test_a_failed_conversion_leaves_no_folder(hub, tmp_path, monkeypatch):
+    def save_file(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(convert, "save_file", save_file)
+    assert "No space left" in fails("llama", hub, tmp_path / "ours/llama")
+    assert list((tmp_path / "ours").iterdir()) == []
+
+
 # ---- does the language model speak? ------------------------------------------------------------------------
 
 
@@ -365,7 +418,7 @@ def test_garbage_weights_are_warned_of(hub, tmp_path, capsys):
 def test_perplexity_is_that_of_transformers(hub, tmp_path):
     from transformers import LlamaForCausalLM
     sizes, _ = random_llama()
-    ours = MiniGPT4.from_files(None, None, str(hub), dtype="float32", trainable=())
+    ours = MiniGPT4.from_files(None, None, str(hub), dtype="float32")
     theirs = LlamaForCausalLM.from_pretrained(hub, dtype=torch.float32)
     ids = torch.tensor([Tokenizer(f"{hub}/tokenizer.model").encode("the old lighthouse", bos=True)])
     want = torch.exp(theirs(ids, labels=ids).loss).item()
@@ -384,7 +437,7 @@ def test_random_weights_are_converted_and_make_a_model(tmp_path, monkeypatch, fo
     monkeypatch.setattr(random_weights, "QFormerConfig",
                         functools.partial(QFormerConfig, **sizes, ffn_hidden=32, vision_width=16))
     monkeypatch.setitem(random_weights.LLAMA, "7b", LlamaConfig(**SIZES))
-    monkeypatch.setattr(random_weights, "SHARD", 20_000)
+    monkeypatch.setattr(convert, "SHARD", 20_000)
     raw, ours = tmp_path / "raw", tmp_path / "ours"
     for part in ("vision", "qformer", "proj"):
         random_weights.main([part, str(raw / f"{part}.pth")])

@@ -1,8 +1,7 @@
 """Every number of the original MiniGPT-4 at tiny sizes (tests/golden, and GOLDEN_FULL if set), in float32.
 
-The tests follow the forward pass, and each stage is given the original's own input, so the first that fails
-names the stage that differs. The tolerances are those of the golden folders' own README; ids and texts are
-exact."""
+The tests follow the forward pass, and each stage gets the original's own input, so a failure names the stage
+that differs. The tolerances are those of the golden folders' README; ids and texts are exact."""
 
 import copy
 import functools
@@ -13,8 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from configs.prompts import BOS, TEMPLATES, chat_segments, user_message
+from configs.prompts import BOS, IMAGE, TEMPLATES, chat_segments, user_message
 from data import Sample, Samples, clean_caption, collate
+from llama import IGNORE
+from qformer import JoinPatches
 from tests.common import GOLDEN, Golden
 from train import compile_blocks, learning_rate, make_optimizer, train_step
 from vision import load_image, normalize, preprocess
@@ -23,7 +24,7 @@ CASES = {"1_stage1": "", "2_stage2_vicuna": "vicuna", "3_stage2_llama2": "llama2
 CONTROL = ("<s>", "</s>", "<unk>")
 
 
-# not a fixture of wider scope, for which pytest would reorder the tests
+# not a fixture of wider scope: pytest would reorder the tests
 open_golden = functools.cache(Golden)
 
 
@@ -43,7 +44,7 @@ def golden(folder, request):
 
 @pytest.fixture
 def texts(folder):
-    """For what is the same in both variants."""
+    """For numbers that are the same in both variants."""
     return open_golden(folder, "qformer")
 
 
@@ -51,15 +52,15 @@ def close(got, want, tolerance):
     torch.testing.assert_close(got, torch.as_tensor(want), atol=tolerance, rtol=0)
 
 
-# ---- the picture's way -------------------------------------------------------------------------------------
+# ---- pictures ----------------------------------------------------------------------------------------------
 
 
-def test_pictures_are_resized_and_normalised_as_the_original_does(texts):
+def test_pictures_are_preprocessed_as_in_the_original(texts):
     pictures = texts.pictures()
     assert len({path.name for path, _, _ in pictures}) == 5
     for path, size, want in pictures:
         image = Image.open(path)
-        # load_image lays transparency on white, the original dropped it by a plain convert
+        # load_image puts transparency on white; the original drops it with a plain convert
         if image.has_transparency_data:
             pixels = preprocess(image.convert("RGB"), size)
             assert not torch.equal(pixels, load_image(str(path), size)), path
@@ -75,13 +76,13 @@ def test_vision_tower(golden):
 def test_ln_vision(golden):
     ln_vision = golden.model().bridge.ln_vision
     close(ln_vision(golden.io["vit_out"]), golden.io["vit_ln_out"], 1e-5)
-    assert ln_vision.eps == golden.cases["config"]["ln_vision_eps"]  # which the numbers do not show
+    assert ln_vision.eps == golden.cases["config"]["ln_vision_eps"]  # the numbers do not show it
 
 
 def test_qformer(golden):
     model = golden.model()
     if golden.variant == "noqformer":
-        assert "qformer" not in model.fingerprints
+        assert isinstance(model.bridge, JoinPatches) and "qformer" not in model.fingerprints
     else:
         close(model.bridge(golden.io["vit_out"]), golden.io["qformer_last_hidden_state"], 1e-5)
 
@@ -110,15 +111,15 @@ def test_llama_logits(texts):
 # ---- texts and training sequences --------------------------------------------------------------------------
 
 
-def test_tokenizer_gives_the_originals_ids(texts):
+def test_token_ids_equal_the_originals(texts):
     strings = [(text, ids) for text, ids in texts.strings() if not any(c in text for c in CONTROL)]
     assert len(strings) > 40
     for text, ids in strings:
         assert texts.tokenizer.encode(text) == ids, text
 
 
-def test_control_tokens_typed_as_letters_are_plain_text(texts):
-    """Not kept: the original reads <s>, </s>, <unk> in a text as ids 1, 2, 0; a user could end the talk."""
+def test_typed_control_tokens_are_plain_text(texts):
+    """Not kept: the original parses <s>, </s>, <unk> in a text, so a user could end the conversation."""
     strings = [(text, ids) for text, ids in texts.strings() if any(c in text for c in CONTROL)]
     assert len(strings) >= 10
     for text, theirs in strings:
@@ -127,7 +128,7 @@ def test_control_tokens_typed_as_letters_are_plain_text(texts):
         assert texts.tokenizer.decode(ours) == text
 
 
-def test_captions_are_cleaned_as_the_original_does(texts):
+def test_captions_are_cleaned_as_in_the_original(texts):
     assert len(texts.captions()) == 12
     for text, cleaned, ids in texts.captions():
         assert clean_caption(text) == cleaned
@@ -135,7 +136,7 @@ def test_captions_are_cleaned_as_the_original_does(texts):
 
 
 class Drawing:
-    """A random generator that draws the case's instruction."""
+    """A random generator that always picks the case's instruction."""
 
     def __init__(self, index):
         self.index = index
@@ -144,11 +145,11 @@ class Drawing:
         return options[self.index]
 
     def random(self):
-        return 0.0  # would choose the chat's layout, were its share not zero
+        return 0.0  # takes the chat form whenever chat_share is above 0
 
 
 def make_samples(golden, case):
-    """Three samples (pictures, ids, targets) of a case, tokenised by the class that training uses."""
+    """Three samples (pictures, ids, targets) of a case, tokenized by the class that training uses."""
     maker = Samples([], case.config, golden.tokenizer, golden.images.shape[-1], golden.n_image_tokens)
     for answer, image in zip(case.answers, golden.images):
         yield [image], *maker.tokenize(Sample(images=["a.png"], caption=answer), Drawing(case.drawn))
@@ -156,7 +157,7 @@ def make_samples(golden, case):
 
 @pytest.mark.parametrize("name", CASES)
 def test_token_ids_and_targets(golden, name):
-    """The golden rows are compared without their padding, which is `$$` in the original and any id here."""
+    """Compared without padding, which is `$$` in the original and any id here."""
     case = golden.case(name, CASES[name])
     samples = list(make_samples(golden, case))
     assert [ids for _, ids, _ in samples] == case.ids
@@ -164,25 +165,25 @@ def test_token_ids_and_targets(golden, name):
 
 
 @pytest.mark.parametrize("name", ["2_stage2_vicuna", "3_stage2_llama2"])
-def test_all_four_instructions_are_the_originals(golden, name):
+def test_all_four_instructions_equal_the_originals(golden, name):
     case = golden.case(name, CASES[name])
     assert len(case.prompts) == 4
     for drawn, prompt in enumerate(case.prompts):
         _, ids, targets = next(make_samples(golden, case._replace(drawn=drawn)))
         before, after = prompt.split("<ImageHere>")
-        want = golden.tokenizer.encode_segments([BOS, before, -1, after], golden.n_image_tokens)
-        assert ids[:len(want)] == want and targets[:len(want)] == [-100] * len(want)
-        assert targets[len(want)] != -100
+        want = golden.tokenizer.encode_segments([BOS, before, IMAGE, after], golden.n_image_tokens)
+        assert ids[:len(want)] == want and targets[:len(want)] == [IGNORE] * len(want)
+        assert targets[len(want)] != IGNORE
 
 
-# ---- loss, gradients, optimiser ----------------------------------------------------------------------------
+# ---- loss, gradients, optimizer ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("switch", ["", "checkpointed", "features", "compiled"])
 @pytest.mark.parametrize("name", CASES)
 def test_loss_and_gradients(golden, name, switch):
     if switch == "compiled" and (golden.full or name != "2_stage2_vicuna"):
-        pytest.skip("slow, and the same for all cases")
+        pytest.skip("slow; one case is enough")
     model, case = golden.model(), golden.case(name, CASES[name])
     model.proj.requires_grad_(True)
     model.llama.grad_checkpoint = switch == "checkpointed"
@@ -199,13 +200,13 @@ def test_loss_and_gradients(golden, name, switch):
     tolerance = 5e-6 if golden.full else 3e-6
     close(model.proj.weight.grad, case.gradients["weight"], tolerance)
     close(model.proj.bias.grad, case.gradients["bias"], tolerance)
-    learnt = {name for name, p in model.named_parameters() if p.grad is not None}
-    assert learnt == {"proj.weight", "proj.bias"}
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert trained == {"proj.weight", "proj.bias"}
 
 
 @pytest.mark.parametrize("schedule", ["stage1", "stage2"])
 def test_learning_rates(texts, schedule):
-    """`warmup_longer_than_epoch` is left out on purpose: the original warms up again in every epoch."""
+    """`warmup_longer_than_epoch` is not tested: the original warms up again in every epoch."""
     config, rates = texts.schedules()[schedule]
     assert len(rates) >= 8
     for step, rate in rates:
@@ -215,7 +216,7 @@ def test_learning_rates(texts, schedule):
 @pytest.mark.parametrize("micro_batches", [1, 3])
 @pytest.mark.parametrize("name", ["adamw5", "adamw5_biglr"])
 def test_five_steps_of_adamw(golden, name, micro_batches):
-    """In one batch as the original, and sample by sample: unequal answers must weigh as in one batch."""
+    """In one batch as in the original, and in three micro-batches, which must weigh each token the same."""
     model, case = golden.model(), golden.case("2_stage2_vicuna", "vicuna")
     config, steps, rates, losses = golden.adamw(name, case.config)
     samples = list(make_samples(golden, case))
@@ -226,12 +227,13 @@ def test_five_steps_of_adamw(golden, name, micro_batches):
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     for step, rate, loss in zip(steps, rates, losses):
         assert (lr := learning_rate(step, config)) == pytest.approx(rate, rel=1e-12)
-        close(train_step(model, batches, optimizer, scaler, lr) / sum(b.n_targets for b in batches), loss, 1e-5)
+        loss_sum = train_step(model, batches, optimizer, scaler, lr)
+        close(loss_sum / sum(b.n_targets for b in batches), loss, 1e-5)
     close(model(*collate(samples)).detach(), losses[-1], 1e-5)
     assert len(losses) == 6
     tolerance = 2e-6 if name == "adamw5" else 2e-5
-    # the full set's README has none for exp_avg_sq; its gradients' tolerance, 5e-6 at up to 0.24, makes
-    # 1.2e-8 in it
+    # the full set's README gives none for exp_avg_sq; the tolerance of the gradients, 5e-6 for values up to
+    # 0.24, amounts to 1.2e-8 there
     moments = {"exp_avg": 1e-6, "exp_avg_sq": 5e-9 if golden.full else 1e-9}
     wanted = {k.removeprefix(name + "."): t for k, t in golden.io.items() if k.startswith(name + ".")}
     assert wanted or (name == "adamw5_biglr" and golden.variant == "noqformer" and not golden.full)
@@ -248,7 +250,7 @@ def test_five_steps_of_adamw(golden, name, micro_batches):
 
 
 def chat_ids(golden, template, questions, answers):
-    """The ids of a talk about one picture, made as chat.py makes them."""
+    """The ids of a conversation about one picture, made as in chat.py."""
     messages = [user_message(q, n_images=int(i == 0)) for i, q in enumerate(questions)]
     segments = chat_segments(list(zip(messages, [*answers, None])), TEMPLATES[template])
     return golden.tokenizer.encode_segments(segments, golden.n_image_tokens)
@@ -256,22 +258,22 @@ def chat_ids(golden, template, questions, answers):
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_chat_ids(golden, template):
-    talk = golden.talk(template)
-    assert chat_ids(golden, template, talk.questions[:1], []) == talk.ids[0]
-    assert chat_ids(golden, template, talk.questions, [talk.answer]) == talk.ids[1]
+    chat = golden.conversation(template)
+    assert chat_ids(golden, template, chat.questions[:1], []) == chat.ids[0]
+    assert chat_ids(golden, template, chat.questions, [chat.answer]) == chat.ids[1]
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_greedy_answers(golden, template):
-    """Penalties 1.0, 1.05, 1.5, ends at an eos and at stop words, a context cut from the left, if given."""
-    model, talk, runs = golden.model(), golden.talk(template), golden.greedy(template)
+    """Three penalties; in the full set also stops at an eos and at stop words, and a cut context."""
+    model, chat, runs = golden.model(), golden.conversation(template), golden.greedy(template)
     assert len(runs) == (7 if golden.full else 3)
     image_embeds = model.encode_image(golden.images[:1])
     for name, run in runs.items():
         model.tokenizer = copy.copy(golden.tokenizer)
         model.tokenizer.eos = run.get("eos_token_id", golden.tokenizer.eos)
         turn, penalty = name.split("_")[1], float(name.split("_rp")[1].split("_")[0])
-        got = model.generate(talk.ids[int(turn[-1]) - 1], image_embeds, max_new_tokens=20, temperature=0,
+        got = model.generate(chat.ids[int(turn[-1]) - 1], image_embeds, max_new_tokens=20, temperature=0,
                              repetition_penalty=penalty, stop=tuple(run.get("stop_words_ids", ())),
                              context=80 if "cut80" in name else 2000)
         assert list(got) == run["new_tokens"], name
@@ -279,13 +281,13 @@ def test_greedy_answers(golden, template):
 
 @pytest.mark.parametrize("folder", ["full"], indirect=True)
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_live_talk(golden, template):
-    """Two turns; the second's history holds the model's own first answer. Only the full set has it."""
-    model, talk, answers = golden.model(), golden.talk(template, "live"), []
+def test_live_conversation(golden, template):
+    """Two turns; the history of the second holds the model's own first answer. Only in the full set."""
+    model, chat, answers = golden.model(), golden.conversation(template, "live"), []
     image_embeds, end = model.encode_image(golden.images[:1]), TEMPLATES[template].end
-    for turn, (new_ids, text) in enumerate(talk.said):
-        ids = chat_ids(golden, template, talk.questions[:turn + 1], answers)
-        assert ids == talk.ids[turn]
+    for turn, (new_ids, text) in enumerate(chat.generated):
+        ids = chat_ids(golden, template, chat.questions[:turn + 1], answers)
+        assert ids == chat.ids[turn]
         got = list(model.generate(ids, image_embeds, max_new_tokens=20, temperature=0,
                                   repetition_penalty=1.05, stop=model.tokenizer.stop_sequences(end)))
         assert got == new_ids

@@ -9,7 +9,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from configs.schema import InputError
-from llama import KVCache
+from llama import KVCache, LlamaConfig
 from model import MiniGPT4, sample
 from tests.common import GOLDEN
 
@@ -30,7 +30,7 @@ TOKENS = torch.randint(3, 600, (2, 40), generator=torch.Generator().manual_seed(
 
 
 def make_folder(folder, **changes):
-    """A Hugging Face LLaMA saved into `folder`, its random weights large so that wrong attention shows."""
+    """Save a Hugging Face LLaMA with random weights, large enough for wrong attention to show."""
     shard = {"max_shard_size": changes.pop("max_shard_size")} if "max_shard_size" in changes else {}
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**SIZES | {"initializer_range": 0.2} | changes)
@@ -68,12 +68,12 @@ def close(got, want, tolerance):
 def test_logits_equal_transformers(tmp_path, shape):
     theirs = make_folder(tmp_path, **SHAPES[shape])
     want = their_logits(theirs)
-    assert want.std() > 0.5  # of a size at which the tolerance means something
+    assert want.std() > 0.5  # large enough for the tolerance to mean something
     close(logits(load(tmp_path)), want, 2e-5)
 
 
 def test_each_size_changes_the_logits(tmp_path):
-    """Holds off a blind parity, in which a reader that ignores rope_theta or rms_norm_eps would agree too."""
+    """Otherwise parity would hold even for a reader that ignores rope_theta or rms_norm_eps."""
     plain = their_logits(make_folder(tmp_path))
     for shape in ("rope_theta", "rms_norm_eps", "tied"):
         assert (their_logits(make_folder(tmp_path, **SHAPES[shape])) - plain).abs().max() > 0.05, shape
@@ -93,7 +93,7 @@ def test_cached_decoding_equals_the_full_forward(tmp_path, shape):
             close(model.llama.logits(model.llama(x[:, t:t + 1], cache)), want[:, t:t + 1], 2e-5)
 
 
-def test_cache_refuses_several_tokens_behind_a_prompt(tmp_path):
+def test_cache_takes_one_token_at_a_time_after_the_prompt(tmp_path):
     make_folder(tmp_path)
     model = load(tmp_path)
     cache = KVCache(model.llama.config, 2, 20, "cpu", torch.float32)
@@ -113,8 +113,8 @@ def test_greedy_generation_equals_transformers(tmp_path):
     assert list(got) == want.tolist()
 
 
-def test_a_conversation_beyond_the_context_loses_its_beginning(tmp_path):
-    """Of the prompt remains what leaves room for the answer."""
+def test_prompt_is_cut_on_the_left_to_fit_the_context(tmp_path):
+    """What remains of the prompt leaves room for the answer."""
     make_folder(tmp_path)
     model, prompt = load(tmp_path), TOKENS[0].tolist()
 
@@ -125,7 +125,7 @@ def test_a_conversation_beyond_the_context_loses_its_beginning(tmp_path):
     assert answer(prompt, 50) == answer(prompt, 2000)  # it just fits
 
 
-def test_bfloat16_is_near(tmp_path):
+def test_bfloat16_is_close_to_float32(tmp_path):
     theirs = make_folder(tmp_path, **SHAPES["mixed"])
     model = load(tmp_path, "bfloat16")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
@@ -137,12 +137,25 @@ def test_bfloat16_is_near(tmp_path):
     assert ours_off < 0.05 and ours_off < 1.5 * theirs_off
 
 
-def test_frozen_unless_named(tmp_path):
-    """Named in `trainable`, the part has gradients and is float32 whatever dtype is asked for the others."""
+def test_only_trainable_parts_have_gradients(tmp_path):
+    """A trainable part is float32, whatever the dtype of the others."""
     make_folder(tmp_path)
     assert not any(p.requires_grad for p in load(tmp_path).parameters())
     trained = load(tmp_path, "bfloat16", trainable=("llama",))
     assert all(p.requires_grad and p.dtype == torch.float32 for p in trained.parameters())
+
+
+def test_loaded_projection_is_float32_even_when_frozen(tmp_path):
+    make_folder(tmp_path / "llama")
+    sizes = {"image_size": 28, "patch_size": 14, "width": 16, "n_layers": 1, "n_heads": 2, "mlp_hidden": 16}
+    parts = {"vision": sizes, "qformer": None, "llama": str(tmp_path / "llama")}
+    MiniGPT4.from_files(**parts).save_part("proj", str(tmp_path), "bfloat16")
+    for trainable in ((), ("proj",)):
+        model = MiniGPT4.from_files(**parts, proj=str(tmp_path / "proj.safetensors"), trainable=trainable)
+        assert {p.dtype for p in model.proj.parameters()} == {torch.float32}
+        assert {p.dtype for p in model.llama.parameters()} == {torch.bfloat16}
+        assert {k for k, p in model.named_parameters() if p.requires_grad} == (
+            {"proj.weight", "proj.bias"} if trainable else set())
 
 
 # ---- files -------------------------------------------------------------------------------------------------
@@ -172,7 +185,8 @@ def test_rotary_buffers_of_old_files_are_ignored(tmp_path):
 
 def test_tied_tensor_that_is_stored_twice_is_ignored(tmp_path):
     theirs = make_folder(tmp_path, tie_word_embeddings=True)
-    change_tensors(tmp_path, lambda t: t | {"lm_head.weight": torch.zeros_like(t["model.embed_tokens.weight"])})
+    head = "lm_head.weight"
+    change_tensors(tmp_path, lambda t: t | {head: torch.zeros_like(t["model.embed_tokens.weight"])})
     close(logits(load(tmp_path)), their_logits(theirs), 2e-5)
 
 
@@ -211,7 +225,7 @@ Q = "layers.1.self_attn.q_proj.weight"
     "unexpected (layers.0.extra.weight)": lambda t: t | {"model.layers.0.extra.weight": torch.zeros(2)},
     f"of another shape ({Q} (48, 47) instead of (48, 48))": lambda t: t | {f"model.{Q}": torch.zeros(48, 47)},
 }.items())
-def test_misfitting_tensors_are_named(tmp_path, fault, change):
+def test_tensors_that_do_not_fit_are_named(tmp_path, fault, change):
     make_folder(tmp_path)
     change_tensors(tmp_path, change)
     with pytest.raises(InputError) as error:
@@ -229,8 +243,8 @@ def test_missing_files_are_named(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.model", "model.safetensors"])
-def test_cut_off_files_are_named(tmp_path, name):
-    """As a download that was broken off leaves them."""
+def test_truncated_files_are_named(tmp_path, name):
+    """As an interrupted download leaves them."""
     make_folder(tmp_path)
     content = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(content[:len(content) // 2])
@@ -249,7 +263,7 @@ def test_cut_off_files_are_named(tmp_path, name):
     ("activation", {"hidden_act": "gelu"}),
     ("not of the same model", {"vocab_size": 599}),
 ])
-def test_models_that_it_cannot_compute_are_refused(tmp_path, named, change):
+def test_unsupported_models_raise_one_line(tmp_path, named, change):
     make_folder(tmp_path)
     change_config(tmp_path, lambda c: c | change)
     with pytest.raises(InputError, match=named):
@@ -264,32 +278,32 @@ def test_sizes_missing_from_config_json_are_named(tmp_path, key):
         load(tmp_path)
 
 
-# ---- drawing a token ---------------------------------------------------------------------------------------
+# ---- sampling ---------------------------------------------------------------------------------------
 
 
-def draw(logits, ids, temperature, top_p, penalty, generator=None):
-    """`sample` with the ids that were seen as a list."""
-    seen = torch.zeros(len(logits), dtype=torch.bool)
-    seen[ids] = True
-    return int(sample(logits, seen, temperature, top_p, penalty, generator))
+def draw(scores, seen_ids, temperature, top_p, penalty, generator=None):
+    """`sample` with a list of seen ids."""
+    seen = torch.zeros(len(scores), dtype=torch.bool)
+    seen[seen_ids] = True
+    return int(sample(scores, seen, temperature, top_p, penalty, generator))
 
 
 def random_logits(seed, n=50, scale=2.0):
     return torch.randn(n, generator=torch.Generator().manual_seed(seed)) * scale
 
 
-def test_temperature_zero_takes_the_likeliest():
+def test_temperature_zero_is_greedy():
     for seed in range(20):
         assert draw(random_logits(seed), [1], 0, 0.9, 1.0) == random_logits(seed).argmax()
 
 
 def test_repetition_penalty_equals_transformers():
-    """On scores of both signs, and once for an id that was seen twice."""
-    penalise, changed = transformers.RepetitionPenaltyLogitsProcessor(1.5), 0
+    """Scores of both signs; an id seen twice is penalized once."""
+    penalize, changed = transformers.RepetitionPenaltyLogitsProcessor(1.5), 0
     for seed in range(100):
         scores = random_logits(seed) + (seed % 3 - 1) * 5  # all below zero, mixed, all above
         ids = [1, *scores.topk(2).indices.tolist(), int(scores.argmax())]
-        want = penalise(torch.tensor([ids]), scores[None].clone())[0].argmax()
+        want = penalize(torch.tensor([ids]), scores[None].clone())[0].argmax()
         before = scores.clone()
         assert draw(scores, ids, 0, 0.9, 1.5) == want
         assert torch.equal(scores, before)  # the caller's logits stay as they were
@@ -297,7 +311,7 @@ def test_repetition_penalty_equals_transformers():
     assert 10 < changed
 
 
-def test_top_p_keeps_the_nucleus_and_nothing_else():
+def test_top_p_keeps_exactly_the_nucleus():
     scores = torch.tensor([0.15, 0.5, 0.05, 0.3]).log()
     generator = torch.Generator().manual_seed(0)
 
@@ -310,8 +324,8 @@ def test_top_p_keeps_the_nucleus_and_nothing_else():
     assert draws(1.0) == {0, 1, 2, 3}
 
 
-def test_drawn_shares_equal_those_of_transformers():
-    """Penalty, temperature and nucleus together, in the order of `generate`: the shares of 5000 draws."""
+def test_sampled_frequencies_equal_transformers():
+    """Penalty, temperature and top_p together, in the order of `generate`, over 5000 draws."""
     scores, ids, n = random_logits(3, n=8, scale=1.5), [1, 4, 5], 5000
     chain = transformers.LogitsProcessorList([
         transformers.RepetitionPenaltyLogitsProcessor(1.3), transformers.TemperatureLogitsWarper(0.7),
@@ -325,7 +339,7 @@ def test_drawn_shares_equal_those_of_transformers():
     close(drawn, want, 0.03)
 
 
-def test_seeded_draws_repeat(tmp_path):
+def test_the_same_seed_repeats_the_answer(tmp_path):
     make_folder(tmp_path)
     model = load(tmp_path)
 
@@ -337,15 +351,18 @@ def test_seeded_draws_repeat(tmp_path):
     assert answer(1) != answer(2)
 
 
-def test_a_window_wider_than_a_conversation_makes_no_difference_and_is_taken():
-    from llama import LlamaConfig
+def test_a_sliding_window_wider_than_the_context_is_accepted():
     sizes = LlamaConfig().to_hub() | {"model_type": "mistral", "sliding_window": 4096}
     assert LlamaConfig.from_dict(sizes) == LlamaConfig()
 
 
-def test_unknown_dtypes_and_a_missing_language_model_are_refused(tmp_path):
+@pytest.mark.parametrize("dtype", ["int3", "float64", ""])
+def test_unknown_dtype_raises_one_line(tmp_path, dtype):
     make_folder(tmp_path)
-    with pytest.raises(InputError, match="dtype 'int3': give one of float32"):
-        load(tmp_path, "int3")
-    with pytest.raises(InputError, match="no language model is given; set llama"):
+    with pytest.raises(InputError, match=f"^dtype '{dtype}': give one of float32, [^\n]*$"):
+        load(tmp_path, dtype)
+
+
+def test_missing_language_model_is_named_as_such():
+    with pytest.raises(InputError, match="^llama: no language model is given; set llama"):
         load("")

@@ -14,7 +14,7 @@ from vision import VisionConfig, VisionTransformer
 
 
 def randomized(module):
-    """The module with every tensor random, biases and norms included."""
+    """The module in eval mode, every tensor random, biases and norms included."""
     generator = torch.Generator().manual_seed(0)
     for name, p in module.named_parameters():
         with torch.no_grad():
@@ -25,7 +25,7 @@ def randomized(module):
 
 
 @torch.no_grad()
-def test_vision_tower_and_ln_vision_equal_instructblip_s():
+def test_vision_tower_and_ln_vision_equal_instructblip():
     sizes = VisionConfig(image_size=56, patch_size=14, width=64, n_layers=3, n_heads=4, mlp_hidden=96)
     theirs = randomized(InstructBlipVisionModel(InstructBlipVisionConfig(
         hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, image_size=56,
@@ -52,7 +52,7 @@ def test_vision_tower_and_ln_vision_equal_instructblip_s():
 
 
 @torch.no_grad()
-def test_q_former_equals_blip_2_s():
+def test_qformer_equals_blip2():
     theirs = randomized(Blip2QFormerModel(Blip2QFormerConfig(
         hidden_size=48, num_hidden_layers=4, num_attention_heads=4, intermediate_size=96,
         cross_attention_frequency=2, encoder_hidden_size=64, layer_norm_eps=1e-12)))
@@ -76,7 +76,7 @@ def test_q_former_equals_blip_2_s():
     torch.testing.assert_close(ours(image), want, atol=1e-4, rtol=0)
 
 
-def test_tokenizer_equals_that_of_transformers_on_every_kind_of_string():
+def test_tokenizer_equals_transformers_on_all_kinds_of_text():
     path = str(GOLDEN / "tokenizer/tokenizer.model")
     theirs = SentencePieceBackend(vocab_file=path, legacy=True, unk_token="<unk>", bos_token="<s>",
                                   eos_token="</s>", special_tokens_pattern="none")

@@ -6,14 +6,11 @@
     python tools/convert.py proj prerained_minigpt4_7b.pth out/official/proj.safetensors [--config=CONFIG]
     python tools/convert.py export out/stage2 minigpt4.pth
 
-`llama` takes a Hugging Face folder (any number of .bin or .safetensors files) or Meta's (consolidated.*.pth,
-params.json). --delta adds SRC to the weights of a base model (Vicuna v0), --lora merges an adapter. A Hugging
-Face folder of safetensors needs no conversion. With --config=configs/stage2.py, `proj` also writes the
-folder's config.json, for chat.py --ckpt. Files are memory-mapped and written to a temporary name first; nothing
-in a .pth or .bin file is executed.
+`llama` takes Hugging Face's .bin or .safetensors files (the latter need no conversion) or Meta's *.pth.
+--delta adds SRC to a base model (Vicuna v0); --lora merges an adapter. With a training config, `proj` also
+writes the config.json that chat.py --ckpt needs. Nothing in a .pth or .bin file is executed.
 """
 
-import functools
 import json
 import pickle
 import re
@@ -21,6 +18,8 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
+from itertools import accumulate
 from math import isqrt
 from pathlib import Path
 from typing import NamedTuple
@@ -31,19 +30,19 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from chat import check
-from configs.schema import (DTYPES, Config, InputError, load_config, option, override, parse_args, read_json,
+from configs.schema import (DTYPES, InputError, load_config, option, override, parse_args, read_json,
                             read_saved_config, run_main)
 from llama import Llama, LlamaConfig, Tokenizer, indexed_files
-from model import MiniGPT4, check_fit, load_tensors, replacing
+from model import PARTS, MiniGPT4, check_fit, load_tensors, replacing
 from qformer import QFormer, QFormerConfig
 from train import refuse_to_overwrite, start_folder
 from vision import VisionConfig, VisionTransformer
 
-KINDS = ("vision", "qformer", "llama", "proj", "export")
-SHARD = 2 * 2**30  # bytes of the tensors in one file of a LLaMA folder, at most
+TORCH_DTYPES = {"": None} | {name: getattr(torch, name) for name in DTYPES}
+SHARD = 2 * 2**30  # bytes, about the size of each file of a converted LLaMA
 
-# The beginning of an original name -> a part and its own name for it. "#" is the layer's number; the first match
-# counts. A name that is in no table and not in NOT_USED is an error.
+# How an original name begins -> the part and how our name begins; "#" is the layer's number. A name that is
+# neither here nor in NOT_USED is an error.
 LAYER = "Qformer.bert.encoder.layer.#."
 NAMES = {
     "visual_encoder.": "vision.",
@@ -60,111 +59,90 @@ NAMES = {
     LAYER + "output_query.dense.": "qformer.layers.#.fc2.",
     LAYER + "output_query.LayerNorm.": "qformer.layers.#.norm.",
     "llama_proj.": "proj.proj.",
-    "llama_model.lm_head.": "llama.lm_head.",
-    "llama_model.model.": "llama.",
 }
-HUB_NAMES = {"model.": "", "lm_head.": "lm_head."}  # Hugging Face's
+HUB_NAMES = {"model.": "", "lm_head.": "lm_head."}  # Hugging Face's LLaMA
 META_NAMES = {
     "tok_embeddings.": "embed_tokens.",
     "norm.weight": "norm.weight",
     "output.": "lm_head.",
     "layers.#.attention_norm.": "layers.#.input_layernorm.",
     "layers.#.ffn_norm.": "layers.#.post_attention_layernorm.",
-    "layers.#.attention.wq.": "layers.#.self_attn.q_proj.",
-    "layers.#.attention.wk.": "layers.#.self_attn.k_proj.",
-    "layers.#.attention.wv.": "layers.#.self_attn.v_proj.",
-    "layers.#.attention.wo.": "layers.#.self_attn.o_proj.",
+    **{f"layers.#.attention.w{x}.": f"layers.#.self_attn.{x}_proj." for x in "qkvo"},
     "layers.#.feed_forward.w1.": "layers.#.mlp.gate_proj.",
     "layers.#.feed_forward.w2.": "layers.#.mlp.down_proj.",
     "layers.#.feed_forward.w3.": "layers.#.mlp.up_proj.",
 }
-NOT_USED = (  # patterns of names that are dropped on purpose
-    r"visual_encoder\.(norm|fc_norm|head)\.",               # of the classifier that EVA was trained as
-    r"Qformer\.bert\.encoder\.layer\.\d+\.(intermediate|output)\.",  # the Q-Former's text branch
-    r"Qformer\.bert\.embeddings\.(word_embeddings|position_embeddings|position_ids)",
-    r"Qformer\.(cls|bert\.pooler)\.",
-    r"(vision_proj|text_proj|itm_head)\.|temp$",
-    r"(t5_proj|opt_proj|t5_model|opt_model)\.",             # BLIP-2's own language model
-    r".*rotary_emb\.inv_freq$|rope\.freqs$",                # computed, not learned
-)
-COLUMN_SPLIT = ("embed_tokens", "o_proj", "down_proj")  # Meta's files have columns of these, rows of others
+NOT_USED = re.compile("|".join((  # at the beginning of an original name
+    r"visual_encoder\.(norm|fc_norm|head)\.",                                           # EVA's classifier
+    r"Qformer\.(cls|bert\.pooler|bert\.encoder\.layer\.\d+\.(intermediate|output))\.",  # the text branch
+    r"Qformer\.bert\.embeddings\.(word|position)_|(vision_proj|text_proj|itm_head)\.|temp$",
+    r"(t5_proj|opt_proj|t5_model|opt_model|llama_model)\.",                             # language models
+    r".*rotary_emb\.inv_freq$|rope\.freqs$")))  # computed, not learned
 
 
-# ---- reading -----------------------------------------------------------------------------------------------
-
-
-def rename(name: str, table: dict[str, str]) -> str:
-    """("layers.3.ffn_norm.weight", META_NAMES) -> "layers.3.post_attention_layernorm.weight". KeyError if it is
-    not in the table."""
+def rename(name: str, table: dict[str, str]) -> str | None:
+    """("layers.3.attention.wq.weight", META_NAMES) -> "layers.3.self_attn.q_proj.weight"; None if unknown."""
     number = re.search(r"\.(\d+)\.", name)
     general = re.sub(r"\.\d+\.", ".#.", name, count=1)
-    for start, ours in table.items():
-        if general.startswith(start):
-            return (ours + general[len(start):]).replace("#", number[1] if number else "#")
-    raise KeyError(name)
+    ours = next((new + general[len(old):] for old, new in table.items() if general.startswith(old)), None)
+    return ours.replace("#", number[1]) if ours and number else ours
 
 
-def rename_all(names: Iterable[str], table: dict[str, str], path: Path) -> dict[str, str]:
-    """{our name: the original's} without those in NOT_USED. Raises InputError for unknown names."""
-    renamed, dropped, unknown = {}, [], []
-    for name in names:
-        if any(re.match(pattern, name) for pattern in NOT_USED):
-            dropped.append(name)
-            continue
-        try:
-            renamed[rename(name, table)] = name
-        except KeyError:
-            unknown.append(name)
-    if unknown:
+def rename_all(names: dict, table: dict[str, str], path: Path | str) -> dict[str, str]:
+    """{our name: the original's} of all tensors in use. Raises InputError for unknown names."""
+    renamed = {name: rename(name, table) for name in names if not NOT_USED.match(name)}
+    if unknown := [name for name, ours in renamed.items() if ours is None]:
         raise InputError(f"{path}: {len(unknown)} unexpected tensors ({', '.join(unknown[:3])}); this file "
                          "is of another model")
-    report_dropped(dropped)
-    return renamed
+    report_dropped([name for name in names if name not in renamed])
+    return {ours: name for name, ours in renamed.items()}
 
 
 def report_dropped(names: list[str]):
     if names:
-        print(f"left out on purpose: {len(names)} tensors ({names[0]}{', ...' * (len(names) > 1)})",
-              file=sys.stderr)
+        print(f"left out on purpose: {len(names)} tensors, such as {names[0]}", file=sys.stderr)
 
 
-@functools.lru_cache(maxsize=1)  # one file open at a time, so that memory-mapped pages do not pile up
+@lru_cache(maxsize=1)  # only one file is mapped at a time
 def open_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .pth, .bin or .safetensors file, memory-mapped where the format allows it.
-
-    Raises InputError for a file that is missing, broken, a Git LFS pointer, or holds more than plain data."""
+    """The tensors of a .pth, .bin or .safetensors file, memory-mapped where the format allows it. Raises
+    InputError for a file that is missing, broken, a Git LFS pointer, or holds more than plain data."""
     if not path.is_file():
         raise InputError(f"{path}: there is no such weight file")
     with open(path, "rb") as f:
-        if f.read(40).startswith(b"version https://git-lfs"):
-            raise InputError(f"{path}: a Git LFS pointer, not the weights; run `git lfs pull` in its folder")
+        start = f.read(40)
+    if start.startswith(b"version https://git-lfs"):
+        raise InputError(f"{path}: a Git LFS pointer, not the weights; run `git lfs pull` in its folder")
     if path.suffix == ".safetensors":
         return load_tensors(path)[0]
-    content = load_pickle(path)
-    while isinstance(content, dict) and isinstance(content.get("model"), dict):
-        content = content["model"]
-    named = content.items() if isinstance(content, dict) else ()
-    tensors = {k: t for k, t in named if isinstance(k, str) and isinstance(t, torch.Tensor)}
-    if not tensors:
-        raise InputError(f"{path}: holds no tensors by name; it is not a file of weights")
-    return tensors
-
-
-def load_pickle(path: Path):
-    """The content of a .pth or .bin file."""
-    load = functools.partial(torch.load, path, map_location="cpu", weights_only=True)
     try:
-        try:
-            return load(mmap=True)
-        except RuntimeError as e:
-            if "mmap" not in str(e):
-                raise
-            return load()  # the format from before PyTorch 1.6
+        is_zip = start.startswith(b"PK")  # older files, from before PyTorch 1.6, cannot be memory-mapped
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as e:
         raise InputError(f"{path}: refused: no PyTorch file, or one that holds more than tensors and could "
                          "run code; get it from its official source") from e
     except Exception as e:  # PyTorch's reader raises nearly anything on a broken file
         raise InputError(f"{path}: not a complete PyTorch file ({type(e).__name__}); fetch it again") from e
+    content = content if isinstance(content, dict) else {}
+    while isinstance(content.get("model"), dict):
+        content = content["model"]
+    tensors = {k: t for k, t in content.items() if isinstance(k, str) and isinstance(t, torch.Tensor)}
+    if not tensors:
+        raise InputError(f"{path}: holds no tensors by name; it is not a file of weights")
+    return tensors
+
+
+def write(path: Path, tensors: Iterable[tuple[str, torch.Tensor]], dtype: str, **metadata: str):
+    """Write a safetensors file of (name, tensor), cast to dtype unless it is empty."""
+    with replacing(path) as temporary:
+        cast = {k: t.to(dtype=TORCH_DTYPES[dtype], copy=True).contiguous() for k, t in tensors}
+        save_file(cast, temporary, {"format": "pt"} | metadata)
+
+
+def parameter_shapes(module_class, config) -> dict[str, tuple]:
+    """{name: shape} of the parameters of module_class(config)."""
+    with torch.device("meta"):
+        return {k: tuple(p.shape) for k, p in module_class(config).named_parameters()}
 
 
 # ---- vision, qformer, proj ---------------------------------------------------------------------------------
@@ -189,48 +167,36 @@ def qformer_sizes(shapes: dict, options: "Options") -> QFormerConfig:
                          cross_attention_every=with_cross[1] if len(with_cross) > 1 else n_layers)
 
 
-def parameter_shapes(module_class, config) -> dict[str, tuple]:
-    """{name: shape} of the parameters of module_class(config)."""
-    with torch.device("meta"):
-        return {k: tuple(p.shape) for k, p in module_class(config).named_parameters()}
-
-
-def convert_part(part: str, source: str, target: str, options: "Options"):
-    """Convert the file of the vision part, the Q-Former or the projection."""
-    run = run_config(target, options.config) if part == "proj" and options.config else None
+def convert_part(part: str, source: str, target: str, options: "Options") -> int:
+    """Convert the file of the vision part, the Q-Former or the projection. Returns its number of tensors."""
+    run = None
+    if part == "proj" and options.config:
+        run = load_config(options.config, {"out_dir": str(Path(target).parent)})
+        if Path(target).name != "proj.safetensors":
+            raise InputError(f"{target}: with --config, name it proj.safetensors, as chat.py expects")
+        refuse_to_overwrite(run)
     tensors = open_weights(Path(source))
     if part == "vision" and not any(k.startswith("visual_encoder.") for k in tensors):
         tensors = {f"visual_encoder.{k}": t for k, t in tensors.items()}
     renamed = rename_all(tensors, NAMES, source)
-    kept = {k.removeprefix(f"{part}."): tensors[name] for k, name in renamed.items() if k.startswith(f"{part}.")}
-    if not kept:
+    own = {k.removeprefix(f"{part}."): tensors[name] for k, name in renamed.items()
+           if k.startswith(f"{part}.")}
+    if not own:
         raise InputError(f"{source}: no tensors of the {part} part in it; give its official file")
-    metadata = {"format": "pt"}
     if part == "vision":
-        beyond = [k for k in kept if k.startswith("blocks.") and int(k.split(".")[1]) >= options.n_layers]
+        beyond = [k for k in own if k.startswith("blocks.") and int(k.split(".")[1]) >= options.n_layers]
         report_dropped(beyond)
-        kept = {k: t for k, t in kept.items() if k not in beyond}
-        kept |= {k.removeprefix("qformer."): tensors[name] for k, name in renamed.items()
-                 if k.startswith("qformer.ln_vision.")}  # for a model without Q-Former
-    if part != "proj":
-        metadata["config"] = json.dumps(asdict(check_part(part, source, kept, options)))
-    write(Path(target), kept.items(), metadata, options)
+        own = {k: t for k, t in own.items() if k not in beyond}
+        own |= {k.removeprefix("qformer."): tensors[name] for k, name in renamed.items()
+                if k.startswith("qformer.ln_vision.")}  # for a model without Q-Former
+    sizes = {} if part == "proj" else {"config": json.dumps(check_part(part, source, own, options))}
+    write(Path(target), own.items(), options.dtype, **sizes)
     if run:
         start_folder(run)
-    print(f"{target}: {len(kept)} tensors written", file=sys.stderr)
+    return len(own)
 
 
-def run_config(target: str, path: str) -> Config:
-    """The config of the run's folder that a converted projection makes, from a training config."""
-    folder = Path(target).parent
-    if Path(target).name != "proj.safetensors":
-        raise InputError(f"{target}: with --config, name it {folder}/proj.safetensors, as chat.py expects")
-    config = load_config(path, {"out_dir": str(folder)})
-    refuse_to_overwrite(config)
-    return config
-
-
-def check_part(part: str, source: str, tensors: dict, options: "Options") -> VisionConfig | QFormerConfig:
+def check_part(part: str, source: str, tensors: dict, options: "Options") -> dict:
     """The sizes of a vision part or Q-Former. Raises InputError unless exactly its tensors are there."""
     shapes = {k: tuple(t.shape) for k, t in tensors.items()}
     try:
@@ -239,53 +205,40 @@ def check_part(part: str, source: str, tensors: dict, options: "Options") -> Vis
         raise InputError(f"{source}: does not fit as {part}: its sizes cannot be inferred ({e}); it is of "
                          "another model") from e
     if config.width % config.n_heads:
-        raise InputError(f"{source}: its width of {config.width} is no multiple of {config.n_heads} heads; give "
-                         "--heads")
+        raise InputError(f"{source}: width {config.width} is no multiple of --heads={config.n_heads}")
     expected = parameter_shapes(VisionTransformer if part == "vision" else QFormer, config)
     if part == "vision" and "ln_vision.weight" in shapes:
         expected |= dict.fromkeys(("ln_vision.weight", "ln_vision.bias"), (config.width,))
     check_fit(source, part, shapes, expected)
-    return config
-
-
-def write(path: Path, tensors: Iterable[tuple[str, torch.Tensor]], metadata: dict[str, str], options: "Options"):
-    """Write a safetensors file of (name, tensor), cast to --dtype."""
-    with replacing(path) as temporary:
-        save_file({k: t.to(dtype=options.torch_dtype).contiguous() for k, t in tensors}, temporary, metadata)
+    return asdict(config)
 
 
 # ---- llama -------------------------------------------------------------------------------------------------
 
 
 class Source(NamedTuple):
-    """A LLaMA in any format, under our names. Tensors are read one at a time, when they are needed."""
+    """A LLaMA in any format, under our names. Tensors are read on demand."""
 
     config: LlamaConfig
-    layout: dict[str, torch.Tensor]      # shape and dtype of each tensor, on the meta device
-    get: Callable[[str], torch.Tensor]
+    layout: dict[str, torch.Tensor]     # all tensors, on the meta device
+    get: Callable[[str], torch.Tensor]   # reads one
 
 
 def open_llama(folder: Path) -> Source:
-    """Raises InputError when something is missing in the folder."""
+    """A Hugging Face or Meta folder. Raises InputError when something is missing."""
     if (folder / "params.json").is_file():
         return open_meta(folder)
     if not (folder / "config.json").is_file():
-        raise InputError(f"{folder}: neither config.json (Hugging Face) nor params.json (Meta) is in it; "
-                         "give the folder of a LLaMA")
+        raise InputError(f"{folder}: it has neither config.json nor params.json; give the folder of a LLaMA")
     config = LlamaConfig.from_dict(read_json(folder / "config.json"), f"{folder}/config.json")
-    layout, place = {}, {}
+    layout, places = {}, {}
     for path in hub_files(folder):
         tensors = open_weights(path)
         for k, name in rename_all(tensors, HUB_NAMES, path).items():
-            layout[k], place[k] = tensors[name].to("meta"), (path, name)
+            layout[k], places[k] = tensors[name].to("meta"), (path, name)
     if config.tie_word_embeddings:
         layout.pop("lm_head.weight", None)
-
-    def get(k):
-        path, name = place[k]
-        return open_weights(path)[name]
-
-    return Source(config, layout, get)
+    return Source(config, layout, lambda k: open_weights(places[k][0])[places[k][1]])
 
 
 def hub_files(folder: Path) -> list[Path]:
@@ -309,7 +262,8 @@ def open_meta(folder: Path) -> Source:
     renamed = rename_all(tensors, META_NAMES, files[0])
 
     def join(k, pieces):
-        return pieces[0] if pieces[0].dim() == 1 else torch.cat(pieces, int(any(s in k for s in COLUMN_SPLIT)))
+        columns = any(name in k for name in ("embed_tokens", "o_proj", "down_proj"))  # others: by rows
+        return torch.cat(pieces, dim=int(columns)) if pieces[0].dim() > 1 else pieces[0]
 
     layout = {k: join(k, [tensors[name].to("meta")] * len(files)) for k, name in renamed.items()}
     config = LlamaConfig.from_dict({
@@ -353,46 +307,39 @@ def add_base(delta: Source, base: Source) -> Source:
     """The sum of two models. Embedding rows that only one of them has are left out (Vicuna v0's 32,001st)."""
     rows = min(len(s.layout.get("embed_tokens.weight", ())) for s in (delta, base))
     delta, base = trim(delta, rows), trim(base, rows)
-    misfits = delta.layout.keys() ^ base.layout.keys()
-    misfits |= {k for k in delta.layout.keys() & base.layout.keys()
-                if delta.layout[k].shape != base.layout[k].shape}
-    if misfits:
-        raise InputError("--delta: base and delta do not have the same tensors "
-                         f"({', '.join(sorted(misfits)[:3])}); it is the delta of another model")
+    shapes, base_shapes = ({k: t.shape for k, t in s.layout.items()} for s in (delta, base))
+    if misfits := {k for k, _ in shapes.items() ^ base_shapes.items()}:
+        raise InputError(f"--delta: SRC is a delta of another model; {', '.join(sorted(misfits)[:3])} differ")
     return delta._replace(get=lambda k: (delta.get(k) + base.get(k)).to(delta.layout[k].dtype))
 
 
 def merge_lora(source: Source, folder: Path) -> Source:
     """W + (alpha / r) B A, for each W that the adapter changes."""
     settings = read_json(folder / "adapter_config.json")
-    files = [folder / f"adapter_model.{ending}" for ending in ("safetensors", "bin")]
-    path = next((p for p in files if p.is_file()), None)
-    if path is None:
-        raise InputError(f"--lora={folder}: no adapter_model.safetensors or .bin in it")
+    path = folder / "adapter_model.safetensors"
+    path = path if path.is_file() else path.with_suffix(".bin")
     if settings.get("fan_in_fan_out") or settings.get("use_dora") or settings.get("bias", "none") != "none":
         raise InputError(f"--lora={folder}: only plain LoRA can be merged, no bias, DoRA or fan_in_fan_out")
     check_above_0(settings, ("r", "lora_alpha"), folder / "adapter_config.json")
     scale = settings["lora_alpha"] / settings["r"] ** (0.5 if settings.get("use_rslora") else 1)
     pairs = {}
     for name, t in open_weights(path).items():
-        match = re.fullmatch(r"base_model\.model\.(?:model\.)?(.*)\.lora_([AB])(?:\.default)?\.weight", name)
-        if not match or f"{match[1]}.weight" not in source.layout:
+        match = re.fullmatch(r"base_model\.model\.(?:model\.)?(.*\.)lora_([AB])\.(?:default\.)?weight", name)
+        if not match or (k := f"{match[1]}weight") not in source.layout:
             raise InputError(f"{path}: {name} changes no tensor of this model")
-        pairs.setdefault(f"{match[1]}.weight", {})[match[2]] = t
+        pairs.setdefault(k, {})[match[2]] = t.float()
     if missing := [k for k, ab in pairs.items() if len(ab) < 2]:
         raise InputError(f"{path}: lora_A or lora_B is missing for {missing[0]}; fetch it again")
 
     def get(k):
         w = source.get(k)
-        if k not in pairs:
-            return w
-        return (w.float() + scale * pairs[k]["B"].float() @ pairs[k]["A"].float()).to(w.dtype)
+        return (w.float() + scale * pairs[k]["B"] @ pairs[k]["A"]).to(w.dtype) if k in pairs else w
 
     return source._replace(get=get)
 
 
-def convert_llama(source: str, target: str, options: "Options"):
-    """Write a folder that from_files and the Hugging Face library read."""
+def convert_llama(source: str, target: str, options: "Options") -> int:
+    """Write a folder that from_files and the Hugging Face library read. Returns its number of tensors."""
     folder, out = Path(source), Path(target)
     if out.exists():
         raise InputError(f"{out} exists already: give another name, or remove it first")
@@ -401,8 +348,8 @@ def convert_llama(source: str, target: str, options: "Options"):
         llama = add_base(llama, open_llama(Path(options.delta)))
     if options.lora:
         llama = merge_lora(llama, Path(options.lora))
-    places = [folder, folder.parent] + [Path(options.delta)] * bool(options.delta)
-    tokenizer = next((p / "tokenizer.model" for p in places if (p / "tokenizer.model").is_file()), None)
+    places = [p / "tokenizer.model" for p in (folder, folder.parent, Path(options.delta or folder))]
+    tokenizer = next(filter(Path.is_file, places), None)
     if tokenizer is None:
         raise InputError(f"{folder}: it has no tokenizer.model of sentencepiece; fetch it too")
     llama = trim(llama, Tokenizer(str(tokenizer)).vocab_size)
@@ -411,53 +358,39 @@ def convert_llama(source: str, target: str, options: "Options"):
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     try:
-        part.mkdir(parents=True)
-        write_llama(part, llama, options)
+        part.mkdir()
+        write_llama(part, llama, options.dtype)
         shutil.copyfile(tokenizer, part / "tokenizer.model")
         part.rename(out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    print(f"{out}: {len(llama.layout)} tensors written", file=sys.stderr)
-    if options.check:
-        check(MiniGPT4.from_files(None, None, target))
+    return len(llama.layout)
 
 
-def write_llama(folder: Path, llama: Source, options: "Options"):
-    """Write weights and config.json as Hugging Face does, one shard in memory at a time."""
-    layout = {k: t.to(dtype=options.torch_dtype) for k, t in llama.layout.items()}
-    hub_names = {k: k if k.startswith("lm_head") else f"model.{k}" for k in layout}
-    shards, weight_map = in_shards(layout), {}
-    for i, names in enumerate(tqdm(shards, desc="llama", unit="shard"), 1):
+def write_llama(folder: Path, llama: Source, dtype: str = ""):
+    """Write the weights, one shard in memory at a time, and config.json as Hugging Face does."""
+    sizes = {k: t.to(dtype=TORCH_DTYPES[dtype]).nbytes for k, t in llama.layout.items()}
+    shards, weight_map = {}, {}
+    for k, end in zip(sizes, accumulate(sizes.values())):
+        shards.setdefault(end // SHARD, []).append(k)
+    hub_names = {k: k if k.startswith("lm_head") else f"model.{k}" for k in sizes}
+    for i, names in enumerate(tqdm(shards.values(), desc="llama", unit="shard"), 1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        write(folder / file, ((hub_names[k], llama.get(k)) for k in names), {"format": "pt"}, options)
+        write(folder / file, ((hub_names[k], llama.get(k)) for k in names), dtype)
         weight_map |= {hub_names[k]: file for k in names}
-    index = {"metadata": {"total_size": sum(t.nbytes for t in layout.values())}, "weight_map": weight_map}
+        open_weights.cache_clear()  # unmaps the pages that were read
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     (folder / "config.json").write_text(json.dumps(llama.config.to_hub(), indent=1))
 
 
-def in_shards(layout: dict[str, torch.Tensor]) -> list[list[str]]:
-    """The names in order, in groups of up to SHARD bytes."""
-    shards, n_bytes = [[]], 0
-    for name, tensor in layout.items():
-        if shards[-1] and n_bytes + tensor.nbytes > SHARD:
-            shards.append([])
-            n_bytes = 0
-        shards[-1].append(name)
-        n_bytes += tensor.nbytes
-    return shards
-
-
-# ---- and back ----------------------------------------------------------------------------------------------
-
-
-def export(run: str, target: str, options: "Options"):
-    """Write a run's projection as a checkpoint of the original: {"model": {"llama_proj....}}."""
+def export(run: str, target: str, options: "Options") -> int:
+    """Write a run's projection as the original's checkpoint, {"model": {"llama_proj....}}."""
     tensors = load_tensors(read_saved_config(run).proj)[0]
-    content = {f"llama_{k}": t.to(options.torch_dtype or torch.float32) for k, t in tensors.items()}
+    content = {f"llama_{k}": t.to(TORCH_DTYPES[options.dtype or "float32"]) for k, t in tensors.items()}
     with replacing(target) as temporary:
         torch.save({"model": content}, temporary)
-    print(f"{target}: {len(tensors)} tensors written", file=sys.stderr)
+    return len(tensors)
 
 
 @dataclass(frozen=True)
@@ -471,27 +404,21 @@ class Options:
     config: str = option("", "proj: the training config that names the other parts")
 
     def __post_init__(self):
-        if self.dtype not in ("", *DTYPES):
+        if self.dtype not in TORCH_DTYPES:
             raise InputError(f"--dtype={self.dtype}: give one of {', '.join(DTYPES)}")
-
-    @property
-    def torch_dtype(self) -> torch.dtype | None:
-        return getattr(torch, self.dtype) if self.dtype else None
 
 
 def main(argv: list[str]):
-    usage = f"{'|'.join(KINDS)} SRC DST"
-    (kind, source, target), given = parse_args(argv, __doc__, usage, Options)
+    (kind, source, target), given = parse_args(argv, __doc__, "KIND SRC DST", Options)
     options = override(Options(), given)
-    if kind not in KINDS:
-        raise InputError(f"unknown kind {kind!r}; usage: python tools/convert.py {usage} [--key=value ...]")
+    converters = {k: partial(convert_part, k) for k in PARTS} | {"llama": convert_llama, "export": export}
+    if kind not in converters:
+        raise InputError(f"usage: python tools/convert.py {'|'.join(converters)} SRC DST [--key=value ...]")
     Path(target).parent.mkdir(parents=True, exist_ok=True)
-    if kind == "llama":
-        convert_llama(source, target, options)
-    elif kind == "export":
-        export(source, target, options)
-    else:
-        convert_part(kind, source, target, options)
+    n = converters[kind](source, target, options)
+    print(f"{target}: {n} tensors written", file=sys.stderr)
+    if kind == "llama" and options.check:
+        check(MiniGPT4.from_files(None, None, target))
 
 
 if __name__ == "__main__":

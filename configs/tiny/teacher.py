@@ -1,4 +1,4 @@
-"""The language model that the vision side is trained with, and that is then thrown away, like BLIP-2's FlanT5.
+"""The language model that the Q-Former is trained with, and that is then thrown away, as FlanT5 was.
 
 It repeats 19 random words and can do little else: one layer with next to no MLP, so it attends to exactly one
 word for each that it says. The Q-Former's outputs then become like words, which a linear layer can carry over
