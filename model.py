@@ -292,7 +292,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # safetensors makes its files private to their owner
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
