@@ -10,6 +10,7 @@ Without --ckpt it is the tiny model in assets/tiny. The sampling defaults are th
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,13 +23,11 @@ from llama import CONTEXT
 from model import MiniGPT4, pick_device
 from vision import load_image
 
-TINY = "assets/tiny"
-PARAGRAPH = (
-    "The old lighthouse stands at the end of the harbor wall. Every evening the keeper climbs the narrow "
-    "stairs, cleans the glass and lights the lamp, so that the fishing boats can find their way home. In "
-    "winter, when storms come in from the sea, he sometimes stays awake all night. His daughter brings him "
-    "bread, cheese and a pot of hot tea, and they talk about the ships that pass and the places where they "
-    "may be going.")
+PARAGRAPH = ("The old lighthouse stands at the end of the harbor wall. Every evening the keeper climbs the "
+             "narrow stairs, cleans the glass and lights the lamp, so that the fishing boats can find their "
+             "way home. In winter, when storms come in from the sea, he sometimes stays awake all night. His "
+             "daughter brings him bread, cheese and a pot of hot tea, and they talk about the ships that "
+             "pass and the places where they may be going.")
 TINY_NOTE = ("note: this is the tiny demonstration model. It knows only drawings of one to three colored "
              "shapes, like assets/tiny/example.png, and will name shapes in any photograph. For a real one "
              "see the README, then --ckpt=RUN.")
@@ -41,35 +40,26 @@ HELP = """\
 
 @dataclass(frozen=True)
 class Options:
-    """The options of the command line."""
-
     ckpt: str = option("", "a run's folder; none: the tiny model of this repo")
     prompt: str = option("", "ask this, print the answer alone, and exit")
     template: str = option("", "none: the run's own", choices=("", *TEMPLATES))
-    temperature: float = option(1.0, "0: greedy")
+    temperature: float = option(1.0, "0: greedy", least=0)
     top_p: float = option(0.9, "sample from the likeliest tokens of this total probability")
-    repetition_penalty: float = option(1.05, "1: none")
-    max_new_tokens: int = option(300, "most tokens of an answer", least=1)
-    seed: int = option(0, "the same seed gives the same answers")
+    repetition_penalty: float = option(1.05, "1: none", least=0.01, most=100)
+    max_new_tokens: int = option(300, "most tokens of an answer", least=1, most=CONTEXT - 1)
+    seed: int = option(0, "the same seed gives the same answers", least=0, most=2**63 - 1)
     device: str = option("", "none: cuda if there is one, else cpu")
     dtype: str = option("", "none: the run's own, but never float16 on a CPU", choices=("", *DTYPES))
     check: bool = option(False, "first measure whether the language model knows English")
 
     def __post_init__(self):
-        check_options(self)
-        for name, holds, advice in (
-                ("temperature", self.temperature == 0 or self.temperature >= 1e-3, "is 0 or at least 0.001"),
-                ("top_p", 0 < self.top_p <= 1, "is above 0, at most 1"),
-                ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "is from 0.01 to 100"),
-                ("max_new_tokens", self.max_new_tokens < CONTEXT, f"is less than {CONTEXT}, the context"),
-                ("seed", 0 <= self.seed < 2**63, "is from 0 to 2**63 - 1")):
-            if not holds:
-                raise InputError(f"{name} {getattr(self, name)!r}: {name} {advice}")
+        check_options(self, ("temperature", not 0 < self.temperature < 1e-3, "give 0 or at least 0.001"),
+                      ("top_p", 0 < self.top_p <= 1, "give one above 0, at most 1"))
 
 
 def load(options: Options) -> tuple[MiniGPT4, Options]:
     """The model of a run's folder, and the options with the gaps filled in from that run."""
-    run = options.ckpt or str(Path(__file__).parent / TINY)
+    run = options.ckpt or str(Path(__file__).parent / "assets/tiny")
     saved = read_saved_config(run)
     device = pick_device(options.device).type
     dtype = options.dtype or saved.dtype
@@ -87,8 +77,7 @@ def check(model: MiniGPT4):
     value = model.perplexity(PARAGRAPH)
     print(f"perplexity on a paragraph of English: {value:.1f} (a healthy LLaMA: below 20)", file=sys.stderr)
     if value > 100:
-        print("warning: these weights are broken, or not of a model of English; convert or fetch them again",
-              file=sys.stderr)
+        print("warning: these weights are broken or not English; fetch or convert again", file=sys.stderr)
 
 
 class Chat:
@@ -96,8 +85,7 @@ class Chat:
 
     >>> chat = Chat(*load(Options()))
     >>> chat.add_image("assets/tiny/example.png")
-    >>> "".join(chat.ask("What color is the star?"))
-    """
+    >>> "".join(chat.ask("What color is the star?"))"""
 
     def __init__(self, model: MiniGPT4, options: Options):
         self.model, self.options = model, options
@@ -114,8 +102,7 @@ class Chat:
     def add_image(self, path: str):
         """Show a picture; it stands before the next question. Raises InputError when it cannot be read."""
         if self.model.vision is None:
-            raise InputError(f"{self.options.ckpt}: a language model alone sees no pictures; give the folder "
-                             "of a run with vision")
+            raise InputError(f"{self.options.ckpt}: this run sees no pictures; give one with vision")
         image = load_image(path, self.model.image_size).unsqueeze(0).to(self.options.device)
         self.images.append(self.model.encode_image(image))
         self.new_images += 1
@@ -123,46 +110,38 @@ class Chat:
     def ask(self, text: str) -> Iterator[str]:
         """Yield the answer piece by piece; the turn is remembered, also when it is stopped half-way."""
         o, model, end = self.options, self.model, self.template.end
-        text = text.encode("utf-8", "replace").decode()  # what a terminal of another encoding sends
-        message = user_message(text, self.new_images)
+        message = user_message(text.encode("utf-8", "replace").decode(), self.new_images)  # may not be UTF-8
         segments = chat_segments([*self.turns, (message, None)], self.template)
         tokens = model.tokenizer.encode_segments(segments, model.n_image_tokens)
         stop = model.tokenizer.stop_sequences(end)
         if len(tokens) > CONTEXT - o.max_new_tokens:
-            print(f"note: the conversation and its answer exceed {CONTEXT} tokens; its beginning is cut off",
-                  file=sys.stderr)
-        ids, shown = [], ""
+            print(f"note: the chat exceeds {CONTEXT} tokens; its beginning is cut off", file=sys.stderr)
         self.turns.append((message, ""))
         self.new_images, self.ended = 0, False
         images = torch.cat(self.images) if self.images else None
+        ids, shown = [], ""
         for token in model.generate(tokens, images, max_new_tokens=o.max_new_tokens,
                                     temperature=o.temperature, top_p=o.top_p, stop=stop,
                                     repetition_penalty=o.repetition_penalty, generator=self.generator):
             ids.append(token)
-            self.ended = ids[-1] == model.tokenizer.eos or any(ids[-len(s):] == s for s in stop)
-            answer = model.tokenizer.answer_text(ids, end)
-            ready = answer.rstrip("\ufffd").rstrip(end[0])  # half a character, or half an end, waits
+            self.ended = token == model.tokenizer.eos or any(ids[-len(s):] == s for s in stop)
+            ready = answer = model.tokenizer.answer_text(ids, end)
+            if not self.ended and len(ids) < o.max_new_tokens:
+                ready = answer.rstrip("\ufffd").rstrip(end[0])  # half a character, or half an end, waits
             if ready.startswith(shown) and len(ready) > len(shown):
                 yield ready[len(shown):]
                 shown = ready
             self.turns[-1] = (message, answer)
-        if answer.startswith(shown) and len(answer) > len(shown):
-            yield answer[len(shown):]
 
 
 def converse(chat: Chat):
     """Read questions from stdin until /quit or its end."""
-    try:
+    with suppress(ImportError):
         import readline  # noqa: F401  (arrow keys and history, where the system has them)
-    except ImportError:
-        pass
     while True:
         try:
             line = input("you> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return
-        command, _, argument = line.partition(" ")
-        try:
+            command, _, argument = line.partition(" ")
             if command == "/quit":
                 return
             elif command == "/help":
@@ -178,24 +157,23 @@ def converse(chat: Chat):
                 print(f"{command}: unknown command\n{HELP}")
             elif line:
                 say(chat, line)
+        except EOFError:
+            return
         except InputError as e:
             print(f"error: {e}", file=sys.stderr)
 
 
 def say(chat: Chat, question: str):
     """Print an answer as it comes; Ctrl-C ends it early."""
-    try:
+    with suppress(KeyboardInterrupt):
         for piece in chat.ask(question):
             print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        pass
     print()
     if not chat.ended:
         print(f"(stopped before its end; max_new_tokens is {chat.options.max_new_tokens})", file=sys.stderr)
 
 
 def main(argv: list[str]):
-    """`[IMAGE ...] [--key=value ...]`, see the top of this file."""
     pictures, given = parse_args(argv, __doc__, "[IMAGE ...]", Options)
     options = override(Options(), given)
     if not options.ckpt:
@@ -207,9 +185,9 @@ def main(argv: list[str]):
         chat.add_image(path)
     if options.prompt:
         say(chat, options.prompt)
-        return
-    print(f"{len(pictures)} picture(s) shown. /help lists what can be typed.", file=sys.stderr)
-    converse(chat)
+    else:
+        print(f"{len(pictures)} picture(s) shown. /help lists what can be typed.", file=sys.stderr)
+        converse(chat)
 
 
 if __name__ == "__main__":

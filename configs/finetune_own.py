@@ -1,20 +1,17 @@
-"""Your own pictures: stage 2 on a .jsonl of captions or conversations, from an existing projection.
+"""Your own pictures: stage 2 from an existing projection, on a .jsonl of captions or conversations.
 
     {"image": "photos/cat.jpg", "caption": "A gray cat sleeps on a red sofa."}
     {"image": ["a.jpg", "b.jpg"], "conversation": [{"user": "What changed?"}, {"assistant": "The cat left."}]}
 
-Paths are relative to the file; only the assistant's words are predicted.
-
 python tools/show_data.py configs/finetune_own.py --data=own/data.jsonl
 python train.py configs/finetune_own.py --data=own/data.jsonl
 
-It starts from the tiny model of this repo, to try it out. For a real one, import configs.stage2 and its proj.
+Paths are relative to the file; only the assistant's words are predicted. It starts from the tiny model of
+this repo, to try it out. For a real one, import configs.stage2 and its proj.
 """
-
 from configs.tiny_stage2 import *
 
 proj = "assets/tiny/proj.safetensors"
-
 data = "own/data.jsonl"
 heldout_data = ""
 prepare = {}

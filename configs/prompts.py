@@ -11,12 +11,10 @@ BOS = -2    # the tokenizer's `<s>`
 
 SYSTEM = ("Give the following image: <Img>ImageContent</Img>. You will be able to see the image once I "
           "provide it to you. Please answer my questions.")
-INSTRUCTIONS = (  # stage 2 draws one per sample
-    "Describe this image in detail.",
-    "Take a look at this image and describe what you notice.",
-    "Please provide a detailed description of the picture.",
-    "Could you describe the contents of this image for me?",
-)
+INSTRUCTIONS = ("Describe this image in detail.",  # stage 2 draws one per sample
+                "Take a look at this image and describe what you notice.",
+                "Please provide a detailed description of the picture.",
+                "Could you describe the contents of this image for me?")
 
 
 @dataclass(frozen=True)
@@ -58,14 +56,10 @@ def training_segments(turns: list[tuple[str, str]], n_images: int, template: str
     """The prompt segments before each answer of a training conversation, its pictures in the first message.
 
     `end` ended the answer before. `as_chat` writes the conversation as chat does, with the system text."""
-    template, prompts = TEMPLATES[template], []
+    template = TEMPLATES[template]
     before, after = template.training
-    for i, (text, _) in enumerate(turns):
-        message = user_message(text, n_images if i == 0 else 0)
-        if as_chat:
-            start = [BOS, *template.system] if i == 0 else []
-            prompts.append([*start, *template.user, *message, template.assistant])
-        else:
-            start = [BOS, before] if i == 0 else [before.removeprefix(end)]
-            prompts.append([*start, *message, after])
-    return prompts
+    first, later = [BOS, before], [before.removeprefix(end)]
+    if as_chat:
+        first, later, after = [BOS, *template.system, *template.user], template.user, template.assistant
+    return [[*(later if i else first), *user_message(text, 0 if i else n_images), after]
+            for i, (text, _) in enumerate(turns)]

@@ -1,8 +1,7 @@
 """The typed configuration of a training run, and the command line that all programs share.
 
-A config file is plain Python that assigns fields of `Config` (configs/stage1.py); a variant imports another
-one and states the difference. The command line overrides any field: `--key=value`, `--key value`, and for
-booleans a bare `--key`. An unknown name or a value of the wrong type is a one-line error.
+A config file is plain Python that assigns fields of `Config`; a variant imports another one and states the
+difference. The command line overrides any field: `--key=value`, `--key value`, or a bare `--key` for True.
 """
 
 import argparse
@@ -12,9 +11,11 @@ import json
 import os
 import runpy
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from math import inf
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, UnionType
 from typing import get_args, get_origin
 
 from configs.prompts import TEMPLATES
@@ -28,21 +29,25 @@ class InputError(Exception):
     """A mistake of the user. The message is one line: what is wrong, where, and what to do."""
 
 
-def option(default, meaning: str, least=None, choices: tuple = (), is_path: bool = False):
-    """A dataclass field with its meaning for --help and its bounds for check_options. `is_path`: it names
-    a weight file or folder."""
+def option(default, meaning: str, least=None, most=inf, choices: tuple = ()):
+    """A dataclass field with its meaning for --help and the values that check_options allows."""
     kind = {"default_factory": dict} if default == {} else {"default": default}
-    return field(**kind, metadata={"help": meaning, "least": least, "choices": choices, "is_path": is_path})
+    about = f"{meaning} (default: {default!r})".replace("%", "%%")  # argparse formats it with %
+    return field(**kind, metadata={"help": about, "range": (least, most), "choices": choices})
 
 
-def check_options(options):
-    """Raise InputError for a value below its field's least one, or not among its choices."""
+def check_options(options, *rules: tuple[str, bool, str]):
+    """Raise InputError for a value that its field does not allow, or a broken rule (name, holds, advice)."""
     for f in fields(options):
-        value, least, choices = getattr(options, f.name), f.metadata["least"], f.metadata["choices"]
-        if least is not None and not value >= least:  # true for NaN
-            raise InputError(f"{f.name} = {value!r}: give at least {least}")
+        value, (least, most), choices = getattr(options, f.name), f.metadata["range"], f.metadata["choices"]
+        if least is not None and not least <= value <= most:  # true for NaN
+            bounds = f"at least {least}" if most == inf else f"one from {least} to {most}"
+            raise InputError(f"{f.name} = {value!r}: give {bounds}")
         if choices and value not in choices:
             raise InputError(f"{f.name} = {value!r}: give one of {', '.join(c or 'none' for c in choices)}")
+    for name, holds, advice in rules:
+        if not holds:
+            raise InputError(f"{name} = {getattr(options, name)!r}: {advice}")
 
 
 @dataclass(frozen=True)
@@ -50,11 +55,11 @@ class Config:
     """One training run. Paths are relative to the working directory; an empty string means "none"."""
 
     # The model's parts; a dict holds the sizes of a new part, with random weights.
-    vision: str | dict = option("", "weight file; none: train on text alone", is_path=True)
-    qformer: str | dict = option("", "weight file; none: join 4 patches per image token", is_path=True)
-    llama: str | dict = option("", "weight folder", is_path=True)
-    proj: str = option("", "weight file; none: a new, random projection", is_path=True)
-    tokenizer: str = option("", "tokenizer.model; none: the one in the llama folder", is_path=True)
+    vision: str | dict = option("", "weight file; none: train on text alone")
+    qformer: str | dict = option("", "weight file; none: join 4 patches per image token")
+    llama: str | dict = option("", "weight folder")
+    proj: str = option("", "weight file; none: a new, random projection")
+    tokenizer: str = option("", "tokenizer.model; none: the one in the llama folder")
     trainable: tuple[str, ...] = option(("proj",), "parts to train: vision, qformer, proj, llama")
     image_size: int = option(0, "pixels; 0: the size that the vision part was trained with", least=0)
     # The data.
@@ -70,7 +75,7 @@ class Config:
     length_group: int = option(1, "steps sorted by length together; workers' memory grows with it", least=1)
     max_bad_fraction: float = option(0.1, "of the samples; more unusable ones stop the run", least=0)
     num_workers: int = option(2, "data-loading processes per training process", least=0)
-    seed: int = option(42, "of new weights and of the order of the samples")
+    seed: int = option(42, "of new weights and of the order of the samples", least=0, most=2**63 - 1)
     # The optimizer, AdamW. A step has processes x batch_size x grad_accum samples.
     batch_size: int = option(64, "samples per process and micro-batch", least=1)
     grad_accum: int = option(1, "micro-batches per step", least=1)
@@ -106,26 +111,19 @@ class Config:
         return self.end_sym or (TEMPLATES[self.template].end if self.template else "\n")
 
     def __post_init__(self):
-        check_options(self)
-        for name, holds, advice in (
-                ("seed", 0 <= self.seed < 2**63, "give one from 0 to 2**63 - 1"),
-                ("betas", len(self.betas) == 2 and 0 <= min(self.betas) <= max(self.betas) < 1,
-                 "give two, from 0 to below 1"),
-                ("trainable", 0 < len(self.trainable) == len(set(self.trainable)), "name each part once"),
-                ("out_dir", self.out_dir, "name a folder"),
-                ("cache_features", not self.cache_features or self.vision and not {"vision", "qformer"} & set(
-                    self.trainable), "there is no frozen vision side; switch it off"),
-                ("shard", not self.shard or "llama" not in self.trainable and isinstance(self.llama, str),
-                 "only a frozen language model from files can be sharded; switch it off")):
-            if not holds:
-                raise InputError(f"{name} = {getattr(self, name)!r}: {advice}")
+        frozen_vision = self.vision and not {"vision", "qformer"} & set(self.trainable)
+        frozen_llama = isinstance(self.llama, str) and "llama" not in self.trainable
+        check_options(
+            self,
+            ("betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "give two in [0, 1)"),
+            ("trainable", 0 < len(self.trainable) == len(set(self.trainable)), "name each part once"),
+            ("out_dir", self.out_dir, "name a folder"),
+            ("cache_features", frozen_vision or not self.cache_features, "needs a frozen vision side"),
+            ("shard", frozen_llama or not self.shard, "needs a frozen language model from files"))
 
     def parts(self) -> dict[str, str | dict]:
         """The fields that name weights, as arguments of MiniGPT4.from_files."""
-        return {name: getattr(self, name) for name in PATHS}
-
-
-PATHS = tuple(f.name for f in fields(Config) if f.metadata["is_path"])
+        return {name: getattr(self, name) for name in ("vision", "qformer", "llama", "proj", "tokenizer")}
 
 
 def override(config, values: dict, where: str = "command line"):
@@ -146,29 +144,22 @@ def check_name(name: str, known, where: str) -> str:
 
 def _typed(name, value, kind, where):
     """`value` as type `kind`. A text is read as a Python literal where `kind` is not a text."""
-    kinds = get_args(kind) if get_origin(kind) is not tuple and get_args(kind) else (kind,)
+    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
     if isinstance(value, str) and (str not in kinds or {"{": dict, "[": list}.get(value[:1]) in kinds):
-        try:
+        with suppress(Exception):  # else it stays a text
             value = ast.literal_eval(value.capitalize() if value.lower() in ("true", "false") else value)
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            pass
+    if get_origin(kind) is tuple:  # a Python tuple, its only item, or "proj,qformer"
+        items = [x.strip() for x in value.split(",")] if isinstance(value, str) else value
+        items = items if isinstance(items, (tuple, list)) else [items]
+        return tuple(_typed(name, item, get_args(kind)[0], where) for item in items)
     for k in kinds:
-        if get_origin(k) is tuple:  # a Python tuple, its only item, or "proj,qformer"
-            item, items = get_args(k)[0], value.split(",") if isinstance(value, str) else value
-            items = items if isinstance(items, (tuple, list)) else (items,)
-            items = tuple(float(x) if item is float and type(x) is int else x for x in items)
-            if all(type(x) is item for x in items):
-                return tuple(x.strip() for x in items) if item is str else items
-        elif type(value) is k or k is float and type(value) is int:
+        if type(value) is k or k is float and type(value) is int:
             return k(value)
-    wanted = " or ".join(getattr(k, "__name__", str(k)) if get_origin(k) is None else str(k) for k in kinds)
-    raise InputError(f"{where}: {name} = {value!r} is not of type {wanted}")
+    raise InputError(f"{where}: {name} = {value!r} is not of type {' or '.join(k.__name__ for k in kinds)}")
 
 
 def load_config(path: str, options: dict[str, str]) -> Config:
     """Read a config file, then the command line's `options` over it."""
-    if not Path(path).is_file():
-        raise InputError(f"config file {path}: there is no such file")
     try:
         names = runpy.run_path(path)
     except Exception as e:
@@ -181,8 +172,7 @@ def read_saved_config(folder: str) -> Config:
     """The configuration of a run's folder; the paths in its config.json are relative to the folder."""
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise InputError(f"{folder}: not a run's folder, it has no config.json; give the out_dir of a "
-                         "training run")
+        raise InputError(f"{folder}: it has no config.json; give the out_dir of a training run")
     saved = override(Config(), read_json(path), str(path))
     paths = {k: str(Path(folder) / v) for k, v in saved.parts().items() if isinstance(v, str) and v}
     return replace(saved, **paths)
@@ -192,8 +182,6 @@ def read_json(path: Path) -> dict:
     """A JSON file that holds an object."""
     try:
         content = json.loads(path.read_text())
-    except FileNotFoundError as e:
-        raise InputError(f"{path}: there is no such file") from e
     except (ValueError, RecursionError) as e:
         raise InputError(f"{path}: not valid JSON ({e}); fetch or make it again") from e
     if not isinstance(content, dict):
@@ -212,25 +200,22 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_args(argv: list[str], doc: str, positional: str, *classes) -> tuple[list[str], dict[str, str]]:
-    """(["a.jpg", "--seed", "1"], ...) -> (["a.jpg"], {"seed": "1"}), for `override` to check and convert.
+    """(["a.jpg", "--seed", "1"], ...) -> (["a.jpg"], {"seed": "1"}); the options are the fields of `classes`.
 
-    The options are the fields of the dataclasses in `classes`. `positional` names the other arguments,
-    "SRC DST", or "[IMAGE ...]" for any number. -h prints `doc` and all options, and exits."""
+    `positional` names the other arguments: "SRC DST", or "[IMAGE ...]" for any number. -h exits."""
     options = {f.name: f for cls in classes for f in fields(cls)}
     usage = f"python {os.path.relpath(sys.argv[0])} {positional} [--key=value ...]"
     parser = _Parser(usage=usage, description=doc, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, f in options.items():
-        default = f.default_factory() if callable(f.default_factory) else f.default
-        about = f"{f.metadata['help']} (default: {default!r})".replace("%", "%%")
-        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=about,
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=f.metadata["help"],
                             metavar="|".join(filter(None, f.metadata["choices"])) or "VALUE")
     parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
     words = []
     for word, following in zip(argv, [*argv[1:], ""]):
         if word.startswith("--") and word != "--help":
             key, equals, value = word[2:].partition("=")
-            check_name(key := key.replace("-", "_"), options, "command line")
+            key = check_name(key.replace("-", "_"), options, "command line")
             bare = options[key].type is bool and not equals and following.lower() not in ("true", "false")
             word = f"--{key}=True" if bare else f"--{key}{equals}{value}"
         words.append(word)
@@ -242,16 +227,13 @@ def parse_args(argv: list[str], doc: str, positional: str, *classes) -> tuple[li
 
 
 def run_main(main):
-    """Call `main(argv)`; an InputError becomes one line on stderr and exit status 2."""
+    """Call `main(argv)`; a mistake of the user becomes one line on stderr and exit status 2."""
     try:
         main(sys.argv[1:])
-    except InputError as e:
-        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output, such as head, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as e:  # no permission, no space left
-        print(f"error: {e.filename or 'a file'}: {e.strerror or e}", file=sys.stderr)
+    except (InputError, OSError) as e:  # OSError: no permission, no space left
+        print("error:", " ".join(str(e).split()), file=sys.stderr)
         sys.exit(2)

@@ -1,15 +1,12 @@
 """Stage 2 of MiniGPT-4 (arXiv 2304.10592): 3,500 long, clean descriptions in the chat template.
-
-python train.py configs/stage2.py
-
 Cost in the paper: about 7 minutes on one A100. It stops at 400 steps (--max_steps=400); the published code
 runs 1,000. Expected: whole, fluent descriptions; in the paper failures fall from about 35 % to 2 %.
-"""
 
+python train.py configs/stage2.py
+"""
 from configs.stage1 import *
 
 proj = "out/stage1/proj.safetensors"
-
 data = "data/cc_sbu_align"
 template = "vicuna"
 clean_captions = False
@@ -20,7 +17,6 @@ max_steps = 1000  # 5 epochs of 200
 lr = 3e-5
 min_lr = 1e-5
 warmup_steps = 200
-
 cache_features = True  # the same pictures come again
 out_dir = "out/stage2"
 save_interval = 200

@@ -2,7 +2,6 @@
 
 python train.py configs/stage2_llama2.py
 """
-
 from configs.stage2 import *
 
 qformer = ""

@@ -2,7 +2,6 @@
 
 python train.py configs/stage2_tinyllama.py
 """
-
 from configs.stage2 import *
 
 llama = "weights/tinyllama-1.1b-chat"

@@ -1,21 +1,17 @@
 """Stage 1 in the tiny world: only the projection is trained, on noisy captions and clean ones.
+On 2 CPU cores: 2 min 31 s with drawing its pictures; held-out loss, on noisy captions, 0.76 at the end.
 
 python train.py configs/tiny_stage1.py
-
-On 2 CPU cores: 2 min 31 s with drawing its pictures; held-out loss, on noisy captions, 0.76 at the end.
 """
 
 vision = "assets/tiny/vision.safetensors"
 qformer = "assets/tiny/qformer.safetensors"
 llama = "assets/tiny/llama"
-
 data = {"data/tiny/stage1": 1, "data/tiny/stage1_clean": 1}
 heldout_data = "data/tiny/stage1_heldout"
-prepare = {
-    "data/tiny/stage1": "tools/make_scenes.py stage1 data/tiny/stage1 --n=10000",
-    "data/tiny/stage1_clean": "tools/make_scenes.py clean data/tiny/stage1_clean --n=10000",
-    "data/tiny/stage1_heldout": "tools/make_scenes.py stage1 data/tiny/stage1_heldout --n=500 --heldout",
-}
+prepare = {"data/tiny/stage1": "tools/make_scenes.py stage1 data/tiny/stage1 --n=10000",
+           "data/tiny/stage1_clean": "tools/make_scenes.py clean data/tiny/stage1_clean --n=10000",
+           heldout_data: f"tools/make_scenes.py stage1 {heldout_data} --n=500 --heldout"}
 clean_captions = True
 max_txt_len = 48
 
@@ -24,7 +20,6 @@ max_steps = 1100
 lr = 2e-2
 min_lr = 1e-3
 warmup_steps = 20
-
 dtype = "float32"
 num_workers = 1
 out_dir = "out/tiny_stage1"

@@ -79,8 +79,9 @@ def test_a_conversation_that_exceeds_the_context_is_reported(tiny, capsys):
 
 
 @pytest.mark.parametrize("options, words", [
-    ({"temperature": 1e-45}, "temperature is 0 or"), ({"repetition_penalty": 1e-300}, "from 0.01"),
-    ({"seed": 2**70}, "seed"), ({"max_new_tokens": 2000}, "less than 2000")])
+    ({"temperature": 1e-45}, "temperature = 1e-45: give 0 or"),
+    ({"repetition_penalty": 1e-300}, "give one from 0.01 to 100"),
+    ({"seed": 2**70}, "seed = "), ({"max_new_tokens": 2000}, "give one from 1 to 1999")])
 def test_options_out_of_range_raise(options, words):
     with pytest.raises(InputError, match=words):
         Options(**options)

@@ -3,7 +3,6 @@
 from configs.tiny.base import *
 
 llama = "out/tiny_pairs/llama"
-trainable = ("llama",)
 data = {"data/tiny/text/dense.jsonl": 1, "data/tiny/text/retold.jsonl": 1, "data/tiny/text/pairs.jsonl": 1,
         "data/tiny/text/terse.jsonl": 3, "data/tiny/text/facts.jsonl": 3}
 heldout_data = "data/tiny/text/facts_heldout.jsonl"

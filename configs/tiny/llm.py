@@ -2,7 +2,6 @@
 from configs.tiny.base import *
 
 llama = "out/tiny_facts/llama"
-trainable = ("llama",)
 data = {"data/tiny/text/dense.jsonl": 1, "data/tiny/text/noisy.jsonl": 1, "data/tiny/text/chat.jsonl": 4,
         "data/tiny/text/asked.jsonl": 4}
 heldout_data = "data/tiny/text/chat_heldout.jsonl"

@@ -1,6 +1,5 @@
-"""Vision tower, step 1: shapes and colors, from pictures of one object and its name.
-
-Without a Q-Former: a language model of its own, thrown away later, reads the patches, four to a token."""
+"""Vision tower, step 1: shapes and colors, from pictures of one object and its name. There is no Q-Former: a
+language model of its own, thrown away later, reads the patches, four to a token."""
 from configs.tiny.base import *
 
 vision = dict(image_size=48, patch_size=8, width=128, n_layers=4, n_heads=4, mlp_hidden=512)
@@ -9,9 +8,8 @@ llama = dict(hidden_size=96, num_hidden_layers=4, num_attention_heads=3, interme
 tokenizer = "data/tiny/tokenizer.model"
 trainable = ("vision", "proj", "llama")
 data = "data/tiny/names"
-prepare = prepare | {data: "tools/make_scenes.py names data/tiny/names --n=30000"}
+prepare = prepare | {data: f"tools/make_scenes.py names {data} --n=30000"}
 max_txt_len = 32
 max_steps = 1200
 min_lr = 6e-4
-warmup_steps = 100
 out_dir = "out/tiny_names"

@@ -1,5 +1,4 @@
-"""Q-Former: learns to tell the teacher what the finished vision tower sees, as BLIP-2's did between EVA-CLIP
-and FlanT5. The teacher is not the language model that MiniGPT-4 will chat with."""
+"""Q-Former: tells the teacher what the vision tower sees, as BLIP-2's did between EVA-CLIP and FlanT5."""
 from configs.tiny.vision import *
 
 vision = "out/tiny_vision/vision.safetensors"

@@ -1,15 +1,11 @@
-"""Language model, step 1: from a scene told as a list to part of it in another order.
-
-It learns to look a fact up by the object that it belongs to, after 1,000 to 1,500 steps."""
+"""Language model, step 1: from a scene told as a list to part of it in another order."""
 from configs.tiny.base import *
 
 llama = dict(hidden_size=128, num_hidden_layers=6, num_attention_heads=4, intermediate_size=384,
              rms_norm_eps=1e-5, tie_word_embeddings=True)
 tokenizer = "data/tiny/tokenizer.model"
-trainable = ("llama",)
 data = "data/tiny/text/retold.jsonl"
 heldout_data = "data/tiny/text/retold_heldout.jsonl"
 max_steps = 2500
 lr = 1.5e-3
-warmup_steps = 100
 out_dir = "out/tiny_retold"
