@@ -1,23 +1,20 @@
 """Image-text data: sources on disk, and the batches of a training run.
 
-A sequence is a list of token ids in which IMAGE (-1) stands once for each image token; it is padded on the
-right, so causal attention needs no mask. The batches are a pure function of the seed and the step: a step is
-one global batch of processes x batch_size x grad_accum samples, and each process takes a slice of it. So the
-step number is all that a resumed run needs. `python tools/show_data.py CONFIG` shows the first samples.
-
-Quirks kept from the original: each text segment and each answer is tokenized on its own and gets its own
-leading space piece; an answer that is cut loses its end; `###` right after a text has other ids than alone.
+A sample's ids are a list in which IMAGE (-1) stands once for each image token. As in the original, each text
+and each answer is tokenized on its own, and an answer that is cut loses its end. The batches are a pure
+function of the seed and the step, so the step number is all that a resumed run needs.
 """
 
-import functools
 import glob
 import hashlib
 import json
 import re
 import sys
 import tarfile
-from collections import Counter
+from collections import Counter, namedtuple
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -37,12 +34,8 @@ class BadSample(Exception):
     """A sample that cannot be used. The message names the kind of fault; samples are counted by it."""
 
 
-class Member(NamedTuple):
+class Member(namedtuple("Member", "tar offset size")):
     """A file inside a tar file."""
-
-    tar: str
-    offset: int
-    size: int
 
     def read(self) -> bytes:
         with open(self.tar, "rb") as f:
@@ -63,60 +56,45 @@ class Sample(NamedTuple):
     context: str = ""                             # before the text; read, but not predicted
 
 
-# ---- sources: random access to samples on disk -------------------------------------------------------------
-
-
 class Shards:
     """Tar files as img2dataset writes them: KEY.jpg with KEY.json ({"caption": ...}) or KEY.txt beside it.
 
-    The number of a shard's samples comes from the folder's index.json ({"samples": {"00000.tar": 9123}}) or
-    img2dataset's *_stats.json; otherwise its headers are read at the start."""
+    Sample counts come from the folder's index.json or *_stats.json, or else from the tar headers."""
 
     def __init__(self, paths: list[str]):
         self.paths, known = paths, {}
         for folder in {Path(p).parent for p in paths}:
-            known |= {str(folder / name): n for name, n in _known_counts(folder).items()}
-        unknown = tqdm([p for p in paths if str(Path(p)) not in known], desc="reading tar headers", delay=1)
-        known |= {str(Path(p)): len(index_tar(p)) for p in unknown}
-        self.counts = [known[str(Path(p))] for p in paths]
-        self.fingerprint = digest([[Path(p).parts[-2:], n] for p, n in zip(paths, self.counts)])
+            for file in [*folder.glob("*_stats.json"), folder / "index.json"]:
+                with suppress(OSError, ValueError, AttributeError):  # no such file, or not of this form
+                    content, shard = json.loads(file.read_text()), file.name.replace("_stats.json", ".tar")
+                    found = content.get("samples", {shard: content.get("successes")})
+                    known |= {folder / name: n for name, n in found.items() if type(n) is int and n >= 0}
+        self.counts = [known[Path(p)] if Path(p) in known else len(index_tar(p))
+                       for p in tqdm(paths, desc="reading tar headers", delay=1)]
+        self.content = [[Path(p).parts[-2:], n] for p, n in zip(paths, self.counts)]
 
     def describe(self, shard: int, row: int) -> str:
         """Where a sample is, for messages: "data/00000.tar:000001234"."""
-        try:
-            return f"{self.paths[shard]}:{index_tar(self.paths[shard])[row][0]}"
-        except (InputError, IndexError):  # the shard is broken
-            return f"{self.paths[shard]}:sample {row}"
+        name = f"sample {row}"
+        with suppress(InputError, IndexError):  # if the shard is broken
+            name = index_tar(self.paths[shard])[row][0]
+        return f"{self.paths[shard]}:{name}"
 
     def __getitem__(self, place: tuple[int, int]) -> Sample:
-        table = index_tar(self.paths[place[0]])
-        if place[1] >= len(table):
+        shard, row = place
+        table = index_tar(self.paths[shard])
+        if row >= len(table):
             raise BadSample("missing in its tar file")
-        _, picture, text, is_json = table[place[1]]
+        _, picture, text, is_json = table[row]
         if not (picture and picture.size and text and text.size):
             raise BadSample("no caption" if picture and picture.size else "no picture")
         caption = json.loads(text.read())["caption"] if is_json else text.read().decode(errors="replace")
         return Sample([picture], caption)
 
 
-def _known_counts(folder):
-    """{shard's file name: its number of samples}, as far as the folder tells."""
-    counts = {}
-    for file in [*folder.glob("*_stats.json"), folder / "index.json"]:
-        try:
-            content = json.loads(file.read_text())
-            found = (content["samples"] if file.name == "index.json" else
-                     {file.name.replace("_stats.json", ".tar"): content["successes"]})
-            counts |= {name: n for name, n in found.items() if type(n) is int and n >= 0}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            pass
-    return counts
-
-
-@functools.lru_cache(maxsize=64)
+@lru_cache(maxsize=64)
 def index_tar(path: str) -> list[tuple[str, Member | None, Member | None, bool]]:
-    """A tar file's samples: (key, picture, caption, whether the caption is JSON), also behind damaged blocks.
-    Raises InputError if it finds nothing."""
+    """A tar's samples (key, picture, caption, is it JSON), also behind damaged blocks; InputError if none."""
     samples: dict[str, dict[str, Member]] = {}
     try:
         with tarfile.open(path, "r:", ignore_zeros=True) as tar:
@@ -125,36 +103,30 @@ def index_tar(path: str) -> list[tuple[str, Member | None, Member | None, bool]]
                 samples.setdefault(key, {})[kind.lower()] = Member(path, m.offset_data, m.size)
     except (OSError, tarfile.TarError) as e:
         if not samples:
-            raise InputError(f"{path}: not a readable tar file ({e}); fetch it again or take it out of "
-                             "`data`") from e
+            raise InputError(f"{path}: not a readable tar file ({e}); fetch it again or leave it out") from e
     return [(key, next((files[k] for k in ("jpg", "jpeg", "png", "webp") if k in files), None),
              files.get("json") or files.get("txt"), "json" in files) for key, files in samples.items()]
 
 
-def read_image(image: str | Member, image_size: int) -> torch.Tensor:
-    """A Sample's picture -> uint8 (3, image_size, image_size)."""
-    return load_image(image if isinstance(image, str) else image.read(), image_size, smallest=2)
-
-
 class Rows:
-    """The lines of a .jsonl, or the annotations of a folder like cc_sbu_align. A row is
+    """The lines of a .jsonl or annotations of a folder like cc_sbu_align; paths are relative to the file.
 
-    {"image_id": "2", "caption": ...} (image/2.jpg), or {"image": path, "caption": ...}; {"conversation":
-    [{"user": ...}, {"assistant": ...}, ...], "image": path or paths}, the image optional; or {"text": ...,
-    "context": ...}, of which the text is predicted. Paths are relative to the file."""
+    A row is {"image_id": "2", "caption": ...} (image/2.jpg), {"image": path, "caption": ...},
+    {"conversation": [{"user": ...}, {"assistant": ...}, ...]}, perhaps with "image": path or paths, or
+    {"text": ..., "context": ...}, of which the text is predicted."""
 
-    def __init__(self, path: str):
-        self.path = Path(path)
-        if self.path.suffix == ".jsonl":
-            numbered = enumerate(self.path.read_text("utf-8", "surrogateescape").split("\n"), 1)
-            self.rows = [(f"line {number}", line) for number, line in numbered if line.strip()]
+    def __init__(self, path: Path):
+        self.path = path
+        if path.suffix == ".jsonl":
+            lines = path.read_text("utf-8", "surrogateescape").split("\n")
+            self.rows = [(f"line {i}", line) for i, line in enumerate(lines, 1) if line.strip()]
         else:
             try:
-                annotations = json.loads(self.path.read_text())["annotations"][:]
+                annotations = json.loads(path.read_text())["annotations"][:]
             except (ValueError, KeyError, TypeError) as e:
                 raise InputError(f"{path}: no JSON with `annotations` ({e}); fetch it again") from e
-            self.rows = [(f"annotation {number}", a) for number, a in enumerate(annotations, 1)]
-        self.counts, self.fingerprint = [len(self.rows)], digest(self.rows)
+            self.rows = [(f"annotation {i}", row) for i, row in enumerate(annotations, 1)]
+        self.counts, self.content = [len(self.rows)], self.rows
 
     def describe(self, shard: int, row: int) -> str:
         return f"{self.path}, {self.rows[row][0]}"
@@ -174,90 +146,66 @@ class Rows:
         return Sample(images, row.get("caption"), text=row.get("text"), context=row.get("context", ""))
 
 
-def digest(content) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
-
-
 def open_source(path: str) -> Shards | Rows:
     """The source at a path of the config's `data`."""
-    braces = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", path)
-    if path.endswith(".jsonl") and Path(path).is_file():
-        source = Rows(path)
-    elif (annotations := Path(path) / "filter_cap.json").is_file():
-        source = Rows(annotations)
+    file, braces = Path(path), re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", path)
+    rows = file if file.suffix == ".jsonl" else file / "filter_cap.json"
+    if rows.is_file():
+        source = Rows(rows)
     else:
-        if path.endswith(".txt") and Path(path).is_file():
-            shards = [line.strip() for line in Path(path).read_text(errors="replace").splitlines()]
+        if file.suffix == ".txt" and file.is_file():
+            shards = [line.strip() for line in file.read_text(errors="replace").splitlines() if line.strip()]
         elif braces:  # "a{08..10}.tar": a08.tar, a09.tar, a10.tar
             before, first, last, after = braces.groups()
             shards = [f"{before}{i:0{len(first)}d}{after}" for i in range(int(first), int(last) + 1)]
         else:
-            shards = sorted(glob.glob(f"{path}/*.tar") if Path(path).is_dir() else glob.glob(path))
-        missing = [shard for shard in shards if shard and not Path(shard).exists()]
-        if missing and len(missing) < len(shards):  # downloads of LAION always have holes
+            shards = sorted(glob.glob(f"{path}/*.tar" if file.is_dir() else path))
+        missing = {shard: None for shard in shards if not Path(shard).exists()}
+        if 0 < len(missing) < len(shards):  # downloads of LAION always have holes
             print(f"warning: {path}: {len(missing):,} of {len(shards):,} shards are missing and left out, "
-                  f"the first is {missing[0]}", file=sys.stderr)
-        left_out = {"", *missing}
-        source = Shards([shard for shard in shards if shard not in left_out])
+                  f"the first is {next(iter(missing))}", file=sys.stderr)
+        source = Shards([shard for shard in shards if shard not in missing])
     if sum(source.counts) == 0:
-        raise InputError(f"data {path}: no samples there; give *.tar shards, a folder of them, a .txt that "
-                         "lists them, a folder with filter_cap.json, or a .jsonl file")
+        raise InputError(f"data {path}: no samples; give *.tar, a .txt or folder of them, a folder with "
+                         "filter_cap.json, or a .jsonl")
     return source
 
 
-# ---- samples: from a source to pictures and token ids ------------------------------------------------------
-
-
-class Key(NamedTuple):
-    """Which sample to read. `draw` seeds what is random about it, so that each epoch draws again."""
-
-    source: int
-    shard: int
-    row: int
-    draw: int
+Key = namedtuple("Key", "source shard row draw")  # `draw` seeds what is random about a sample
 
 
 class Samples(Dataset):
-    """The samples of some sources: samples[key] is (pictures uint8 (3, S, S), ids, targets).
+    """The samples of some sources, by Key. Each bad sample read adds (kind, where and why) to `bad`."""
 
-    A bad sample gives None, and adds (kind, where and why) to `bad`."""
-
-    def __init__(self, sources: list, config: Config, tokenizer: Tokenizer, image_size: int,
-                 n_image_tokens: int):
+    def __init__(self, sources, config: Config, tokenizer: Tokenizer, image_size: int, n_image_tokens: int):
         self.sources, self.config, self.tokenizer = sources, config, tokenizer
         self.image_size, self.n_image_tokens = image_size, n_image_tokens
         self.features: dict[tuple, list[torch.Tensor]] = {}  # key[:3] -> what replaces its pictures
         self.bad: list[tuple[str, str]] = []
 
-    def __getitem__(self, key: Key) -> tuple[list[torch.Tensor], list[int], list[int]] | None:
-        row = self.attempt(self.read, key)
-        return self.attempt(self._load, key, *row) if row else None
-
-    def attempt(self, function, key: Key, *arguments):
-        """The one net for bad samples: there is no end to what people's files hold."""
-        try:
-            return function(key, *arguments)
+    def read(self, key: Key, with_images: bool = True) -> tuple | None:
+        """(pictures uint8 (3, S, S), ids, targets: list[int]), or None for a bad sample."""
+        try:  # the one net for bad samples: there is no end to what people's files hold
+            sample = self.sources[key.source][key.shard, key.row]
+            if not sample.images and "llama" not in self.config.trainable:
+                raise BadSample("no picture, and only the way from pictures to text is trained")
+            rng = np.random.default_rng((self.config.seed, key.source, key.draw))
+            ids, targets = self.tokenize(sample, rng)
+            if set(targets[1:]) <= {IGNORE}:
+                raise BadSample("nothing to predict")
+            images = sample.images if with_images else []
+            if self.features and images:
+                if key[:3] not in self.features:
+                    raise BadSample("picture cannot be read")
+                return self.features[key[:3]], ids, targets
+            encoded = [image if isinstance(image, str) else image.read() for image in images]
+            return [load_image(image, self.image_size, smallest=2) for image in encoded], ids, targets
         except Exception as e:
             cause = e.__cause__ if isinstance(e, InputError) and e.__cause__ else e
             kind = str(cause) if isinstance(cause, BadSample) else type(cause).__name__
             self.bad.append((kind, f"{self.sources[key.source].describe(key.shard, key.row)} ({e})"))
 
-    def read(self, key: Key) -> tuple[list[str | Member], list[int], list[int]]:
-        """(places of the pictures, ids, targets); raises for a bad sample."""
-        sample = self.sources[key.source][key.shard, key.row]
-        if not sample.images and "llama" not in self.config.trainable:
-            raise BadSample("no picture, and only the way from pictures to text is trained")
-        ids, targets = self.tokenize(sample, np.random.default_rng((self.config.seed, key.source, key.draw)))
-        if set(targets[1:]) <= {IGNORE}:
-            raise BadSample("nothing to predict")
-        return sample.images, ids, targets
-
-    def _load(self, key, images, ids, targets):
-        if self.features and images:
-            if key[:3] not in self.features:
-                raise BadSample("picture cannot be read")
-            return self.features[key[:3]], ids, targets
-        return [read_image(image, self.image_size) for image in images], ids, targets
+    __getitem__ = read
 
     def keys(self) -> Iterator[Key]:
         """All samples in the order of the sources."""
@@ -267,41 +215,35 @@ class Samples(Dataset):
 
     def first(self, n: int) -> Iterator[tuple]:
         """The first n good samples, always the same ones."""
-        return islice((sample for key in self.keys() if (sample := self[key])), n)
+        return islice(filter(None, map(self.read, self.keys())), n)
 
     def tokenize(self, sample: Sample, rng: np.random.Generator) -> tuple[list[int], list[int]]:
         """A sample's ids and targets (the same ids where they are to be predicted, IGNORE elsewhere)."""
-        ids, targets = [], []
-        for prompt, answer in self._turns(sample, rng):
-            prompt = self.tokenizer.encode_segments(prompt, self.n_image_tokens)
-            ids += prompt + answer
-            targets += [IGNORE] * len(prompt) + answer
-        return ids, targets
-
-    def _turns(self, sample, rng):
-        """Yield (prompt segments, answer ids) of each turn."""
-        config, turns = self.config, sample.turns
+        template, end, turns = self.config.template, self.config.answer_end, sample.turns
         if sample.text is not None:
-            yield [BOS, sample.context], self.tokenizer.encode(sample.text)[:config.max_txt_len]
-            return
-        if turns is None:
+            template, end, turns = "", "", [(sample.context, sample.text)]
+        elif turns is None:
             if not isinstance(sample.caption, str):
                 raise BadSample("caption is not a text")
             if not sample.images or not sample.caption.strip():
                 raise BadSample("a caption without a picture" if sample.caption.strip() else "empty caption")
-            caption = clean_caption(sample.caption) if config.clean_captions else sample.caption
-            turns = [(str(rng.choice(INSTRUCTIONS)) if config.template else "", caption)]
-        if config.template:
-            prompts = training_segments(turns, len(sample.images), config.template, config.answer_end,
-                                        as_chat=rng.random() < config.chat_share)
-        elif sample.turns is None:  # stage 1: the picture, then its caption
-            prompts = [[BOS, *[IMAGE] * len(sample.images)]]
-        elif sample.images:
+            caption = clean_caption(sample.caption) if self.config.clean_captions else sample.caption
+            turns = [(str(rng.choice(INSTRUCTIONS)) if template else "", caption)]
+        elif sample.images and not template:
             raise BadSample("a conversation about pictures needs a template, vicuna or llama2")
-        else:  # plain turns: what a language model learns from before it chats
-            prompts = [[BOS] * (i == 0) + [text] for i, (text, _) in enumerate(turns)]
+        if template:
+            prompts = training_segments(turns, len(sample.images), template, end,
+                                        as_chat=rng.random() < self.config.chat_share)
+        else:  # stage 1, where a picture is all the prompt; or what a language model learns before it chats
+            prompts = [[text] for text, _ in turns]
+            prompts[0][:0] = [BOS, *[IMAGE] * len(sample.images)]
+        ids, targets = [], []
         for prompt, (_, answer) in zip(prompts, turns):
-            yield prompt, self.tokenizer.encode_answer(answer, config.answer_end)[:config.max_txt_len]
+            prompt = self.tokenizer.encode_segments(prompt, self.n_image_tokens)
+            answer = self.tokenizer.encode_answer(answer, end)[:self.config.max_txt_len]
+            ids += prompt + answer
+            targets += [IGNORE] * len(prompt) + answer
+        return ids, targets
 
 
 def clean_caption(text: str, max_words: int = 50) -> str:
@@ -311,101 +253,80 @@ def clean_caption(text: str, max_words: int = 50) -> str:
     return " ".join(text.split(" ")[:max_words])
 
 
-def open_samples(data: str | dict | list, config: Config, tokenizer: Tokenizer, image_size: int,
-                 n_image_tokens: int) -> tuple[Samples, dict[str, float]]:
+def open_samples(data, config: Config, tokenizer: Tokenizer, image_size: int, n_image_tokens: int) -> tuple:
     """The config's `data` or `heldout_data` -> (Samples, {source's path: weight})."""
     data = [data] if isinstance(data, str) else data
-    values = data.values() if isinstance(data, dict) else [1.0] * len(data)
-    if not data or not all(isinstance(path, str) for path in data) or not all(
-            isinstance(w, (int, float)) and w > 0 for w in values):
-        raise InputError(f"data = {data!r}: give a path, a list of paths, or {{path: weight}}, with weights "
-                         "above 0")
-    weights = dict(zip(data, values))
-    return Samples([open_source(p) for p in weights], config, tokenizer, image_size, n_image_tokens), weights
+    pairs = list(data.items()) if isinstance(data, dict) else [(path, 1.0) for path in data]
+    if not pairs or not all(isinstance(p, str) and isinstance(w, (int, float)) and w > 0 for p, w in pairs):
+        raise InputError(f"data = {data!r}: give a path, paths, or {{path: weight}} with weights above 0")
+    sources = [open_source(path) for path in dict(pairs)]
+    return Samples(sources, config, tokenizer, image_size, n_image_tokens), dict(pairs)
 
 
-# ---- batches -----------------------------------------------------------------------------------------------
-
-
-class Batch(NamedTuple):
-    """images uint8 (pictures, 3, S, S), features (pictures, N, width) or None; tokens, targets int64 (B, T),
-    padded on the right."""
-
-    images: torch.Tensor | None
-    tokens: torch.Tensor
-    targets: torch.Tensor
+class Batch(namedtuple("Batch", "images tokens targets")):
+    """images: uint8 (pictures, 3, S, S), features (pictures, N, width) or None; the others: int64 (B, T)."""
 
     @property
     def n_targets(self) -> int:
-        """Tokens that are predicted."""
         return int((self.targets[:, 1:] != IGNORE).sum())
 
     @property
     def n_tokens(self) -> int:
-        """Tokens without padding."""
         return int((self.tokens != 0).sum())
 
     def to(self, device) -> "Batch":
-        """The batch on the device, copied asynchronously."""
         return Batch(*(t if t is None else t.to(device, non_blocking=True) for t in self))
 
 
 def collate(samples: list) -> Batch:
-    """[(pictures, ids, targets), ...] -> a Batch, padded on the right to the longest."""
+    """[(pictures, ids, targets), ...] -> a Batch, padded on the right, so causal attention needs no mask."""
     images = [image for images, _, _ in samples for image in images]
     longest = max(len(ids) for _, ids, _ in samples)
     tokens = torch.tensor([ids + [0] * (longest - len(ids)) for _, ids, _ in samples])
     targets = torch.tensor([t + [IGNORE] * (longest - len(t)) for _, _, t in samples])
-    # in a worker process, default_collate stacks right into shared memory
-    return Batch(default_collate(images) if images else None, tokens, targets)
+    return Batch(default_collate(images) if images else None, tokens, targets)  # stacks in shared memory
 
 
 class SampleOrder:
-    """A source's order in training: order[draw number] -> (shard, row), every sample once per epoch.
-
-    Each epoch shuffles the shards, then the samples of each `window` successive shards: a shuffle buffer with
-    random access."""
+    """A source's order in training: order[draw number] -> (shard, row), every sample once per epoch. An epoch
+    shuffles the shards, then the samples of each `window` successive shards."""
 
     def __init__(self, counts: list[int], seed: int, source: int, window: int):
         self.counts, self.seed, self.window = np.array(counts), (seed, source), window
-        self.total, self.epoch, self.at = int(self.counts.sum()), None, None
+        self.start, self.rows = 0, []  # the samples of one window, and the draw number of its first
 
     def __getitem__(self, draw: int) -> tuple[int, int]:
-        epoch, place = divmod(draw, self.total)
-        if epoch != self.epoch:
-            self.epoch, self.at = epoch, None
-            self.shards = np.random.default_rng((*self.seed, epoch)).permutation(len(self.counts))
-            self.ends = self.counts[self.shards].cumsum()
-        at = int(np.searchsorted(self.ends, place, side="right")) // self.window
-        if at != self.at:
-            self.at, first = at, at * self.window
-            self.start = int(self.ends[first - 1]) if first else 0
-            rows = [(s, row) for s in self.shards[first:first + self.window] for row in range(self.counts[s])]
-            self.rows = np.random.default_rng((*self.seed, epoch, at)).permutation(rows)
-        return tuple(self.rows[place - self.start].tolist())
+        if not 0 <= draw - self.start < len(self.rows):
+            epoch, place = divmod(draw, int(self.counts.sum()))
+            shards = np.random.default_rng((*self.seed, epoch)).permutation(len(self.counts))
+            starts = np.cumsum(np.append(0, self.counts[shards]))
+            window = (int(np.searchsorted(starts, place, side="right")) - 1) // self.window
+            first = window * self.window
+            rows = [(s, row) for s in shards[first:first + self.window] for row in range(self.counts[s])]
+            self.rows = np.random.default_rng((*self.seed, epoch, window)).permutation(rows)
+            self.start = draw - place + int(starts[first])
+        return tuple(self.rows[draw - self.start].tolist())
 
 
 class Groups(Dataset):
-    """The batches of one rank's training run: groups[g] is (steps, bad samples), each step (source,
-    micro-batches), a batch without a good sample None. A group is length_group steps.
+    """One rank's share of the batches: groups[g] is (length_group steps, bad samples).
 
-    All samples of a step come from one source, drawn by weight. Within a group, samples of similar length
-    share a step, so that there is less padding."""
+    A step is (source, micro-batches), None for one without a good sample. Its source is drawn by weight; in a
+    group, samples of similar length share a step, so that there is less padding."""
 
-    def __init__(self, samples: Samples, weights: dict[str, float], config: Config, rank: int = 0,
-                 world: int = 1):
+    def __init__(self, samples: Samples, weights: dict, config: Config, rank: int = 0, world: int = 1):
         self.samples, self.config, self.rank, self.world = samples, config, rank, world
         self.step_size = world * config.batch_size * config.grad_accum  # samples of a global batch
-        shares = np.cumsum(list(weights.values())) / sum(weights.values())
         n_steps = -(-config.max_steps // config.length_group) * config.length_group
-        draws = np.random.default_rng(config.seed).random(n_steps)
-        self.sources = np.searchsorted(shares, draws, side="right")  # of each step
+        shares = np.array(list(weights.values())) / sum(weights.values())
+        self.sources = np.random.default_rng(config.seed).choice(len(shares), n_steps, p=shares)
         self.orders = [SampleOrder(source.counts, config.seed, i, config.shuffle_shards)
                        for i, source in enumerate(samples.sources)]
+        digests = [hashlib.sha256(json.dumps(s.content).encode()).hexdigest()[:12] for s in samples.sources]
         self.identity = {  # what must not change within a run
             "processes x batch_size x grad_accum": self.step_size, "seed": config.seed,
             "shuffle_shards": config.shuffle_shards, "length_group": config.length_group,
-            "data": [[s.fingerprint, sum(s.counts), w] for s, w in zip(samples.sources, weights.values())]}
+            "data": [[d, sum(s.counts), w] for d, s, w in zip(digests, samples.sources, weights.values())]}
 
     def __len__(self):
         return len(self.sources) // self.config.length_group
@@ -414,34 +335,27 @@ class Groups(Dataset):
         """The samples of a step's global batch."""
         source = int(self.sources[step])
         first = self.step_size * int((self.sources[:step] == source).sum())
-        draws = range(first, first + self.step_size)
-        return [Key(source, *self.orders[source][draw], draw) for draw in draws]
+        return [Key(source, *self.orders[source][i], i) for i in range(first, first + self.step_size)]
 
     def __getitem__(self, group: int) -> tuple[list, list[tuple[str, str]]]:
-        L, parts = self.config.length_group, self.world * self.config.grad_accum
-        keys = [self.keys(step) for step in range(group * L, (group + 1) * L)]
-        sources = [step[0].source for step in keys]
-        steps = []
-        for source, step in zip(sources, self.by_length(keys, sources, group) if L > 1 else keys):
-            rows = [[sample for key in part if (sample := self.samples[key])]
-                    for part in split(step, parts)[self.rank::self.world]]
-            steps.append((source, [collate(samples) if samples else None for samples in rows]))
+        L = self.config.length_group
+        steps = [(int(self.sources[i]), self.keys(i)) for i in range(group * L, (group + 1) * L)]
+        for source in {source for source, _ in steps} if L > 1 else ():  # sort by length
+            mine = [i for i, step in enumerate(steps) if step[0] == source]
+            rows = {key: self.samples.read(key, with_images=False) for i in mine for key in steps[i][1]}
+            good = sorted((key for key in rows if rows[key]), key=lambda key: len(rows[key][1]))
+            bad = [key for key in rows if not rows[key]]
+            parts = [a + b for a, b in zip(split(good, len(mine)), split(bad, len(mine)))]
+            np.random.default_rng((self.config.seed, group, source)).shuffle(parts)
+            for i, part in zip(mine, parts):
+                steps[i] = source, part
+            self.samples.bad = []  # bad samples are read, and counted, once more
+        for i, (source, keys) in enumerate(steps):
+            mine = split(keys, self.world * self.config.grad_accum)[self.rank::self.world]
+            rows = [list(filter(None, map(self.samples.read, part))) for part in mine]
+            steps[i] = source, [collate(samples) if samples else None for samples in rows]
         bad, self.samples.bad = self.samples.bad, []
         return steps, bad
-
-    def by_length(self, steps: list[list[Key]], sources: list[int], group: int) -> list[list[Key]]:
-        """The steps' samples dealt out again within each source, samples of similar length to one step."""
-        lengths = {key: len(row[1]) for keys in steps for key in keys
-                   if (row := self.samples.attempt(self.samples.read, key))}
-        self.samples.bad, dealt = [], {}  # bad samples are read, and counted, once more
-        for source in set(sources):
-            keys, n = [key for keys in steps for key in keys if key.source == source], sources.count(source)
-            bad = [key for key in keys if key not in lengths]
-            good = sorted(filter(lengths.get, keys), key=lengths.get)
-            parts = [a + b for a, b in zip(split(good, n), split(bad, n))]
-            np.random.default_rng((self.config.seed, group, source)).shuffle(parts)
-            dealt[source] = iter(parts)
-        return [next(dealt[source]) for source in sources]
 
 
 def split(items: list, n: int) -> list[list]:
@@ -461,7 +375,13 @@ class Reader:
         loader = DataLoader(self.groups, batch_size=None, sampler=range(group, len(self.groups)),
                             num_workers=config.num_workers, pin_memory=torch.cuda.is_available())
         for steps, bad in loader:
-            self._count(bad, sum(len(b.tokens) for _, batches in steps for b in batches if b))
+            self.n_read += len(bad) + sum(len(b.tokens) for _, batches in steps for b in batches if b)
+            for kind, where in bad:
+                if kind not in self.skipped:
+                    print(f"skipped, the first of its kind: {where}", file=sys.stderr)
+                self.skipped[kind] += 1
+            if self.n_read >= 200 and self.skipped.total() > config.max_bad_fraction * self.n_read:
+                raise InputError(f"{self.account()}, more than max_bad_fraction; fix the data or raise it")
             for source, batches in steps[passed:]:
                 if None in batches:  # replaced by the dataset's first good sample
                     spare = spare or [collate([sample]) for sample in self.groups.samples.first(1)]
@@ -470,18 +390,6 @@ class Reader:
                 yield source, [spare[0] if batch is None else batch for batch in batches]
             passed = 0
 
-    def _count(self, bad, n_good):
-        self.n_read += len(bad) + n_good
-        for kind, where in bad:
-            self.skipped[kind] += 1
-            if self.skipped[kind] == 1:
-                print(f"skipped, the first of its kind: {where}", file=sys.stderr)
-        limit = self.groups.config.max_bad_fraction
-        if self.n_read >= 200 and self.skipped.total() > limit * self.n_read:
-            raise InputError(f"{self.account()}, more than max_bad_fraction {limit}; fix the data or raise "
-                             "max_bad_fraction")
-
     def account(self) -> str:
-        """How many samples were bad, and why."""
         kinds = ", ".join(f"{kind} {n}" for kind, n in self.skipped.most_common())
         return f"{self.skipped.total()} of {self.n_read} samples cannot be used ({kinds})"

@@ -1,9 +1,8 @@
-"""LLaMA (arXiv 2302.13971), MiniGPT-4's language model, with its KV cache and tokenizer.
+"""LLaMA (arXiv 2302.13971), MiniGPT-4's language model, with its KV cache, sampling and tokenizer.
 
-For LLaMA 1 and 2, Vicuna and every model of that architecture: RMSNorm, rotary positions, SwiGLU, no biases,
-grouped-query attention, tied or separate output embeddings. Module and tensor names are Hugging Face's
-without the leading `model.`. Axes: B sequences, T tokens, S tokens so far (with the cache's), D width,
-H query heads, K key/value heads, V vocabulary.
+For LLaMA 1 and 2, Vicuna and their like: RMSNorm, rotary positions, SwiGLU, no biases, grouped-query
+attention, tied or separate output embeddings. Names are Hugging Face's without the leading `model.`. Axes:
+B sequences, T tokens, S tokens with the cache's, D width, H query heads, K key/value heads, V vocabulary.
 """
 
 from dataclasses import asdict, dataclass
@@ -16,8 +15,9 @@ from sentencepiece import SentencePieceProcessor
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from configs.prompts import BOS, IMAGE
+from configs.prompts import IMAGE
 from configs.schema import InputError, override, read_json
+from vision import init_weights
 
 IGNORE = -100   # in the targets: no prediction here
 CONTEXT = 2000  # most tokens of a conversation
@@ -40,26 +40,23 @@ class LlamaConfig:
 
     @classmethod
     def from_dict(cls, sizes: dict, where: str = "config.json") -> "LlamaConfig":
-        """From a Hugging Face config.json, old (`rope_theta`) or new (`rope_parameters`). Raises InputError
-        for unsupported models: another architecture, scaled rotary positions, ..."""
+        """From a Hugging Face config.json, old or new. Raises InputError for unsupported models."""
         rope = sizes.get("rope_parameters") or sizes.get("rope_scaling") or {}
         window = sizes.get("sliding_window")
         if not isinstance(rope, dict) or not isinstance(window or 0, int):
             raise InputError(f"{where}: rope_scaling or sliding_window is malformed; fetch it again")
-        for unsupported, what in (
-                (rope.get("rope_type", rope.get("type", "default")) != "default", f"rotary scaling {rope}"),
-                (sizes.get("model_type", "llama") not in ("llama", "mistral"),
-                 f"the architecture {sizes.get('model_type')}"),
-                (window and window < CONTEXT, f"a sliding window of {window} tokens, below {CONTEXT},"),
-                (sizes.get("attention_bias") or sizes.get("mlp_bias"), "a model with biases"),
-                (sizes.get("hidden_act", "silu") != "silu", f"the activation {sizes.get('hidden_act')}")):
-            if unsupported:
+        model_type, activation = sizes.get("model_type", "llama"), sizes.get("hidden_act", "silu")
+        for is_supported, what in (
+                (rope.get("rope_type", rope.get("type", "default")) == "default", f"rotary scaling {rope}"),
+                (model_type in ("llama", "mistral"), f"the architecture {model_type}"),
+                (not window or window >= CONTEXT, f"a sliding window of {window} tokens, below {CONTEXT},"),
+                (not (sizes.get("attention_bias") or sizes.get("mlp_bias")), "a model with biases"),
+                (activation == "silu", f"the activation {activation}")):
+            if not is_supported:
                 raise InputError(f"{where}: {what} is not supported; take another model")
-        needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                  "num_attention_heads")
+        needed = "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
         if wrong := [k for k in needed if not isinstance(sizes.get(k), int) or sizes[k] < 1]:
-            raise InputError(f"{where}: no whole number above 0 for {', '.join(wrong)}; it must be the "
-                             "config.json of a LLaMA")
+            raise InputError(f"{where}: no whole number above 0 for {', '.join(wrong)}; this is no LLaMA")
         heads = sizes["num_attention_heads"]
         optional = {"num_key_value_heads": heads, "head_dim": sizes["hidden_size"] // heads,
                     "rms_norm_eps": 1e-6, "rope_theta": rope.get("rope_theta") or 10000.0,
@@ -86,11 +83,11 @@ class RMSNorm(nn.Module):
         return self.weight * h.to(x.dtype)
 
 
-def rotary_angles(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """positions (T,) -> cos, sin float32 (T, head_dim), both halves equal (Hugging Face's layout)."""
+def rotary_angles(positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype):
+    """positions (T,) -> cos, sin (T, head_dim), both halves equal (Hugging Face's layout)."""
     inv_freq = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
     angles = torch.outer(positions.float(), inv_freq).repeat(1, 2)
-    return angles.cos(), angles.sin()
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x, cos, sin):
@@ -104,8 +101,7 @@ class KVCache:
 
     def __init__(self, config: LlamaConfig, batch: int, max_tokens: int, device, dtype):
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, max_tokens, config.head_dim)
-        self.keys = torch.empty(shape, device=device, dtype=dtype)
-        self.values = torch.empty(shape, device=device, dtype=dtype)
+        self.keys, self.values = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
         self.length = 0  # tokens stored; advanced by Llama.forward
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor):
@@ -122,12 +118,12 @@ class Attention(nn.Module):
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
-        self.grouped = config.num_key_value_heads != config.num_attention_heads
+        D, q_width = config.hidden_size, config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+        self.q_proj = nn.Linear(D, q_width, bias=False)
+        self.k_proj = nn.Linear(D, kv_width, bias=False)
+        self.v_proj = nn.Linear(D, kv_width, bias=False)
+        self.o_proj = nn.Linear(q_width, D, bias=False)
 
     def forward(self, x, cos, sin, cache):
         B, T, D = x.shape
@@ -136,8 +132,8 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         # a single new token attends to everything; otherwise the sequence starts here and is causal
-        causal = cache is None or T > 1
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=self.grouped)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None or T > 1,
+                                           enable_gqa=q.shape[1] != k.shape[1])
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
     def heads(self, x):
@@ -174,31 +170,25 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """Embeddings (B, T, D) in the weights' dtype -> hidden states (B, T, D) after the final norm.
-
-    Takes embeddings instead of ids, because image tokens have no id; `embed_tokens` makes those of the text,
-    `logits` maps hidden states to the vocabulary."""
+    """Embeddings (B, T, D), as image tokens have no id -> hidden states (B, T, D) after the final norm."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
         self.grad_checkpoint = False  # recompute the blocks' activations in the backward pass
+        V, D = config.vocab_size, config.hidden_size
         # _weight: to draw a random one on the meta device, PyTorch would import code for a second
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size,
-                                         _weight=torch.empty(config.vocab_size, config.hidden_size))
+        self.embed_tokens = nn.Embedding(V, D, _weight=torch.empty(V, D))
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = None
-        if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = None if config.tie_word_embeddings else nn.Linear(D, V, bias=False)
 
     def forward(self, x, cache: KVCache | None = None):
         """With a cache, x is the whole prompt (cache empty) or the single next token."""
         T, seen = x.shape[1], cache.length if cache is not None else 0
         assert seen == 0 or T == 1, "after the prompt, the cache takes one token at a time"
         positions = torch.arange(seen, seen + T, device=x.device)
-        angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
-        cos, sin = (t.to(x.dtype) for t in angles)
+        cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
         for block in self.layers:
             if self.grad_checkpoint and x.requires_grad:
                 x = checkpoint(block, x, cos, sin, cache, use_reentrant=False)
@@ -212,18 +202,23 @@ class Llama(nn.Module):
         """Hidden states (..., D) -> logits (..., V) in the same dtype."""
         return F.linear(hidden, (self.lm_head or self.embed_tokens).weight)
 
-    @torch.no_grad()
-    def init_weights(self):
-        """Random weights: normal with variance 1 / inputs, smaller for residual outputs of deep models,
-        embeddings of standard deviation 0.02, norms at one."""
-        for name, p in self.named_parameters():
-            if p.dim() == 1:
-                p.fill_(1)
-            elif name == "embed_tokens.weight":
-                nn.init.normal_(p, std=0.02)
-            else:
-                deep = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(p, std=(p.shape[1] * (2 * len(self.layers) if deep else 1)) ** -0.5)
+    def reset_parameters(self):
+        init_weights(self, {"embed_tokens.weight": 0.02}, ("o_proj.weight", "down_proj.weight"),
+                     len(self.layers))
+
+
+def sample(logits: torch.Tensor, seen: torch.Tensor, temperature: float, top_p: float,
+           repetition_penalty: float, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Draw the next id, int64 (1,), from logits float32 (V,): repetition penalty on the ids where `seen`,
+    bool (V,), temperature, then top_p. Temperature 0 is greedy. Order and penalty as in Hugging Face's."""
+    penalized = torch.where(logits < 0, logits * repetition_penalty, logits / repetition_penalty)
+    logits = torch.where(seen, penalized, logits)
+    if temperature == 0:
+        return logits.argmax(keepdim=True)
+    probs, order = (logits / temperature).softmax(-1).sort(descending=True)
+    beyond = probs.cumsum(-1) - probs >= top_p  # the token that reaches top_p is kept, and always the first
+    beyond[0] = False
+    return order[torch.multinomial(probs.masked_fill(beyond, 0), 1, generator=generator)]
 
 
 # ---- text --------------------------------------------------------------------------------------------------
@@ -236,8 +231,7 @@ class Tokenizer:
         try:
             self.sp = SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as e:
-            raise InputError(f"{path}: no sentencepiece model; it belongs in the LLaMA folder as "
-                             "tokenizer.model") from e
+            raise InputError(f"{path}: no sentencepiece model; it is a LLaMA folder's tokenizer.model") from e
         self.path = str(path)
         self.bos, self.eos, self.vocab_size = self.sp.bos_id(), self.sp.eos_id(), self.sp.vocab_size()
 
@@ -252,10 +246,9 @@ class Tokenizer:
     def encode_segments(self, segments: list[str | int], n_image_tokens: int) -> list[int]:
         """A prompt's segments (configs/prompts.py) -> ids; adjacent texts are encoded as one."""
         ids = []
-        for is_text, run in groupby(segments, key=lambda segment: isinstance(segment, str)):
-            if is_text:
-                text = "".join(run)
-                ids += self.encode(text) if text else []
+        for kind, run in groupby(segments, key=type):
+            if kind is str:
+                ids += self.encode("".join(run))
             else:
                 for marker in run:
                     ids += [IMAGE] * n_image_tokens if marker == IMAGE else [self.bos]
@@ -283,8 +276,7 @@ def read_llama_folder(folder: str) -> tuple[LlamaConfig, list[Path]]:
     """The sizes and safetensors files of a Hugging Face folder."""
     root, index = Path(folder), Path(folder) / "model.safetensors.index.json"
     if not (root / "config.json").is_file():
-        raise InputError(f"{folder}: not a LLaMA folder, it has no config.json; see the README on getting "
-                         "the weights")
+        raise InputError(f"{folder}: not a LLaMA folder, it has no config.json; see the README")
     config = LlamaConfig.from_dict(read_json(root / "config.json"), f"{folder}/config.json")
     shards = indexed_files(index) if index.is_file() else sorted(root.glob("*.safetensors"))
     if not shards:
@@ -298,7 +290,6 @@ def indexed_files(index: Path) -> list[Path]:
     if not isinstance(names, dict) or not names:
         raise InputError(f"{index}: it has no weight_map; fetch it again")
     files = [index.parent / name for name in sorted(set(names.values()))]
-    for file in files:
-        if not file.is_file():
-            raise InputError(f"{file}: there is no such weight file, but {index.name} names it; fetch it too")
+    if missing := [file for file in files if not file.is_file()]:
+        raise InputError(f"{missing[0]}: no such weight file, but {index.name} names it; fetch it too")
     return files

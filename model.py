@@ -21,15 +21,16 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from configs.schema import DTYPES, InputError, override
-from llama import CONTEXT, IGNORE, IMAGE, KVCache, Llama, LlamaConfig, Tokenizer, read_llama_folder
+from llama import CONTEXT, IGNORE, IMAGE, KVCache, Llama, LlamaConfig, Tokenizer, read_llama_folder, sample
 from qformer import JoinPatches, QFormer, QFormerConfig
 from vision import VisionConfig, VisionTransformer, normalize
 
 PARTS = ("vision", "qformer", "proj", "llama")
+CONFIGS = {"vision": VisionConfig, "qformer": QFormerConfig}  # of the parts whose files hold their sizes
 LOGITS_AT_ONCE = 256  # positions; with a vocabulary of 32,000 these take 33 MB in float32
 
 
@@ -51,18 +52,17 @@ class MiniGPT4(nn.Module):
         self.tokenizer: Tokenizer | None = None
         self.fingerprints: dict[str, str] = {}  # of the parts that a projection is trained with, as loaded
 
-    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+    def encode_image(self, images: Tensor) -> Tensor:
         """Pictures (B, 3, S, S), uint8 or normalized float, or their features -> (B, N, d_llama)."""
         features = images if images.dim() == 3 else self.image_features(images)
-        return self.proj(cast(features, self.proj))
+        return self.proj(features.to(next(self.proj.parameters()).dtype))
 
-    def image_features(self, images: torch.Tensor) -> torch.Tensor:
+    def image_features(self, images: Tensor) -> Tensor:
         """Pictures (B, 3, S, S) -> the projection's input (B, N, bridge.width)."""
-        x = normalize(images) if images.dtype == torch.uint8 else images
-        x = self.vision(cast(x, self.vision))
-        return self.bridge(cast(x, self.bridge))
+        images = normalize(images) if images.dtype == torch.uint8 else images
+        return self.bridge(self.vision(images))
 
-    def embed(self, tokens: torch.Tensor, image_embeds: torch.Tensor | None) -> torch.Tensor:
+    def embed(self, tokens: Tensor, image_embeds: Tensor | None) -> Tensor:
         """ids (B, T) -> (B, T, d_llama), with image_embeds at the IMAGE ids, in reading order."""
         x = self.llama.embed_tokens(tokens.clamp(min=0))
         image_mask = tokens == IMAGE
@@ -71,46 +71,40 @@ class MiniGPT4(nn.Module):
             raise ValueError(f"{n} IMAGE ids in the tokens, but {n_given} image tokens were given")
         return x.masked_scatter(image_mask.unsqueeze(-1), image_embeds.to(x.dtype)) if n_given else x
 
-    def forward(self, images: torch.Tensor | None, tokens: torch.Tensor,
-                targets: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: Tensor | None, tokens: Tensor, targets: Tensor) -> Tensor:
         """The mean cross entropy, float32, over all targets of the batch.
 
-        images: all pictures of the batch (any number, 3, S, S), or their features, or None. tokens: int64
-        (B, T), padded on the right. targets: int64 (B, T), the same ids where they are to be predicted,
-        IGNORE elsewhere; shifted by one here."""
+        images: all pictures of the batch (any number, 3, S, S), or their features. tokens: int64 (B, T),
+        padded on the right. targets: the ids to be predicted, IGNORE elsewhere; shifted by one here."""
         image_embeds = self.encode_image(images) if images is not None else None
         hidden = self.llama(self.embed(tokens, image_embeds))
-        targets = targets[:, 1:]
-        predicted = targets != IGNORE
-        return self.cross_entropy(hidden[:, :-1][predicted], targets[predicted])
+        predicted = targets[:, 1:] != IGNORE
+        return self.cross_entropy(hidden[:, :-1][predicted], targets[:, 1:][predicted])
 
-    def cross_entropy(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """The mean over positions, hidden (n, d_llama), targets (n,), with few logits at a time in memory."""
-        chunks = zip(hidden.split(LOGITS_AT_ONCE), targets.split(LOGITS_AT_ONCE))
-        return sum(checkpoint(self._loss_sum, *chunk, use_reentrant=False) for chunk in chunks) / len(targets)
+        def loss_sum(hidden, targets):
+            return F.cross_entropy(self.llama.logits(hidden).float(), targets, reduction="sum")
 
-    def _loss_sum(self, hidden, targets):
-        return F.cross_entropy(self.llama.logits(hidden).float(), targets, reduction="sum")
+        chunks = zip(hidden.split(LOGITS_AT_ONCE), targets.split(LOGITS_AT_ONCE))
+        return sum(checkpoint(loss_sum, *chunk, use_reentrant=False) for chunk in chunks) / len(targets)
 
     @torch.no_grad()
-    def generate(self, tokens: list[int], image_embeds: torch.Tensor | None = None, max_new_tokens: int = 300,
+    def generate(self, tokens: list[int], image_embeds: Tensor | None = None, max_new_tokens: int = 300,
                  temperature: float = 1.0, top_p: float = 0.9, repetition_penalty: float = 1.05,
                  stop: tuple[list[int], ...] = (), context: int = CONTEXT,
                  generator: torch.Generator | None = None) -> Iterator[int]:
         """Yield the ids of the answer to one conversation, including those that end it.
 
-        tokens: ids with IMAGE; image_embeds: (pictures, N, d_llama). Ends at `</s>`, when the last ids are
-        one of the `stop` sequences, or after max_new_tokens. The prompt's beginning is cut off if prompt and
-        answer would exceed `context`. The repetition penalty spares the prompt, as in the original."""
+        tokens: ids with IMAGE; image_embeds: (pictures, N, d_llama). Ends at `</s>`, a `stop` sequence
+        or max_new_tokens. `context` cuts the prompt's beginning; the repetition penalty spares the prompt."""
         if context <= max_new_tokens:
-            raise InputError(f"context {context} leaves no room for a prompt beside max_new_tokens "
-                             f"{max_new_tokens}")
+            raise InputError(f"context {context} leaves no room beside max_new_tokens {max_new_tokens}")
         device = self.llama.embed_tokens.weight.device
         x = self.embed(torch.tensor([tokens], device=device), image_embeds)
         x = x[:, max(0, x.shape[1] + max_new_tokens - context):]
         cache = KVCache(self.llama.config, 1, x.shape[1] + max_new_tokens, device, x.dtype)
-        seen = torch.zeros(self.llama.config.vocab_size, dtype=torch.bool, device=device)
-        seen[self.tokenizer.bos] = True
+        seen = torch.arange(self.llama.config.vocab_size, device=device) == self.tokenizer.bos
         ids = []
         for _ in range(max_new_tokens):
             logits = self.llama.logits(self.llama(x, cache)[0, -1]).float()
@@ -125,8 +119,7 @@ class MiniGPT4(nn.Module):
     @torch.no_grad()
     def perplexity(self, text: str) -> float:
         """Of the language model alone, per token of the text."""
-        device = self.llama.embed_tokens.weight.device
-        tokens = torch.tensor([self.tokenizer.encode(text, bos=True)], device=device)
+        tokens = torch.tensor([self.tokenizer.encode(text, bos=True)]).to(self.llama.norm.weight.device)
         return math.exp(min(self(None, tokens, tokens).item(), 700))
 
     @classmethod
@@ -137,41 +130,43 @@ class MiniGPT4(nn.Module):
         """Build the model from weight files; a dict of sizes in place of a path makes a new, random part.
 
         The projection, new parts and those in `trainable` (default: the projection) are float32, the others
-        `dtype`; all but the trainable ones are frozen. Without `vision` it is a language model alone.
-        `image_size` (pixels) overrides the vision part's own. Files are memory-mapped. Raises InputError for
-        files that are missing, broken, or do not fit together."""
+        `dtype`; all but the trainable ones are frozen. Without `vision` it is a language model alone. Files
+        are memory-mapped. Raises InputError for those that are missing, broken, or do not fit together."""
         sources = {"vision": vision, "qformer": qformer, "proj": proj, "llama": llama}
         trainable = (("proj",) if vision else ()) if trainable is None else trainable
         check_sources(sources, trainable, dtype)
         files = {k: read_part(k, path) for k, path in sources.items() if isinstance(path, str) and path}
-        if not tokenizer and not isinstance(llama, str):
+        if not tokenizer and "llama" not in files:
             raise InputError("llama: a new one needs a tokenizer.model; set tokenizer")
         tokenizer = Tokenizer(tokenizer or f"{llama}/tokenizer.model")
         model = cls.on_meta(sources, files, tokenizer.vocab_size, image_size)
         model.tokenizer = tokenizer
         if tokenizer.vocab_size > (n := model.llama.config.vocab_size):
-            raise InputError(f"{tokenizer.path}: {tokenizer.vocab_size} pieces, but the language model has "
-                             f"{n}; they are not of the same model")
+            raise InputError(f"{tokenizer.path}: it has more pieces than llama, {n}; not of the same model")
         for name in PARTS:
             part_dtype = torch.float32 if name in (*trainable, "proj") else getattr(torch, dtype)
-            model.load_part(name, files[name], part_dtype, device) if name in files else (
-                model.init_part(name, device))
+            if name in files:
+                model.load_part(name, files[name], part_dtype, device)
+            else:
+                model.init_part(name, device)
             parameters = model.part_parameters(name)
             for p in parameters.values():
                 p.requires_grad_(name in trainable)
             if parameters and name != "proj":
                 model.fingerprints[name] = fingerprint(files[name].tensors if name in files else parameters)
-        if "proj" in files:
-            warn_of_other_parts(files["proj"], model.fingerprints)
+        trained_with = files["proj"].sizes if "proj" in files else model.fingerprints
+        if not trained_with:
+            print(f"note: {proj} does not say which parts it was trained with", file=sys.stderr)
+        if other := [k for k, mark in model.fingerprints.items() if trained_with.get(k, mark) != mark]:
+            print(f"warning: {proj} was trained with another {' and another '.join(other)}: its answers will "
+                  "be meaningless; give the parts that it was trained with", file=sys.stderr)
         return model.eval()
 
     @classmethod
     def on_meta(cls, sources: dict, files: dict, vocab_size: int, image_size: int = 0) -> "MiniGPT4":
-        """The model without memory for its weights. Sizes come from `files` (of read_part), or for new parts
-        from the dicts in `sources`."""
-        vision = part_config(VisionConfig, "vision", sources, files)
-        qformer = part_config(QFormerConfig, "qformer", sources, files,
-                              vision_width=vision.width if vision else 0)
+        """The model without memory for its weights; `files` of read_part, and for new parts the `sources`."""
+        vision = part_config("vision", sources, files)
+        qformer = part_config("qformer", sources, files, vision_width=vision.width if vision else 0)
         if "llama" in files:
             llama = files["llama"].sizes
         else:
@@ -184,18 +179,15 @@ class MiniGPT4(nn.Module):
 
     def part_modules(self, name: str) -> list[tuple[str, nn.Module]]:
         """The modules of a part, each with the prefix of its tensors in the part's file; [] if it is missing.
-        `ln_vision` belongs to the Q-Former's file, or without a Q-Former to the vision file."""
-        has_qformer = isinstance(self.bridge, QFormer)
-        modules = {"vision": [("", self.vision)] + [("", self.bridge)] * (not has_qformer),
-                   "qformer": [("", self.bridge)] * has_qformer,
-                   "proj": [("proj.", self.proj)],
-                   "llama": [("", self.llama)]}[name]
-        return [(prefix, module) for prefix, module in modules if module is not None]
+        A Q-Former's file has its `ln_vision`; that of JoinPatches is in the vision file."""
+        of_bridge = "qformer" if isinstance(self.bridge, QFormer) else "vision"
+        modules = (("vision", "", self.vision), (of_bridge, "", self.bridge), ("proj", "proj.", self.proj),
+                   ("llama", "", self.llama))
+        return [(prefix, module) for part, prefix, module in modules if part == name and module is not None]
 
     def part_parameters(self, name: str) -> dict[str, nn.Parameter]:
         """The tensors of a part under their names in the part's file."""
-        return {prefix + k: p for prefix, module in self.part_modules(name)
-                for k, p in module.named_parameters()}
+        return {prefix + k: p for prefix, m in self.part_modules(name) for k, p in m.named_parameters()}
 
     def load_part(self, name: str, file: "PartFile", dtype: torch.dtype, device):
         """Give a part that is on the meta device the tensors of its file: all of them, and no others."""
@@ -203,8 +195,7 @@ class MiniGPT4(nn.Module):
         if name == "vision" and isinstance(self.bridge, QFormer):  # whose own ln_vision counts
             tensors = {k: t for k, t in tensors.items() if not k.startswith("ln_vision.")}
         elif name == "vision" and "ln_vision.weight" not in tensors:  # the original never loads it then
-            width = self.vision.config.width
-            tensors |= {"ln_vision.weight": torch.ones(width), "ln_vision.bias": torch.zeros(width)}
+            tensors |= nn.LayerNorm(self.vision.config.width).state_dict(prefix="ln_vision.")
         check_fit(file.path, name, {k: tuple(t.shape) for k, t in tensors.items()},
                   {k: tuple(p.shape) for k, p in self.part_parameters(name).items()})
         for prefix, module in self.part_modules(name):
@@ -214,8 +205,7 @@ class MiniGPT4(nn.Module):
     def init_part(self, name: str, device):
         """Random float32 weights for a new part, drawn on the CPU: the same on every device."""
         for _, module in self.part_modules(name):
-            module.to_empty(device="cpu")
-            init_weights(module)
+            reset_parameters(module.to_empty(device="cpu"))
             module.to(device)
 
     def save_part(self, name: str, folder: str, dtype: str = "float32"):
@@ -229,16 +219,24 @@ class MiniGPT4(nn.Module):
             (path.parent / "config.json").write_text(json.dumps(self.llama.config.to_hub(), indent=1))
             if Path(self.tokenizer.path) != path.parent / "tokenizer.model":
                 shutil.copyfile(self.tokenizer.path, path.parent / "tokenizer.model")
-        elif name in ("vision", "qformer"):
+        elif name in CONFIGS:
             metadata["config"] = json.dumps(asdict(self.part_modules(name)[0][1].config))
         else:
-            parts = {k: self.part_parameters(k) for k in self.fingerprints}
-            trained = {k: fingerprint(part) for k, part in parts.items()
-                       if any(p.requires_grad for p in part.values())}
+            trained = {k: fingerprint(self.part_parameters(k)) for k in self.fingerprints
+                       if any(p.requires_grad for p in self.part_parameters(k).values())}
             metadata["trained_with"] = json.dumps(self.fingerprints | trained)
         with replacing(path) as temporary:
             save_file({k: p.detach().to("cpu", getattr(torch, dtype)).contiguous()
                        for k, p in parameters.items()}, temporary, metadata)
+
+
+def reset_parameters(module: nn.Module):
+    """Random weights by the module's own rule, or else by those of its children."""
+    if hasattr(module, "reset_parameters"):
+        module.reset_parameters()
+    else:
+        for child in module.children():
+            reset_parameters(child)
 
 
 def pick_device(name: str = "", index: int = 0) -> torch.device:
@@ -252,38 +250,6 @@ def pick_device(name: str = "", index: int = 0) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
-
-
-def init_weights(module: nn.Module):
-    """Random weights by the module's own rule, or else by its children's."""
-    init = getattr(module, "init_weights", None) or getattr(module, "reset_parameters", None)
-    if init:
-        init()
-    else:
-        for child in module.children():
-            init_weights(child)
-
-
-def cast(x: torch.Tensor, module: nn.Module) -> torch.Tensor:
-    """x in the dtype of the module's weights."""
-    return x.to(next(module.parameters()).dtype)
-
-
-def sample(logits: torch.Tensor, seen: torch.Tensor, temperature: float, top_p: float,
-           repetition_penalty: float, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Draw the next id, int64 (1,), from logits float32 (V,): repetition penalty on the ids where `seen`,
-    bool (V,), temperature, then top_p. Temperature 0 is greedy. Order and penalty as in Hugging Face's."""
-    penalized = torch.where(logits < 0, logits * repetition_penalty, logits / repetition_penalty)
-    logits = torch.where(seen, penalized, logits)
-    if temperature == 0:
-        return logits.argmax(keepdim=True)
-    probs, order = (logits / temperature).softmax(-1).sort(descending=True)
-    beyond = probs.cumsum(-1) - probs >= top_p  # the token that reaches top_p is kept, and always the first
-    beyond[0] = False
-    return order[torch.multinomial(probs.masked_fill(beyond, 0), 1, generator=generator)]
-
-
-# ---- weight files ------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -309,11 +275,11 @@ class PartFile(NamedTuple):
     """A part as it was read: its tensors, memory-mapped, and what its metadata says."""
 
     path: str
-    tensors: dict[str, torch.Tensor]
+    tensors: dict[str, Tensor]
     sizes: dict | LlamaConfig  # of a projection: the fingerprints of the parts that it was trained with
 
 
-def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """A safetensors file -> its tensors, memory-mapped, and metadata. Raises InputError if unreadable."""
     if not Path(path).is_file():
         raise InputError(f"{path}: there is no such weight file")
@@ -327,52 +293,42 @@ def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, s
 def read_part(name: str, path: str) -> PartFile:
     """A part's file, or LLaMA's folder."""
     if name == "llama":
-        sizes, shards = read_llama_folder(path)
+        config, shards = read_llama_folder(path)
+        unused = ("rotary_emb.inv_freq", *["lm_head.weight"] * config.tie_word_embeddings)  # in some files
         tensors = {k.removeprefix("model."): t for shard in shards for k, t in load_tensors(shard)[0].items()
-                   if not k.endswith("rotary_emb.inv_freq")}
-        if sizes.tie_word_embeddings:
-            tensors.pop("lm_head.weight", None)  # some files hold the tied tensor twice
-        return PartFile(path, tensors, sizes)
+                   if not k.endswith(unused)}
+        return PartFile(path, tensors, config)
     tensors, metadata = load_tensors(path)
-    key, default = ("config", None) if name in ("vision", "qformer") else ("trained_with", "{}")
-    about = metadata.get(key, default)
-    if about is None:
-        raise InputError(f"{path}: its metadata has no sizes, so it is not a converted {name} file; "
-                         f"run tools/convert.py {name}")
     try:
-        return PartFile(path, tensors, dict(json.loads(about)))
-    except (ValueError, TypeError) as e:
-        raise InputError(f"{path}: its metadata is not a JSON object; fetch or convert it again") from e
+        sizes = metadata["config"] if name in CONFIGS else metadata.get("trained_with", "{}")
+        return PartFile(path, tensors, dict(json.loads(sizes)))
+    except (KeyError, ValueError, TypeError) as e:
+        raise InputError(f"{path}: no metadata of a {name} file; make it with tools/convert.py {name}") from e
 
 
 def check_sources(sources: dict, trainable: tuple[str, ...], dtype: str):
     """Raise InputError for arguments of from_files that do not go together."""
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r}: give one of {', '.join(DTYPES)}")
-    for name in trainable:
-        if name not in PARTS:
-            raise InputError(f"trainable: {name!r} is no part of the model; the parts are {', '.join(PARTS)}")
-        if not sources["vision"] and name != "llama" or name == "qformer" and not sources["qformer"]:
-            raise InputError(f"trainable: {name} cannot be trained, this run has none")
+    parts = [k for k in PARTS if k == "llama" or sources["vision"] and (k != "qformer" or sources["qformer"])]
+    if unknown := [name for name in trainable if name not in parts]:
+        raise InputError(f"trainable: {unknown[0]!r} is no part of this model; it has {', '.join(parts)}")
     if sources["qformer"] and not sources["vision"]:
         raise InputError("qformer: it needs a vision part; give vision as well")
     if not sources["llama"]:
         raise InputError("llama: no language model is given; set llama to its folder")
 
 
-def part_config(cls, name: str, sources: dict, files: dict, **derived):
-    """The config of the vision or qformer part, from its file or, for a new one, from `sources`."""
-    if not sources[name] and sources[name] != {}:
+def part_config(name: str, sources: dict, files: dict, **needed: int) -> VisionConfig | QFormerConfig | None:
+    """A part's sizes, from its file or else from `sources`. Raises InputError unless they are as `needed`."""
+    if sources[name] in ("", None):
         return None
-    where, sizes = ((files[name].path, files[name].sizes) if name in files
-                    else ("the run's config", derived | sources[name]))
-    config = override(cls(), sizes, f"{where}: {name}")
+    file = files.get(name) or PartFile("the run's config", {}, needed | sources[name])
+    config = override(CONFIGS[name](), file.sizes, f"{file.path}: {name}")
     if min(asdict(config).values()) <= 0 or config.width % config.n_heads:
-        raise InputError(f"{where}: {name} {sizes}: sizes must be above 0, and width a multiple of n_heads")
-    for k, v in derived.items():
-        if getattr(config, k) != v:
-            raise InputError(f"{where}: {name} needs {k} {getattr(config, k)}, but it is {v} here; "
-                             "they do not fit")
+        raise InputError(f"{file.path}: {config}: give sizes above 0, and width a multiple of n_heads")
+    if needed.items() - asdict(config).items():
+        raise InputError(f"{file.path}: {config} does not fit the vision part; needed is {needed}")
     return config
 
 
@@ -382,17 +338,14 @@ def check_fit(path: str, part: str, shapes: dict[str, tuple], expected: dict[str
         "missing": sorted(expected.keys() - shapes.keys()),
         "unexpected": sorted(shapes.keys() - expected.keys()),
         "of another shape": [f"{k} {shapes[k]} instead of {shape}" for k, shape in expected.items()
-                             if k in shapes and shapes[k] != shape],
-    }
-    found = [f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+                             if shapes.get(k, shape) != shape]}
+    found = [f"{len(names)} {what} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
              for what, names in problems.items() if names]
     if found:
-        hint = ("it was trained for another language model or vision side" if part == "proj"
-                else "it is of another model")
-        raise InputError(f"{path}: does not fit as {part}: tensors {'; '.join(found)}; {hint}")
+        raise InputError(f"{path}: does not fit as {part}: {'; '.join(found)}; it is for another model")
 
 
-def fingerprint(tensors: dict[str, torch.Tensor]) -> str:
+def fingerprint(tensors: dict[str, Tensor]) -> str:
     """12 hex digits that identify a part's weights: a hash of all names and shapes and of some values of each
     tensor, rounded to bfloat16, so that a cast file keeps its fingerprint."""
     digest = hashlib.sha256()
@@ -401,14 +354,3 @@ def fingerprint(tensors: dict[str, torch.Tensor]) -> str:
         ends = torch.cat((values[:16], values[-16:])).to("cpu", torch.bfloat16).view(torch.uint8)
         digest.update(f"{k} {tuple(tensors[k].shape)}".encode() + ends.numpy().tobytes())
     return digest.hexdigest()[:12]
-
-
-def warn_of_other_parts(proj: PartFile, fingerprints: dict[str, str]):
-    """Warn when the projection was trained with other parts than these."""
-    if not proj.sizes:
-        print(f"note: {proj.path} does not say which parts it was trained with; only its size is checked",
-              file=sys.stderr)
-    other = [name for name, mark in fingerprints.items() if proj.sizes.get(name, mark) != mark]
-    if other:
-        print(f"warning: {proj.path} was trained with another {' and another '.join(other)}: its answers "
-              "will be meaningless; give the parts that it was trained with", file=sys.stderr)

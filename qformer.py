@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vision import init_weights
+
 
 @dataclass(frozen=True)
 class QFormerConfig:
@@ -47,8 +49,7 @@ class Attention(nn.Module):
 
     def heads(self, x):
         """(B, Q or N, D) -> (B, H, Q or N, D/H)."""
-        B, _, D = x.shape
-        return x.view(B, -1, self.n_heads, D // self.n_heads).transpose(1, 2)
+        return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
 
 
 class Layer(nn.Module):
@@ -83,7 +84,7 @@ class QFormer(nn.Module):
             Layer(config, i % config.cross_attention_every == 0) for i in range(config.n_layers))
 
     def forward(self, image):
-        image = self.ln_vision(image)
+        image = self.ln_vision(image.to(self.query_tokens.dtype))
         x = self.norm(self.query_tokens).expand(len(image), -1, -1)
         for layer in self.layers:
             x = layer(x, image)
@@ -92,16 +93,9 @@ class QFormer(nn.Module):
     def n_image_tokens(self, n_patches: int) -> int:
         return self.config.n_queries
 
-    @torch.no_grad()
-    def init_weights(self):
-        """Random weights: normal with variance 1 / inputs, no biases, norms at one."""
-        for name, p in self.named_parameters():
-            if name == "query_tokens":
-                nn.init.normal_(p)  # a norm follows, in which steps on small queries would be too large
-            elif p.dim() > 1:
-                nn.init.normal_(p, std=p.shape[1] ** -0.5)
-            else:
-                p.fill_(1) if name.endswith(("norm.weight", "ln_vision.weight")) else p.zero_()
+    def reset_parameters(self):
+        """A norm follows the queries, in which steps on small ones would be too large."""
+        init_weights(self, {"query_tokens": 1})
 
 
 class JoinPatches(nn.Module):
@@ -113,10 +107,8 @@ class JoinPatches(nn.Module):
         self.ln_vision = nn.LayerNorm(vision_width, eps=1e-5)
 
     def forward(self, image):
-        return self.ln_vision(image)[:, 1:].reshape(len(image), -1, self.width)
+        image = self.ln_vision(image.to(self.ln_vision.weight.dtype))
+        return image[:, 1:].reshape(len(image), -1, self.width)
 
     def n_image_tokens(self, n_patches: int) -> int:
         return n_patches // 4
-
-    def init_weights(self):
-        self.ln_vision.reset_parameters()

@@ -31,20 +31,17 @@ def load_image(source: str | bytes, image_size: int, smallest: int = 1) -> torch
     name = source if isinstance(source, str) else "picture"
     try:
         with Image.open(source if isinstance(source, str) else io.BytesIO(source)) as image:
-            if min(image.size) < smallest:
-                raise InputError(f"{name}: only {image.width} x {image.height} pixels; give a larger picture")
-            exif = image.getexif()
-            for tag in [tag for tag in exif if tag != ExifTags.Base.Orientation]:
-                del exif[tag]  # exif_transpose would write them back, and fail at odd values
-            ImageOps.exif_transpose(image, in_place=True)
-            return preprocess(to_rgb(image), image_size)
+            if min(image.size) >= smallest:
+                exif = image.getexif()
+                for tag in [tag for tag in exif if tag != ExifTags.Base.Orientation]:
+                    del exif[tag]  # exif_transpose would write them back, and fail at odd values
+                ImageOps.exif_transpose(image, in_place=True)
+                return preprocess(to_rgb(image), image_size)
     except FileNotFoundError as e:
         raise InputError(f"{name}: there is no such picture") from e
-    except InputError:
-        raise
     except Exception as e:  # PIL's decoders raise nearly anything
-        raise InputError(f"{name}: cannot be read as a picture ({e}); give a JPEG, PNG or other image "
-                         "file") from e
+        raise InputError(f"{name}: cannot be read as a picture ({e}); give a JPEG, PNG or the like") from e
+    raise InputError(f"{name}: only {image.width} x {image.height} pixels; give a larger picture")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -68,8 +65,7 @@ def preprocess(image: Image.Image, image_size: int) -> torch.Tensor:
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
     """uint8 (B, 3, S, S), 0..255 -> float32 (B, 3, S, S) normalized by CLIP's mean and standard deviation."""
-    mean = torch.tensor(IMAGE_MEAN, device=images.device).view(3, 1, 1)
-    std = torch.tensor(IMAGE_STD, device=images.device).view(3, 1, 1)
+    mean, std = torch.tensor((IMAGE_MEAN, IMAGE_STD), device=images.device).view(2, 3, 1, 1)
     return images.float().div_(255).sub_(mean).div_(std)  # in place: memory traffic dominates
 
 
@@ -85,9 +81,17 @@ class VisionConfig:
     mlp_hidden: int = 6144   # int(1408 * 4.3637)
     norm_eps: float = 1e-6
 
-    @property
-    def n_tokens(self) -> int:
-        return (self.image_size // self.patch_size) ** 2 + 1
+
+@torch.no_grad()
+def init_weights(module: nn.Module, stds: dict[str, float], residual: tuple[str, ...] = (), depth: int = 1):
+    """Random weights of a transformer: normal with variance 1 / inputs, or the standard deviation in `stds`;
+    smaller for the outputs to the residual stream, those with a `residual` ending; norms one, biases zero."""
+    for name, p in module.named_parameters():
+        if p.dim() == 1:
+            p.fill_(name.endswith("weight"))  # only norms have such weights
+        else:
+            n_inputs = p[0].numel() * (2 * depth if name.endswith(residual) else 1)
+            nn.init.normal_(p, std=stds.get(name, n_inputs ** -0.5))
 
 
 class Attention(nn.Module):
@@ -149,7 +153,7 @@ class PatchEmbed(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Normalized images (B, 3, S, S), in the weights' dtype -> class token and patches (B, N, D).
+    """Normalized images (B, 3, S, S) -> class token and patches (B, N, D), in the weights' dtype.
 
     S may be any multiple of patch_size; positions are interpolated for another S than in training."""
 
@@ -157,12 +161,13 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
-        self.pos_embed = nn.Parameter(torch.zeros(1, config.n_tokens, config.width))
+        n_patches = (config.image_size // config.patch_size) ** 2
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + n_patches, config.width))
         self.patch_embed = PatchEmbed(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
 
     def forward(self, images):
-        x = self.patch_embed(images)
+        x = self.patch_embed(images.to(self.pos_embed.dtype))
         x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
         x = x + self.positions(x.shape[1])
         for block in self.blocks:
@@ -179,15 +184,7 @@ class VisionTransformer(nn.Module):
         grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
         return torch.cat((cls, grid.flatten(2).transpose(1, 2).to(cls.dtype)), dim=1)
 
-    @torch.no_grad()
-    def init_weights(self):
-        """Random weights: normal with variance 1 / inputs, smaller for residual outputs of deep models,
-        positions of variance 1, so that they can be told apart from the first step on."""
-        for name, p in self.named_parameters():
-            if name in ("cls_token", "pos_embed"):
-                nn.init.normal_(p)
-            elif p.dim() > 1:
-                deep = name.endswith(("attn.proj.weight", "fc2.weight"))
-                nn.init.normal_(p, std=(p[0].numel() * (2 * len(self.blocks) if deep else 1)) ** -0.5)
-            else:
-                p.fill_(1) if "norm" in name and name.endswith("weight") else p.zero_()
+    def reset_parameters(self):
+        """Positions get variance 1, so that they can be told apart from the first step on."""
+        init_weights(self, {"cls_token": 1, "pos_embed": 1}, ("attn.proj.weight", "fc2.weight"),
+                     len(self.blocks))

@@ -123,7 +123,7 @@ def test_shards_read_every_sample(tmp_path):
     assert source[1, 4].images == [(f"{folder}/00001.tar", member.offset_data, member.size)]
     (tmp_path / "list.txt").write_text(f"{folder}/00001.tar\n\n{folder}/00000.tar\n")
     listed = open_source(f"{tmp_path}/list.txt")
-    assert listed.counts == [30, 1000] and listed.fingerprint != source.fingerprint
+    assert listed.counts == [30, 1000] and listed.content != source.content
     for path in (folder, f"{folder}/{{00000..00001}}.tar", f"{folder}/*.tar"):
         assert open_source(str(path)).counts == [1000, 30]
 
@@ -174,7 +174,7 @@ class Talks:
     """A source in memory; each sample has its own text, of any length, and a tenth are bad."""
 
     def __init__(self, name, counts):
-        self.name, self.counts, self.fingerprint = name, counts, ""
+        self.name, self.counts, self.content = name, counts, ""
 
     def describe(self, shard, row):
         return f"{shard}:{row}"
@@ -251,8 +251,10 @@ def test_a_reader_from_step_k_gives_what_an_unbroken_one_gives(shape):
 def test_each_epoch_is_shuffled_anew_within_windows_of_shards():
     order = SampleOrder([10] * 8, 1, 0, window=2)
     first, second = ([order[epoch * 80 + i] for i in range(80)] for epoch in (0, 1))
-    assert sorted(first) == sorted(second) and first != second
-    assert all(len({shard for shard, _ in first[at:at + 20]}) == 2 for at in range(0, 80, 20))
+    windows = [[{shard for shard, _ in epoch[at:at + 20]} for at in range(0, 80, 20)]
+               for epoch in (first, second)]
+    assert sorted(first) == sorted(second) and windows[0] != windows[1]
+    assert all(len(window) == 2 for window in windows[0] + windows[1])
 
 
 def test_the_mixture_is_drawn_by_weight():

@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 
 from configs.schema import InputError
-from data import Shards, read_image
+from data import Shards
 from tools import prepare_stage1
+from vision import load_image
 
 ROOT = Path(__file__).resolve().parent.parent
 ODD = 'tab\there, "quotes", line\nbreak, é, 猫, \'\\'
@@ -81,7 +82,7 @@ def test_from_the_list_over_the_web_to_the_reader(web, tmp_path, capfd):
     samples = [source[shard, row] for shard in range(3) for row in range(16)]
     odd = ODD.replace("\n", " ")
     assert {s.caption for s in samples} == {f"{i}: {odd}" for i in range(60) if kinds[i % 20] == "ok"}
-    assert all(read_image(s.images[0], 224).shape == (3, 224, 224) for s in samples)
+    assert all(load_image(s.images[0].read(), 224).shape == (3, 224, 224) for s in samples)
     prepare_stage1.main(command)  # again: finished shards are kept, and index.json is not in the way
     assert "3 shards, 48 samples" in capfd.readouterr().out
 

@@ -3,7 +3,6 @@ features, several processes, sharding; and what the log says about loss and spee
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch

@@ -313,7 +313,7 @@ def test_heldout_loss_and_first_answers_are_logged(world, tmp_path):
 
 def test_heldout_data_with_no_usable_sample_is_refused_at_the_start(world, tmp_path):
     with pytest.raises(InputError, match="not one of its samples"):
-        run(micro(world, tmp_path / "out", heldout_data=world["texts"]))  # while only the projection is trained
+        run(micro(world, tmp_path / "out", heldout_data=world["texts"]))  # without pictures
     assert not (tmp_path / "out").exists()
 
 
@@ -439,7 +439,7 @@ def test_a_mistake_of_ours_gives_a_traceback():
 
 def test_imports_leave_the_environment_alone():
     code = "import os; before = dict(os.environ); import train, chat; assert dict(os.environ) == before"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={"PATH": os.environ["PATH"]}, check=True)
 
 
 def test_twenty_photographs_and_a_jsonl_train_and_answer(tmp_path):
