@@ -28,9 +28,8 @@ PARAGRAPH = ("The old lighthouse stands at the end of the harbor wall. Every eve
              "way home. In winter, when storms come in from the sea, he sometimes stays awake all night. His "
              "daughter brings him bread, cheese and a pot of hot tea, and they talk about the ships that "
              "pass and the places where they may be going.")
-TINY_NOTE = ("note: this is the tiny demonstration model. It knows only drawings of one to three colored "
-             "shapes, like assets/tiny/example.png, and will name shapes in any photograph. For a real one "
-             "see the README, then --ckpt=RUN.")
+TINY_NOTE = ("note: this is the tiny demonstration model. It knows only drawings of colored shapes, and "
+             "names shapes in any photograph. For a real model see the README, then --ckpt=RUN.")
 HELP = """\
 /image PATH   show a picture; your next message is about it and those before
 /reset        forget the conversation and its pictures
@@ -81,11 +80,7 @@ def check(model: MiniGPT4):
 
 
 class Chat:
-    """One conversation: its turns and its pictures.
-
-    >>> chat = Chat(*load(Options()))
-    >>> chat.add_image("assets/tiny/example.png")
-    >>> "".join(chat.ask("What color is the star?"))"""
+    """One conversation: its turns and its pictures. Start with Chat(*load(Options()))."""
 
     def __init__(self, model: MiniGPT4, options: Options):
         self.model, self.options = model, options
@@ -128,10 +123,10 @@ class Chat:
             ready = answer = model.tokenizer.answer_text(ids, end)
             if not self.ended and len(ids) < o.max_new_tokens:
                 ready = answer.rstrip("\ufffd").rstrip(end[0])  # half a character, or half an end, waits
+            self.turns[-1] = (message, answer)
             if ready.startswith(shown) and len(ready) > len(shown):
                 yield ready[len(shown):]
                 shown = ready
-            self.turns[-1] = (message, answer)
 
 
 def converse(chat: Chat):

@@ -48,7 +48,6 @@ class Member(namedtuple("Member", "tar offset size")):
 
 class Sample(NamedTuple):
     """What a source holds: a caption of pictures, a conversation (perhaps about pictures), or plain text."""
-
     images: list[str | Member] = []
     caption: str | None = None
     turns: list[tuple[str, str]] | None = None    # (user, assistant)
@@ -58,7 +57,6 @@ class Sample(NamedTuple):
 
 class Shards:
     """Tar files as img2dataset writes them: KEY.jpg with KEY.json ({"caption": ...}) or KEY.txt beside it.
-
     Sample counts come from the folder's index.json or *_stats.json, or else from the tar headers."""
 
     def __init__(self, paths: list[str]):
@@ -109,11 +107,9 @@ def index_tar(path: str) -> list[tuple[str, Member | None, Member | None, bool]]
 
 
 class Rows:
-    """The lines of a .jsonl or annotations of a folder like cc_sbu_align; paths are relative to the file.
-
-    A row is {"image_id": "2", "caption": ...} (image/2.jpg), {"image": path, "caption": ...},
-    {"conversation": [{"user": ...}, {"assistant": ...}, ...]}, perhaps with "image": path or paths, or
-    {"text": ..., "context": ...}, of which the text is predicted."""
+    """A .jsonl's lines, or a cc_sbu_align's annotations: {"image_id": "2", "caption": ...} for image/2.jpg,
+    {"image": path, "caption": ...}, {"conversation": [{"user": ...}, {"assistant": ...}, ...]} with or
+    without "image": path or paths, or {"text": ..., "context": ...}, to predict the text."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -141,8 +137,8 @@ class Rows:
             if list(roles) != ["user", "assistant"] * (len(roles) // 2):
                 raise BadSample("user and assistant do not alternate, the assistant last")
             return Sample(images, turns=list(zip(texts[::2], texts[1::2])))
-        if row.get("text") is not None and images:
-            raise BadSample("a text with a picture; if it is about the picture, name it caption")
+        if row.get("text") is not None and (images or type(row.get("context", "")) is not str):
+            raise BadSample("a text with a picture (name it caption), or a context that is no text")
         return Sample(images, row.get("caption"), text=row.get("text"), context=row.get("context", ""))
 
 
@@ -309,10 +305,8 @@ class SampleOrder:
 
 
 class Groups(Dataset):
-    """One rank's share of the batches: groups[g] is (length_group steps, bad samples).
-
-    A step is (source, micro-batches), None for one without a good sample. Its source is drawn by weight; in a
-    group, samples of similar length share a step, so that there is less padding."""
+    """One rank's batches: groups[g] is (length_group steps, bad samples), a step (source, micro-batches, None
+    for one without a good sample). Samples of similar length share a step of the group: less padding."""
 
     def __init__(self, samples: Samples, weights: dict, config: Config, rank: int = 0, world: int = 1):
         self.samples, self.config, self.rank, self.world = samples, config, rank, world

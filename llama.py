@@ -26,7 +26,6 @@ CONTEXT = 2000  # most tokens of a conversation
 @dataclass(frozen=True)
 class LlamaConfig:
     """Sizes, under the names of Hugging Face's config.json; the defaults are LLaMA-7B's."""
-
     vocab_size: int = 32000
     hidden_size: int = 4096
     intermediate_size: int = 11008
@@ -221,9 +220,6 @@ def sample(logits: torch.Tensor, seen: torch.Tensor, temperature: float, top_p: 
     return order[torch.multinomial(probs.masked_fill(beyond, 0), 1, generator=generator)]
 
 
-# ---- text --------------------------------------------------------------------------------------------------
-
-
 class Tokenizer:
     """A sentencepiece `tokenizer.model`. In a text, the letters `<s>` and `</s>` are plain text."""
 
@@ -267,9 +263,6 @@ class Tokenizer:
         if end == "</s>":
             return ([self.eos],)
         return self.encode(end), self.encode("a" + end)[len(self.encode("a")):]
-
-
-# ---- files -------------------------------------------------------------------------------------------------
 
 
 def read_llama_folder(folder: str) -> tuple[LlamaConfig, list[Path]]:

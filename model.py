@@ -73,7 +73,6 @@ class MiniGPT4(nn.Module):
 
     def forward(self, images: Tensor | None, tokens: Tensor, targets: Tensor) -> Tensor:
         """The mean cross entropy, float32, over all targets of the batch.
-
         images: all pictures of the batch (any number, 3, S, S), or their features. tokens: int64 (B, T),
         padded on the right. targets: the ids to be predicted, IGNORE elsewhere; shifted by one here."""
         image_embeds = self.encode_image(images) if images is not None else None
@@ -95,7 +94,6 @@ class MiniGPT4(nn.Module):
                  stop: tuple[list[int], ...] = (), context: int = CONTEXT,
                  generator: torch.Generator | None = None) -> Iterator[int]:
         """Yield the ids of the answer to one conversation, including those that end it.
-
         tokens: ids with IMAGE; image_embeds: (pictures, N, d_llama). Ends at `</s>`, a `stop` sequence
         or max_new_tokens. `context` cuts the prompt's beginning; the repetition penalty spares the prompt."""
         if context <= max_new_tokens:
@@ -128,7 +126,6 @@ class MiniGPT4(nn.Module):
                    trainable: tuple[str, ...] | None = None, tokenizer: str | None = None,
                    image_size: int = 0) -> "MiniGPT4":
         """Build the model from weight files; a dict of sizes in place of a path makes a new, random part.
-
         The projection, new parts and those in `trainable` (default: the projection) are float32, the others
         `dtype`; all but the trainable ones are frozen. Without `vision` it is a language model alone. Files
         are memory-mapped. Raises InputError for those that are missing, broken, or do not fit together."""
@@ -205,7 +202,11 @@ class MiniGPT4(nn.Module):
     def init_part(self, name: str, device):
         """Random float32 weights for a new part, drawn on the CPU: the same on every device."""
         for _, module in self.part_modules(name):
-            reset_parameters(module.to_empty(device="cpu"))
+            module.to_empty(device="cpu")
+            own_rule = hasattr(module, "reset_parameters")  # else its layers', the inner ones first
+            for layer in [module] if own_rule else reversed([*module.modules()]):
+                if hasattr(layer, "reset_parameters"):
+                    layer.reset_parameters()
             module.to(device)
 
     def save_part(self, name: str, folder: str, dtype: str = "float32"):
@@ -228,15 +229,6 @@ class MiniGPT4(nn.Module):
         with replacing(path) as temporary:
             save_file({k: p.detach().to("cpu", getattr(torch, dtype)).contiguous()
                        for k, p in parameters.items()}, temporary, metadata)
-
-
-def reset_parameters(module: nn.Module):
-    """Random weights by the module's own rule, or else by those of its children."""
-    if hasattr(module, "reset_parameters"):
-        module.reset_parameters()
-    else:
-        for child in module.children():
-            reset_parameters(child)
 
 
 def pick_device(name: str = "", index: int = 0) -> torch.device:
@@ -273,7 +265,6 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 class PartFile(NamedTuple):
     """A part as it was read: its tensors, memory-mapped, and what its metadata says."""
-
     path: str
     tensors: dict[str, Tensor]
     sizes: dict | LlamaConfig  # of a projection: the fingerprints of the parts that it was trained with

@@ -18,7 +18,6 @@ from vision import init_weights
 @dataclass(frozen=True)
 class QFormerConfig:
     """Sizes; the defaults are BLIP-2's, over EVA-ViT-g."""
-
     n_queries: int = 32
     width: int = 768
     n_layers: int = 12

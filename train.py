@@ -4,8 +4,7 @@
     torchrun --nproc-per-node 4 train.py configs/stage1.py            the paper's stage 1
     python train.py configs/stage2.py --max_steps=400 --resume        any config field can be overridden
 
-out_dir then holds the trained parts (proj.safetensors), config.json, log.jsonl, and state.pt, from which a
-killed run continues. Stage 1 and stage 2 are the same loop over different data.
+out_dir then holds proj.safetensors, config.json, log.jsonl, and state.pt, from which a killed run continues.
 """
 
 import gc
@@ -80,8 +79,7 @@ def train_step(model, batches: list[Batch], optimizer, scaler, lr: float, grad_c
 
 @torch.no_grad()
 def evaluate(model: MiniGPT4, samples: Samples, config: Config, device) -> tuple[float, list[dict]]:
-    """The mean loss per answer token of the first eval_samples samples, and of the first show_samples the
-    greedy answer to the first prompt beside the answer of the data."""
+    """The mean loss per answer token, and the greedy answers to some first prompts beside the data's."""
     first = list(samples.first(config.eval_samples))
     batches = list(DataLoader(first, config.batch_size, collate_fn=collate))
     loss_sum = sum(model(*batch.to(device)).item() * batch.n_targets for batch in batches)
@@ -222,8 +220,7 @@ class Meter:
 
 
 def flops_per_position(model: MiniGPT4, trainable: tuple[str, ...]) -> tuple[float, float]:
-    """Training FLOPs per (picture, token): per weight, 2 for the forward pass, 2 for the gradient of the
-    activations where something before is trained, 2 for the weight's own. Attention is left out."""
+    """Training FLOPs per (picture, token): 2 per weight forward, 2 for each gradient; without attention."""
     n = {k: sum(p.numel() for p in model.part_parameters(k).values() if p.dim() > 1) for k in PARTS}
     n_patches = model.vision.pos_embed.shape[1] if model.vision else 0
     vision = n["vision"] * n_patches * (3 if "vision" in trainable else 1)
@@ -361,7 +358,6 @@ def train(config: Config, device, rank: int = 0, world: int = 1):
 
 
 def main(argv: list[str]):
-    """Run `CONFIG [--key=value ...]`; under torchrun, one process per device."""
     (path,), options = parse_args(argv, __doc__, "CONFIG", Config)
     config = load_config(path, options)
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages on Linux: pictures are normalized faster
@@ -380,8 +376,8 @@ def main(argv: list[str]):
             gc.collect()  # frees what holds the process group, so that its threads end before Python does
             dist.destroy_process_group()
     if rank == 0:
-        picture = "assets/tiny/example.png " if config.vision else ""
-        print(f"python chat.py {picture}--ckpt={shlex.quote(config.out_dir)}", file=sys.stderr)
+        picture = ["assets/tiny/example.png"] * bool(config.vision)
+        print(shlex.join(["python", "chat.py", *picture, f"--ckpt={config.out_dir}"]), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 BLIP-2's vision tower (arXiv 2301.12597) is EVA-CLIP ViT-g/14 (arXiv 2211.07636) without its last block and
 final norm: a plain pre-norm vision transformer with learned absolute positions. Module and tensor names are
 those of the official `eva_vit_g.pth`. Axes: B images, N tokens (class token + patches), D width, H heads.
-
 Quirks kept: queries and values have a bias, keys have none; pictures are resized to a square without a crop.
 """
 
@@ -24,10 +23,8 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def load_image(source: str | bytes, image_size: int, smallest: int = 1) -> torch.Tensor:
-    """A picture's path, or its encoded bytes, -> uint8 (3, image_size, image_size), RGB.
-
-    Applies EXIF rotation, scales 16-bit gray to 8 bits, puts transparent pixels on white. Raises InputError
-    for a missing or unreadable file, or one with a side of fewer pixels than `smallest`."""
+    """A picture's path or bytes -> uint8 (3, image_size, image_size), RGB; turned as EXIF says, transparent
+    pixels on white. Raises InputError for an unreadable one, or a side of fewer pixels than `smallest`."""
     name = source if isinstance(source, str) else "picture"
     try:
         with Image.open(source if isinstance(source, str) else io.BytesIO(source)) as image:
@@ -72,7 +69,6 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
 @dataclass(frozen=True)
 class VisionConfig:
     """Sizes; the defaults are EVA-ViT-g/14 as BLIP-2 uses it."""
-
     image_size: int = 224    # pixels, both sides
     patch_size: int = 14     # pixels
     width: int = 1408
@@ -154,7 +150,6 @@ class PatchEmbed(nn.Module):
 
 class VisionTransformer(nn.Module):
     """Normalized images (B, 3, S, S) -> class token and patches (B, N, D), in the weights' dtype.
-
     S may be any multiple of patch_size; positions are interpolated for another S than in training."""
 
     def __init__(self, config: VisionConfig):
