@@ -112,7 +112,7 @@ def refuse_to_overwrite(config: Config):
     """Raise InputError when out_dir holds a run that this one does not resume, or is no run's folder."""
     files = (f"{config.out_dir}/state.pt", *saved_parts(config).values())
     if not config.resume and (held := list(filter(os.path.exists, files))):
-        raise InputError(f"{held[0]} exists; continue its run with --resume, or choose another --out_dir")
+        raise InputError(f"{held[0]}: already holds a run; continue it with --resume, or change --out_dir")
     if Path(config.out_dir, "config.json").exists():
         read_saved_config(config.out_dir)  # raises InputError for something else's config.json
 
@@ -222,6 +222,7 @@ class Meter:
 def flops_per_position(model: MiniGPT4, trainable: tuple[str, ...]) -> tuple[float, float]:
     """Training FLOPs per (picture, token): 2 per weight forward, 2 for each gradient; without attention."""
     n = {k: sum(p.numel() for p in model.part_parameters(k).values() if p.dim() > 1) for k in PARTS}
+    n["llama"] -= model.llama.embed_tokens.weight.numel() * (model.llama.lm_head is not None)  # a lookup
     n_patches = model.vision.pos_embed.shape[1] if model.vision else 0
     vision = n["vision"] * n_patches * (3 if "vision" in trainable else 1)
     qformer = n["qformer"] * model.n_image_tokens * (3 if {"vision", "qformer"} & set(trainable) else 1)
