@@ -248,7 +248,7 @@ def test_a_reader_from_step_k_gives_what_an_unbroken_one_gives(shape):
         assert [(source, rows(batches)) for source, batches in Reader(groups, k)] == unbroken[k:]
 
 
-def test_each_epoch_is_shuffled_anew_within_windows_of_shards():
+def test_each_epoch_is_shuffled_differently_within_windows_of_shards():
     order = SampleOrder([10] * 8, 1, 0, window=2)
     first, second = ([order[epoch * 80 + i] for i in range(80)] for epoch in (0, 1))
     windows = [[{shard for shard, _ in epoch[at:at + 20]} for at in range(0, 80, 20)]
