@@ -343,7 +343,7 @@ class Groups(Dataset):
             np.random.default_rng((self.config.seed, group, source)).shuffle(parts)
             for i, part in zip(mine, parts):
                 steps[i] = source, part
-            self.samples.bad = []  # bad samples are read, and counted, once more
+        self.samples.bad = []  # of this group, bad samples are read, and counted, below
         for i, (source, keys) in enumerate(steps):
             mine = split(keys, self.world * self.config.grad_accum)[self.rank::self.world]
             rows = [list(filter(None, map(self.samples.read, part))) for part in mine]
