@@ -33,7 +33,6 @@ TINY_NOTE = ("note: this is the tiny demonstration model. It knows only drawings
 HELP = """\
 /image PATH   show a picture; your next message is about it and those before
 /reset        forget the conversation and its pictures
-/help         this text
 /quit         leave (also Ctrl-D); Ctrl-C stops an answer"""
 
 

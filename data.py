@@ -8,6 +8,7 @@ function of the seed and the step, so the step number is all that a resumed run 
 import glob
 import hashlib
 import json
+import os
 import re
 import sys
 import tarfile
@@ -38,12 +39,17 @@ class Member(namedtuple("Member", "tar offset size")):
     """A file inside a tar file."""
 
     def read(self) -> bytes:
-        with open(self.tar, "rb") as f:
-            f.seek(self.offset)
-            content = f.read(self.size)
+        tar = open_tar(self.tar, os.getpid())
+        tar.seek(self.offset)
+        content = tar.read(self.size)
         if len(content) < self.size:
             raise BadSample("missing in its tar file")
         return content
+
+
+@lru_cache(maxsize=64)
+def open_tar(path: str, process: int):
+    return open(path, "rb", buffering=0)  # once per process: a child would share its parent's position
 
 
 class Sample(NamedTuple):
@@ -244,8 +250,7 @@ class Samples(Dataset):
 
 def clean_caption(text: str, max_words: int = 50) -> str:
     """A web caption -> lower case, less punctuation, white space folded, at most max_words words."""
-    text = re.sub(r"[.!\"()*#:;~]", " ", text.lower())
-    text = re.sub(r"\s{2,}", " ", text).rstrip("\n").strip(" ")
+    text = re.sub(r"\s{2,}", " ", re.sub(r"[.!\"()*#:;~]", " ", text.lower())).rstrip("\n").strip(" ")
     return " ".join(text.split(" ")[:max_words])
 
 

@@ -43,11 +43,10 @@ def learning_rate(step: int, config: Config) -> float:
 
 def make_optimizer(parameters: dict[str, torch.nn.Parameter], config: Config) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices, none on biases and norms."""
-    matrices = [p for p in parameters.values() if p.dim() > 1]
-    vectors = [p for p in parameters.values() if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay},
-              {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=1e-8)
+    groups = [{"params": [p for p in parameters.values() if p.dim() > 1]},
+              {"params": [p for p in parameters.values() if p.dim() <= 1], "weight_decay": 0.0}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], config.lr, config.betas, eps=1e-8,
+                             weight_decay=config.weight_decay)
 
 
 def train_step(model, batches: list[Batch], optimizer, scaler, lr: float, grad_clip=0.0) -> torch.Tensor:
