@@ -9,14 +9,17 @@ Without --ckpt it is the tiny model in assets/tiny. The sampling defaults are th
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from configs.prompts import TEMPLATES, chat_segments, user_message
+from configs.prompts import IMAGE, TEMPLATES, chat_segments, user_message
 from configs.schema import (DTYPES, InputError, check_options, option, override, parse_args,
                             read_saved_config, run_main)
 from llama import CONTEXT
@@ -44,6 +47,9 @@ class Options:
     temperature: float = option(1.0, "0: greedy", least=0)
     top_p: float = option(0.9, "sample from the likeliest tokens of this total probability")
     repetition_penalty: float = option(1.05, "1: none", least=0.01, most=100)
+    num_beams: int = option(1, "above 1: beam search, which takes the likeliest answer", least=1, most=64)
+    min_length: int = option(1, "least tokens of an answer, its `<s>` among them, before `</s>`", least=0)
+    length_penalty: float = option(1.0, "above 0: beam search prefers longer answers")
     max_new_tokens: int = option(300, "most tokens of an answer", least=1, most=CONTEXT - 1)
     seed: int = option(0, "the same seed gives the same answers", least=0, most=2**63 - 1)
     device: str = option("", "none: cuda if there is one, else cpu")
@@ -78,19 +84,40 @@ def check(model: MiniGPT4):
         print("warning: these weights are broken or not English; fetch or convert again", file=sys.stderr)
 
 
+class Picture(NamedTuple):
+    path: str
+    number: int     # of all pictures of this chat, from 1
+    embeds: Tensor  # (1, N, d_llama)
+
+
+class Turn(NamedTuple):
+    question: str
+    answer: str | None = None
+    pictures: tuple[Picture, ...] = ()  # shown before the question
+    ended: bool = False                 # whether the answer is complete
+
+
 class Chat:
     """One conversation: its turns and its pictures. Start with Chat(*load(Options()))."""
 
     def __init__(self, model: MiniGPT4, options: Options):
-        self.model, self.options = model, options
-        self.template = TEMPLATES[options.template]
+        self.model, self.options, self.template = model, options, TEMPLATES[options.template]
         self.generator = torch.Generator(options.device).manual_seed(options.seed)
+        self.context, self.n_pictures = model.llama.config.max_position_embeddings, 0
         self.reset()
 
     def reset(self):
         """Forget all turns and pictures."""
-        self.turns, self.images, self.new_images = [], [], 0
-        self.ended = True  # whether the last answer is complete
+        self.turns: list[Turn] = []
+        self.new_pictures: tuple[Picture, ...] = ()  # shown since the last question
+        self.n_dropped = 0                           # turns that the context has no room for
+        self.cache, self.cached = self.model.new_cache(), []  # `cached`: whose keys and values it holds
+        self.stats: dict[str, float] = {}  # of the last answer: tokens, and seconds
+
+    @property
+    def ended(self) -> bool:
+        """Whether the last answer is complete."""
+        return not self.turns or self.turns[-1].ended
 
     @torch.no_grad()
     def add_image(self, path: str):
@@ -98,34 +125,88 @@ class Chat:
         if self.model.vision is None:
             raise InputError(f"{self.options.ckpt}: this run sees no pictures; give one with vision")
         image = load_image(path, self.model.image_size).unsqueeze(0).to(self.options.device)
-        self.images.append(self.model.encode_image(image))
-        self.new_images += 1
+        self.n_pictures += 1
+        self.new_pictures += (Picture(path, self.n_pictures, self.model.encode_image(image)),)
+
+    def undo(self) -> Turn:
+        """Forget the last turn and return it; its pictures stand before the next question."""
+        turn = self.turns.pop()
+        self.new_pictures = turn.pictures + self.new_pictures
+        self.n_dropped = min(self.n_dropped, len(self.turns))
+        return turn
 
     def ask(self, text: str) -> Iterator[str]:
-        """Yield the answer piece by piece; the turn is remembered, also when it is stopped half-way."""
-        o, model, end = self.options, self.model, self.template.end
-        message = user_message(text.encode("utf-8", "replace").decode(), self.new_images)  # may not be UTF-8
-        segments = chat_segments([*self.turns, (message, None)], self.template)
-        tokens = model.tokenizer.encode_segments(segments, model.n_image_tokens)
-        stop = model.tokenizer.stop_sequences(end)
-        if len(tokens) > CONTEXT - o.max_new_tokens:
-            print(f"note: the chat exceeds {CONTEXT} tokens; its beginning is cut off", file=sys.stderr)
-        self.turns.append((message, ""))
-        self.new_images, self.ended = 0, False
-        images = torch.cat(self.images) if self.images else None
+        """Yield the answer piece by piece; the turn is remembered, also when it is stopped half-way. A question
+        that is too long raises InputError and is forgotten."""
+        start, o, model, end = time.perf_counter(), self.options, self.model, self.template.end
+        text = text.encode("utf-8", "replace").decode()  # a terminal may send what is no text
+        tokens, images = self.prompt(Turn(text, pictures=self.new_pictures))
+        self.turns.append(Turn(text, "", self.new_pictures))
+        self.new_pictures, n_cached = (), self.cache.length
+        stop, room = model.tokenizer.stop_sequences(end), min(o.max_new_tokens, self.context - len(tokens))
+        if o.num_beams > 1:
+            steps = model.beam_search(tokens, images, o.num_beams, room, o.repetition_penalty, o.min_length,
+                                      o.length_penalty, stop)
+        else:
+            steps = model.generate(tokens, images, room, o.temperature, o.top_p, o.repetition_penalty, stop,
+                                   self.context, self.generator, o.min_length, self.cache)
         ids, shown = [], ""
-        for token in model.generate(tokens, images, max_new_tokens=o.max_new_tokens,
-                                    temperature=o.temperature, top_p=o.top_p, stop=stop,
-                                    repetition_penalty=o.repetition_penalty, generator=self.generator):
+        for token in steps:
             ids.append(token)
-            self.ended = token == model.tokenizer.eos or any(ids[-len(s):] == s for s in stop)
+            seconds, ended = time.perf_counter() - start, model.is_end(ids, stop)
+            self.stats = {"prompt_tokens": len(tokens), "cached_tokens": n_cached, "answer_tokens": len(ids),
+                          "first_word_s": seconds if len(ids) == 1 else self.stats["first_word_s"],
+                          "seconds": seconds}
             ready = answer = model.tokenizer.answer_text(ids, end)
-            if not self.ended and len(ids) < o.max_new_tokens:
+            if not ended and len(ids) < room:
                 ready = answer.rstrip("\ufffd").rstrip(end[0])  # half a character, or half an end, waits
-            self.turns[-1] = (message, answer)
+            self.turns[-1] = self.turns[-1]._replace(answer=answer, ended=ended)
             if ready.startswith(shown) and len(ready) > len(shown):
                 yield ready[len(shown):]
                 shown = ready
+
+    @torch.no_grad()
+    def remember(self):
+        """Bring the last answer into the cache as later prompts have it. Call it while the user reads."""
+        tokens, images = self.prompt(None)
+        if self.cache.length < len(tokens) <= self.context:
+            x = self.model.embed(torch.tensor([tokens], device=self.options.device), images)
+            self.model.llama(x[:, self.cache.length:], self.cache)
+
+    def prompt(self, new: Turn | None) -> tuple[list[int], Tensor | None]:
+        """The ids and pictures of the conversation, with a new turn or without; the cache keeps what it shares
+        with them. When the context is full, the oldest turns are left out. Their pictures stay as long as
+        there is room, or no newer one."""
+        limit = self.context - min(self.options.max_new_tokens, self.context // 3)
+        turns, old = [*self.turns[self.n_dropped:], *[new] * bool(new)], self.turns[:self.n_dropped]
+        old = [p for turn in old for p in turn.pictures]
+        n_turns = len(turns)
+        while len(tokens := self.ids(old, turns)) > limit and new:
+            if len(turns) > 1:
+                old += turns.pop(0).pictures
+            elif old and new.pictures:
+                old.pop(0)
+            else:
+                raise InputError(f"the question takes {len(tokens)} tokens of the {limit} that the model has "
+                                 "room for; shorten it, or show fewer pictures")
+        if len(turns) < n_turns:
+            self.n_dropped += n_turns - len(turns)
+            print(f"note: the model's context of {self.context} tokens is full; the oldest turns, "
+                  f"{self.n_dropped}, are left out from now on", file=sys.stderr)
+        pictures = old + [p for turn in turns for p in turn.pictures]
+        numbers = iter([-p.number for p in pictures for _ in range(self.model.n_image_tokens)])
+        keys = [next(numbers) if id == IMAGE else id for id in tokens]
+        same = [a == b for a, b in zip(keys, self.cached)] + [False]
+        self.cache.length = min(same.index(False), self.cache.length, len(keys) - bool(new))
+        self.cached = keys
+        return tokens, torch.cat([p.embeds for p in pictures]) if pictures else None
+
+    def ids(self, old: list[Picture], turns: list[Turn]) -> list[int]:
+        """The ids of these turns, `old` pictures before the first one's own."""
+        counts = [len(turn.pictures) + len(old) * (i == 0) for i, turn in enumerate(turns)]
+        segments = chat_segments([(user_message(turn.question, n), turn.answer)
+                                  for turn, n in zip(turns, counts)], self.template)
+        return self.model.tokenizer.encode_segments(segments, self.model.n_image_tokens)
 
 
 def converse(chat: Chat):

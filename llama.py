@@ -36,6 +36,7 @@ class LlamaConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = False
+    max_position_embeddings: int = 2048  # most tokens of a conversation
 
     @classmethod
     def from_dict(cls, sizes: dict, where: str = "config.json") -> "LlamaConfig":
@@ -59,8 +60,10 @@ class LlamaConfig:
         heads = sizes["num_attention_heads"]
         optional = {"num_key_value_heads": heads, "head_dim": sizes["hidden_size"] // heads,
                     "rms_norm_eps": 1e-6, "rope_theta": rope.get("rope_theta") or 10000.0,
-                    "tie_word_embeddings": False}
+                    "tie_word_embeddings": False, "max_position_embeddings": 2048}
         read = {k: sizes[k] for k in needed} | {k: sizes.get(k) or v for k, v in optional.items()}
+        if window:
+            read["max_position_embeddings"] = min(window, read["max_position_embeddings"])
         return override(cls(), read, where)
 
     def to_hub(self) -> dict:
@@ -96,12 +99,22 @@ def rotate(x, cos, sin):
 
 
 class KVCache:
-    """Keys and values of all tokens so far, allocated once: per layer (B, K, max_tokens, head_dim)."""
+    """Keys and values of the tokens so far: per layer (B, K, capacity, head_dim). It grows as needed."""
 
-    def __init__(self, config: LlamaConfig, batch: int, max_tokens: int, device, dtype):
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, max_tokens, config.head_dim)
+    def __init__(self, config: LlamaConfig, batch: int, capacity: int, device, dtype):
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
         self.keys, self.values = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
-        self.length = 0  # tokens stored; advanced by Llama.forward
+        self.length = 0  # tokens stored; advanced by Llama.forward. Set it lower to forget the last ones
+
+    def reserve(self, length: int):
+        """Make room for that many tokens in all."""
+        if length > (capacity := self.keys.shape[3]):
+            more = max(length, 2 * capacity) - capacity
+            self.keys, self.values = (F.pad(t, (0, 0, 0, more)) for t in (self.keys, self.values))
+
+    def select(self, rows: torch.Tensor):
+        """Keep these rows of the batch, in this order; a row may come more than once."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor):
         """Append k, v (B, K, T, head_dim); returns all keys and values, (B, K, S, head_dim) each."""
@@ -130,8 +143,9 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        # a single new token attends to everything; otherwise the sequence starts here and is causal
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None or T > 1,
+        S = k.shape[2]  # a single new token attends to everything, several ones each to those before it
+        mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T) if 1 < T < S else None
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S,
                                            enable_gqa=q.shape[1] != k.shape[1])
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -183,9 +197,11 @@ class Llama(nn.Module):
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(D, V, bias=False)
 
     def forward(self, x, cache: KVCache | None = None):
-        """With a cache, x is the whole prompt (cache empty) or the single next token."""
-        T, seen = x.shape[1], cache.length if cache is not None else 0
-        assert seen == 0 or T == 1, "after the prompt, the cache takes one token at a time"
+        """With a cache, x are the tokens that follow those in it."""
+        T, seen = x.shape[1], 0
+        if cache is not None:
+            seen = cache.length
+            cache.reserve(seen + T)
         positions = torch.arange(seen, seen + T, device=x.device)
         cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
         for block in self.layers:
@@ -208,16 +224,21 @@ class Llama(nn.Module):
 
 def sample(logits: torch.Tensor, seen: torch.Tensor, temperature: float, top_p: float,
            repetition_penalty: float, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Draw the next id, int64 (1,), from logits float32 (V,): repetition penalty on the ids where `seen`,
-    bool (V,), temperature, then top_p. Temperature 0 is greedy. Order and penalty as in Hugging Face's."""
-    penalized = torch.where(logits < 0, logits * repetition_penalty, logits / repetition_penalty)
-    logits = torch.where(seen, penalized, logits)
+    """Draw the next ids, int64 (..., 1), from logits float32 (..., V): repetition penalty on the ids where
+    `seen`, bool (..., V), temperature, then top_p. 0 is greedy. Order and penalty as in Hugging Face's."""
+    logits = penalize(logits, seen, repetition_penalty)
     if temperature == 0:
-        return logits.argmax(keepdim=True)
+        return logits.argmax(-1, keepdim=True)
     probs, order = (logits / temperature).softmax(-1).sort(descending=True)
     beyond = probs.cumsum(-1) - probs >= top_p  # the token that reaches top_p is kept, and always the first
-    beyond[0] = False
-    return order[torch.multinomial(probs.masked_fill(beyond, 0), 1, generator=generator)]
+    beyond[..., 0] = False
+    return order.gather(-1, torch.multinomial(probs.masked_fill(beyond, 0), 1, generator=generator))
+
+
+def penalize(scores: torch.Tensor, seen: torch.Tensor, repetition_penalty: float) -> torch.Tensor:
+    """Lower the scores (..., V) of the ids where `seen`."""
+    penalized = torch.where(scores < 0, scores * repetition_penalty, scores / repetition_penalty)
+    return torch.where(seen, penalized, scores)
 
 
 class Tokenizer:

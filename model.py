@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from configs.schema import DTYPES, InputError, override
-from llama import CONTEXT, IGNORE, IMAGE, KVCache, Llama, LlamaConfig, Tokenizer, read_llama_folder, sample
+from llama import (IGNORE, IMAGE, KVCache, Llama, LlamaConfig, Tokenizer, penalize, read_llama_folder,
+                   sample)
 from qformer import JoinPatches, QFormer, QFormerConfig
 from vision import VisionConfig, VisionTransformer, normalize
 
@@ -89,30 +90,90 @@ class MiniGPT4(nn.Module):
         return sum(checkpoint(loss_sum, *chunk, use_reentrant=False) for chunk in chunks) / len(targets)
 
     @torch.no_grad()
-    def generate(self, tokens: list[int], image_embeds: Tensor | None = None, max_new_tokens: int = 300,
-                 temperature: float = 1.0, top_p: float = 0.9, repetition_penalty: float = 1.05,
-                 stop: tuple[list[int], ...] = (), context: int = CONTEXT,
-                 generator: torch.Generator | None = None) -> Iterator[int]:
-        """Yield the ids of the answer to one conversation, including those that end it.
-        tokens: ids with IMAGE; image_embeds: (pictures, N, d_llama). Ends at `</s>`, a `stop` sequence
-        or max_new_tokens. `context` cuts the prompt's beginning; the repetition penalty spares the prompt."""
+    def generate(self, tokens: list[int] | list[list[int]], image_embeds: Tensor | None = None,
+                 max_new_tokens: int = 300, temperature: float = 1.0, top_p: float = 0.9,
+                 repetition_penalty: float = 1.05, stop: tuple[list[int], ...] = (), context: int = 0,
+                 generator: torch.Generator | None = None, min_length: int = 0,
+                 cache: KVCache | None = None) -> Iterator[int | list[int | None]]:
+        """Yield the ids of the answer to a conversation, including those that end it: `</s>` (not before
+        `min_length` ids, `<s>` among them), a `stop` sequence or max_new_tokens. For a list of B conversations
+        of one length, yield B ids at a time, None for an answer that has ended.
+        tokens: ids with IMAGE; image_embeds: (pictures, N, d_llama). `context` (0: the model's) cuts the
+        prompt's beginning. What `cache` holds is not computed again: the first cache.length of the tokens.
+        The repetition penalty spares the prompt."""
+        batch = tokens if isinstance(tokens[0], list) else [tokens]
+        if not context:  # the answer gets what the prompt leaves of the model's, at least a third
+            context = self.llama.config.max_position_embeddings
+            max_new_tokens = min(max_new_tokens, max(context - len(batch[0]), context // 3))
         if context <= max_new_tokens:
             raise InputError(f"context {context} leaves no room beside max_new_tokens {max_new_tokens}")
-        device = self.llama.embed_tokens.weight.device
-        x = self.embed(torch.tensor([tokens], device=device), image_embeds)
-        x = x[:, max(0, x.shape[1] + max_new_tokens - context):]
-        cache = KVCache(self.llama.config, 1, x.shape[1] + max_new_tokens, device, x.dtype)
-        seen = torch.arange(self.llama.config.vocab_size, device=device) == self.tokenizer.bos
-        ids = []
-        for _ in range(max_new_tokens):
-            logits = self.llama.logits(self.llama(x, cache)[0, -1]).float()
+        x = self.embed(torch.tensor(batch, device=self.llama.norm.weight.device), image_embeds)
+        cache = cache or self.new_cache(len(batch))
+        x = x[:, max(cache.length, x.shape[1] + max_new_tokens - context):]
+        seen = self.seen_bos(len(batch))
+        ids = [[] for _ in batch]
+        ended = [False for _ in batch]
+        for n in range(1, max_new_tokens + 1):
+            logits = self.llama.logits(self.llama(x, cache)[:, -1]).float()
+            if n < min_length:
+                logits[:, self.tokenizer.eos] = -torch.inf
             token = sample(logits, seen, temperature, top_p, repetition_penalty, generator)
-            seen.scatter_(0, token, True)
-            ids.append(int(token))  # the only wait for the device
-            yield ids[-1]
-            if ids[-1] == self.tokenizer.eos or any(ids[-len(s):] == list(s) for s in stop):
+            seen.scatter_(1, token, True)
+            new = token.flatten().tolist()  # the only wait for the device
+            for row, id in zip(ids, new):
+                row.append(id)
+            yield [None if end else id for end, id in zip(ended, new)] if batch is tokens else new[0]
+            ended = [end or self.is_end(row, stop) for end, row in zip(ended, ids)]
+            if all(ended):
                 return
-            x = self.llama.embed_tokens(token.view(1, 1))
+            x = self.llama.embed_tokens(token)
+
+    def new_cache(self, batch: int = 1) -> KVCache:
+        weight = self.llama.norm.weight
+        return KVCache(self.llama.config, batch, 256, weight.device, weight.dtype)
+
+    def seen_bos(self, batch: int) -> Tensor:
+        """The ids that the repetition penalty applies to at the start, bool (B, V): as in the original, `<s>`."""
+        seen = torch.arange(self.llama.config.vocab_size, device=self.llama.norm.weight.device)
+        return (seen == self.tokenizer.bos).repeat(batch, 1)
+
+    def is_end(self, ids: list[int], stop: tuple[list[int], ...]) -> bool:
+        return ids[-1] == self.tokenizer.eos or any(ids[-len(s):] == list(s) for s in stop)
+
+    @torch.no_grad()
+    def beam_search(self, tokens: list[int], image_embeds: Tensor | None = None, num_beams: int = 5,
+                    max_new_tokens: int = 300, repetition_penalty: float = 1.05, min_length: int = 0,
+                    length_penalty: float = 1.0, stop: tuple[list[int], ...] = ()) -> list[int]:
+        """The likeliest answer's ids, as Hugging Face's beam search finds it: log-probabilities are summed, and
+        those of an answer that has ended divided by its length ** length_penalty (with `<s>`, without `</s>`)."""
+        x = self.embed(torch.tensor([tokens], device=self.llama.norm.weight.device), image_embeds)
+        cache, seen = self.new_cache(), self.seen_bos(num_beams)
+        beams, finished = [(0.0, [])], []  # (sum of log-probabilities, ids)
+        for length in range(1, max_new_tokens + 1):
+            logp = self.llama.logits(self.llama(x, cache)[:, -1]).float().log_softmax(-1)
+            logp = penalize(logp, seen[:len(beams)], repetition_penalty)
+            if length < min_length:
+                logp[:, self.tokenizer.eos] = -torch.inf
+            sums = torch.tensor([[total] for total, _ in beams], device=logp.device) + logp
+            best, index = sums.flatten().topk(2 * num_beams)
+            rows, ids = index // logp.shape[1], index % logp.shape[1]
+            candidates = [(total, beams[row][1] + [id], row) for total, row, id in
+                          zip(best.tolist(), rows.tolist(), ids.tolist())]
+            kept = [c for c in candidates if not self.is_end(c[1], stop)][:num_beams]
+            finished += [(total / length ** length_penalty, answer) for total, answer, _ in
+                         candidates[:num_beams] if self.is_end(answer, stop)]
+            finished = sorted(finished, reverse=True)[:num_beams]
+            if len(finished) == num_beams and finished[-1][0] >= candidates[0][0] / length ** length_penalty:
+                break
+            beams = [(total, answer) for total, answer, _ in kept]
+            rows = torch.tensor([row for *_, row in kept], device=logp.device)
+            token = torch.tensor([[answer[-1]] for _, answer in beams], device=logp.device)
+            cache.select(rows)
+            seen = seen[rows].scatter(1, token, True)
+            x = self.llama.embed_tokens(token)
+        else:
+            finished += [(total / (length + 1) ** length_penalty, answer) for total, answer in beams]
+        return max(finished)[1]
 
     @torch.no_grad()
     def perplexity(self, text: str) -> float:
