@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from configs.prompts import IMAGE, TEMPLATES, chat_segments, user_message
-from configs.schema import (DTYPES, InputError, check_options, option, override, parse_args,
+from configs.schema import (DTYPES, QUANTIZED, InputError, check_options, option, override, parse_args,
                             read_saved_config, run_main)
 from llama import CONTEXT
 from model import MiniGPT4, pick_device
@@ -53,7 +53,7 @@ class Options:
     max_new_tokens: int = option(300, "most tokens of an answer", least=1, most=CONTEXT - 1)
     seed: int = option(0, "the same seed gives the same answers", least=0, most=2**63 - 1)
     device: str = option("", "none: cuda if there is one, else cpu")
-    dtype: str = option("", "none: the run's own, but never float16 on a CPU", choices=("", *DTYPES))
+    dtype: str = option("", "none: the run's own, but never float16 on a CPU", choices=("", *DTYPES, *QUANTIZED))
     check: bool = option(False, "first measure whether the language model knows English")
 
     def __post_init__(self):

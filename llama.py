@@ -5,6 +5,7 @@ attention, tied or separate output embeddings. Names are Hugging Face's without 
 B sequences, T tokens, S tokens with the cache's, D width, H query heads, K key/value heads, V vocabulary.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -37,6 +38,7 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 2048  # most tokens of a conversation
+    quantization: str = ""               # of the matrices in the files: int8, int4
 
     @classmethod
     def from_dict(cls, sizes: dict, where: str = "config.json") -> "LlamaConfig":
@@ -60,7 +62,8 @@ class LlamaConfig:
         heads = sizes["num_attention_heads"]
         optional = {"num_key_value_heads": heads, "head_dim": sizes["hidden_size"] // heads,
                     "rms_norm_eps": 1e-6, "rope_theta": rope.get("rope_theta") or 10000.0,
-                    "tie_word_embeddings": False, "max_position_embeddings": 2048}
+                    "tie_word_embeddings": False, "max_position_embeddings": 2048,
+                    "quantization": ""}
         read = {k: sizes[k] for k in needed} | {k: sizes.get(k) or v for k, v in optional.items()}
         if window:
             read["max_position_embeddings"] = min(window, read["max_position_embeddings"])
@@ -124,6 +127,58 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
+def quantize(weight: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix (out, in) -> int8 (out, in) with scales float32 (out,); or two int4 in a uint8 (out, in / 2),
+    the even column in the high bits, with bfloat16 (in / 64, out, 2): per group of 64 inputs a scale and the
+    value of 8."""
+    w = weight.float()
+    if dtype == "int8":
+        scale = w.abs().amax(1).clamp(min=1e-12) / 127
+        return (w / scale[:, None]).round_().to(torch.int8), scale
+    if w.shape[0] % 16 or w.shape[1] % 64:
+        raise InputError(f"int4: a matrix of {tuple(w.shape)}, not multiples of 16 and 64; take int8")
+    groups = w.unflatten(1, (-1, 64))
+    low, high = groups.aminmax(dim=2, keepdim=True)
+    scale = ((high - low) / 15).clamp(min=1e-12).bfloat16().float()
+    middle = (low + 8 * scale).bfloat16().float()
+    q = ((groups - middle) / scale).round_().add_(8).clamp_(0, 15).to(torch.uint8).flatten(1)
+    return q[:, ::2] << 4 | q[:, 1::2], torch.cat((scale, middle), 2).transpose(0, 1).bfloat16().contiguous()
+
+
+class QuantizedLinear(nn.Module):
+    """x (..., in) -> x @ W.T for one int8 or int4 W, or a tuple for several, computed together."""
+
+    def __init__(self, matrices: list[tuple[torch.Tensor, torch.Tensor]], device: torch.device):
+        super().__init__()
+        weights, scales = zip(*matrices)
+        self.sizes, self.is_int8 = [len(w) for w in weights], weights[0].dtype == torch.int8
+        weight, self.scale = torch.cat(weights).to(device), torch.cat(scales, -2 + self.is_int8).to(device)
+        self.on_cpu = weight.is_cpu
+        if self.is_int8 and self.on_cpu:  # laid out for the CPU's instructions
+            weight = torch._make_per_channel_quantized_tensor(
+                weight, self.scale.double(), torch.zeros(len(weight), dtype=torch.long), 0)
+            weight = torch.ops.quantized.linear_prepack(weight, None)
+        elif not self.is_int8 and self.on_cpu:
+            columns = torch.stack((weight >> 4, weight & 15), 2).flatten(1)
+            weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(columns.int(), 1)
+        elif not self.is_int8:
+            weight = torch.ops.aten._convert_weight_to_int4pack(weight, 8)
+        self.weight = weight
+
+    def forward(self, x):
+        rows = x.flatten(0, -2)
+        if not self.is_int8:
+            product = "_weight_int4pack_mm_for_cpu" if self.on_cpu else "_weight_int4pack_mm"
+            y = getattr(torch.ops.aten, product)(rows, self.weight, 64, self.scale)
+        elif self.on_cpu:  # it quantizes x, too, with one scale for all rows: they are given the same range
+            largest = rows.float().abs().amax(1, keepdim=True).clamp(min=1e-12)
+            y = (torch.ops.quantized.linear_dynamic(rows / largest, self.weight) * largest).to(x.dtype)
+        else:
+            y = F.linear(rows, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
+        y = y.unflatten(0, x.shape[:-1])
+        return y.split(self.sizes, -1) if len(self.sizes) > 1 else y
+
+
 class Attention(nn.Module):
     """Causal self-attention with rotary positions, x (B, T, D) -> (B, T, D)."""
 
@@ -136,10 +191,12 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(D, kv_width, bias=False)
         self.v_proj = nn.Linear(D, kv_width, bias=False)
         self.o_proj = nn.Linear(q_width, D, bias=False)
+        self.qkv_proj = None  # these three in one, when quantized
 
     def forward(self, x, cos, sin, cache):
         B, T, D = x.shape
-        q, k, v = self.heads(self.q_proj(x)), self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
+        qkv = self.qkv_proj(x) if self.qkv_proj else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        q, k, v = map(self.heads, qkv)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
@@ -162,9 +219,11 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_up_proj = None  # these two in one, when quantized
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_up_proj(x) if self.gate_up_proj else (self.gate_proj(x), self.up_proj(x))
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -215,7 +274,17 @@ class Llama(nn.Module):
 
     def logits(self, hidden):
         """Hidden states (..., D) -> logits (..., V) in the same dtype."""
-        return F.linear(hidden, (self.lm_head or self.embed_tokens).weight)
+        return self.lm_head(hidden) if self.lm_head else F.linear(hidden, self.embed_tokens.weight)
+
+    def matrices(self) -> Iterator[tuple[nn.Module, str, list[str]]]:
+        """What is quantized: (module, a name in it, the names of its linear layers that this replaces)."""
+        for block in self.layers:
+            yield block.self_attn, "qkv_proj", ["q_proj", "k_proj", "v_proj"]
+            yield block.self_attn, "o_proj", ["o_proj"]
+            yield block.mlp, "gate_up_proj", ["gate_proj", "up_proj"]
+            yield block.mlp, "down_proj", ["down_proj"]
+        if self.lm_head:
+            yield self, "lm_head", ["lm_head"]
 
     def reset_parameters(self):
         init_weights(self, {"embed_tokens.weight": 0.02}, ("o_proj.weight", "down_proj.weight"),

@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,10 +23,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
-from configs.schema import DTYPES, InputError, override
-from llama import (IGNORE, IMAGE, KVCache, Llama, LlamaConfig, Tokenizer, penalize, read_llama_folder,
-                   sample)
+from configs.schema import DTYPES, QUANTIZED, InputError, override
+from llama import (IGNORE, IMAGE, KVCache, Llama, LlamaConfig, QuantizedLinear, Tokenizer, penalize, quantize,
+                   read_llama_folder, sample)
 from qformer import JoinPatches, QFormer, QFormerConfig
 from vision import VisionConfig, VisionTransformer, normalize
 
@@ -191,9 +192,14 @@ class MiniGPT4(nn.Module):
         `dtype`; all but the trainable ones are frozen. Without `vision` it is a language model alone. Files
         are memory-mapped. Raises InputError for those that are missing, broken, or do not fit together."""
         sources = {"vision": vision, "qformer": qformer, "proj": proj, "llama": llama}
-        trainable = (("proj",) if vision else ()) if trainable is None else trainable
-        check_sources(sources, trainable, dtype)
+        check_sources(sources, trainable or (), dtype)
         files = {k: read_part(k, path) for k, path in sources.items() if isinstance(path, str) and path}
+        if "llama" in files and (quantization := files["llama"].sizes.quantization or dtype) in QUANTIZED:
+            if dtype in QUANTIZED and dtype != quantization or trainable:
+                raise InputError(f"{llama}: {quantization} as it is; take the original for {dtype}, or to train")
+            sizes, dtype = replace(files["llama"].sizes, quantization=quantization), "bfloat16"
+            files["llama"] = files["llama"]._replace(sizes=sizes)
+        trainable = (("proj",) if vision else ()) if trainable is None else trainable
         if not tokenizer and "llama" not in files:
             raise InputError("llama: a new one needs a tokenizer.model; set tokenizer")
         tokenizer = Tokenizer(tokenizer or f"{llama}/tokenizer.model")
@@ -254,11 +260,29 @@ class MiniGPT4(nn.Module):
             tensors = {k: t for k, t in tensors.items() if not k.startswith("ln_vision.")}
         elif name == "vision" and "ln_vision.weight" not in tensors:  # the original never loads it then
             tensors |= nn.LayerNorm(self.vision.config.width).state_dict(prefix="ln_vision.")
-        check_fit(file.path, name, {k: tuple(t.shape) for k, t in tensors.items()},
-                  {k: tuple(p.shape) for k, p in self.part_parameters(name).items()})
+        shapes = {k: (t.shape[0], 2 * t.shape[1]) if t.dtype == torch.uint8 else tuple(t.shape)  # two int4
+                  for k, t in tensors.items() if not k.endswith(".weight_scale")}
+        check_fit(file.path, name, shapes, {k: tuple(p.shape) for k, p in self.part_parameters(name).items()})
+        if name == "llama" and self.llama.config.quantization:
+            self.quantize_llama(file, device)
         for prefix, module in self.part_modules(name):
             own = {k: tensors[prefix + k].to(device, dtype) for k, _ in module.named_parameters()}
             module.load_state_dict(own, assign=True)
+
+    def quantize_llama(self, file: "PartFile", device):
+        """Replace LLaMA's linear layers by quantized ones, from a file where they are so already or not."""
+        names, dtype = {module: name for name, module in self.llama.named_modules()}, self.llama.config.quantization
+        for parent, fused, linears in tqdm([*self.llama.matrices()], desc=dtype, delay=2):
+            mapped = read_part("llama", file.path).tensors  # anew each time: it frees the pages read before
+            matrices = []
+            for linear in linears:
+                key = f"{names[parent]}.{linear}.weight".lstrip(".")
+                if key + "_scale" in mapped:
+                    matrices.append((mapped[key], mapped[key + "_scale"]))
+                else:
+                    matrices.append(quantize(mapped[key], dtype if parent is not self.llama else "int8"))
+                setattr(parent, linear, None)
+            setattr(parent, fused, QuantizedLinear(matrices, device))
 
     def init_part(self, name: str, device):
         """Random float32 weights for a new part, drawn on the CPU: the same on every device."""
@@ -360,8 +384,10 @@ def read_part(name: str, path: str) -> PartFile:
 
 def check_sources(sources: dict, trainable: tuple[str, ...], dtype: str):
     """Raise InputError for arguments of from_files that do not go together."""
-    if dtype not in DTYPES:
-        raise InputError(f"dtype {dtype!r}: give one of {', '.join(DTYPES)}")
+    if dtype not in (*DTYPES, *QUANTIZED):
+        raise InputError(f"dtype {dtype!r}: give one of {', '.join((*DTYPES, *QUANTIZED))}")
+    if dtype in QUANTIZED and (trainable or not isinstance(sources["llama"], str)):
+        raise InputError(f"dtype {dtype}: it needs the files of a language model, and is not for training")
     parts = [k for k in PARTS if k == "llama" or sources["vision"] and (k != "qformer" or sources["qformer"])]
     if unknown := [name for name in trainable if name not in parts]:
         raise InputError(f"trainable: {unknown[0]!r} is no part of this model; it has {', '.join(parts)}")
