@@ -5,8 +5,10 @@ attention, tied or separate output embeddings. Names are Hugging Face's without 
 B sequences, T tokens, S tokens with the cache's, D width, H query heads, K key/value heads, V vocabulary.
 """
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -38,7 +40,8 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 2048  # most tokens of a conversation
-    quantization: str = ""               # of the matrices in the files: int8, int4
+    quantization: str = ""               # of the matrices: int8 or int4
+    fingerprint: str = ""                # of the weights before they were quantized
 
     @classmethod
     def from_dict(cls, sizes: dict, where: str = "config.json") -> "LlamaConfig":
@@ -63,7 +66,7 @@ class LlamaConfig:
         optional = {"num_key_value_heads": heads, "head_dim": sizes["hidden_size"] // heads,
                     "rms_norm_eps": 1e-6, "rope_theta": rope.get("rope_theta") or 10000.0,
                     "tie_word_embeddings": False, "max_position_embeddings": 2048,
-                    "quantization": ""}
+                    "quantization": "", "fingerprint": ""}
         read = {k: sizes[k] for k in needed} | {k: sizes.get(k) or v for k, v in optional.items()}
         if window:
             read["max_position_embeddings"] = min(window, read["max_position_embeddings"])
@@ -71,7 +74,8 @@ class LlamaConfig:
 
     def to_hub(self) -> dict:
         """The content of a Hugging Face config.json, the inverse of from_dict."""
-        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama"} | asdict(self)
+        sizes = {k: v for k, v in asdict(self).items() if v != ""}
+        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama"} | sizes
 
 
 class RMSNorm(nn.Module):
@@ -155,8 +159,9 @@ class QuantizedLinear(nn.Module):
         weight, self.scale = torch.cat(weights).to(device), torch.cat(scales, -2 + self.is_int8).to(device)
         self.on_cpu = weight.is_cpu
         if self.is_int8 and self.on_cpu:  # laid out for the CPU's instructions
-            weight = torch._make_per_channel_quantized_tensor(
-                weight, self.scale.double(), torch.zeros(len(weight), dtype=torch.long), 0)
+            zeros = torch.zeros(len(weight), dtype=torch.long)
+            with warnings.catch_warnings(action="ignore"):  # quantized tensors are deprecated; this is fastest
+                weight = torch._make_per_channel_quantized_tensor(weight, self.scale.double(), zeros, 0)
             weight = torch.ops.quantized.linear_prepack(weight, None)
         elif not self.is_int8 and self.on_cpu:
             columns = torch.stack((weight >> 4, weight & 15), 2).flatten(1)
@@ -241,6 +246,14 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+def row_product(x, w):
+    return (w.float() * x.float()).sum(-1).to(x.dtype)
+
+
+def linear_or_row(w, product, x):
+    return product(x.flatten(), w).expand(*x.shape[:-1], -1) if x.numel() == x.shape[-1] else F.linear(x, w)
+
+
 class Llama(nn.Module):
     """Embeddings (B, T, D), as image tokens have no id -> hidden states (B, T, D) after the final norm."""
 
@@ -275,6 +288,13 @@ class Llama(nn.Module):
     def logits(self, hidden):
         """Hidden states (..., D) -> logits (..., V) in the same dtype."""
         return self.lm_head(hidden) if self.lm_head else F.linear(hidden, self.embed_tokens.weight)
+
+    def compile_rows(self):
+        """Compile the product with a single token: twice as fast as PyTorch's own in bfloat16 on a CPU."""
+        product = torch.compile(row_product, dynamic=False)  # each shape once
+        for linear in self.modules():
+            if isinstance(linear, nn.Linear):
+                linear.forward = partial(linear_or_row, linear.weight, product)
 
     def matrices(self) -> Iterator[tuple[nn.Module, str, list[str]]]:
         """What is quantized: (module, a name in it, the names of its linear layers that this replaces)."""

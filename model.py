@@ -156,7 +156,7 @@ class MiniGPT4(nn.Module):
             if length < min_length:
                 logp[:, self.tokenizer.eos] = -torch.inf
             sums = torch.tensor([[total] for total, _ in beams], device=logp.device) + logp
-            best, index = sums.flatten().topk(2 * num_beams)
+            best, index = sums.flatten().topk(4 * num_beams)  # of these, as many have not ended
             rows, ids = index // logp.shape[1], index % logp.shape[1]
             candidates = [(total, beams[row][1] + [id], row) for total, row, id in
                           zip(best.tolist(), rows.tolist(), ids.tolist())]
@@ -218,6 +218,7 @@ class MiniGPT4(nn.Module):
                 p.requires_grad_(name in trainable)
             if parameters and name != "proj":
                 model.fingerprints[name] = fingerprint(files[name].tensors if name in files else parameters)
+        model.fingerprints["llama"] = model.llama.config.fingerprint or model.fingerprints["llama"]
         trained_with = files["proj"].sizes if "proj" in files else model.fingerprints
         if not trained_with:
             print(f"note: {proj} does not say which parts it was trained with", file=sys.stderr)

@@ -20,8 +20,7 @@ from typing import get_args, get_origin
 
 from configs.prompts import TEMPLATES
 
-DTYPES = ("float32", "bfloat16", "float16")
-QUANTIZED = ("int8", "int4")  # LLaMA's matrices; the rest then is bfloat16
+DTYPES, QUANTIZED = ("float32", "bfloat16", "float16"), ("int8", "int4")  # the latter: LLaMA's matrices
 DATA = ("a path, a list of paths, or {path: weight}: tar shards (a glob, {00000..00099}.tar, a folder, a "
         ".txt that lists them), a folder with filter_cap.json, or a .jsonl")
 

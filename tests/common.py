@@ -176,14 +176,14 @@ class Golden:
         chats = self.cases["variants"][self.variant]["chat"] if self.full else self.cases["chat"]
         return chats["vicuna0" if template == "vicuna" else template]
 
-    def greedy(self, template: str) -> dict[str, dict]:
-        """name ("greedy_turn2_rp1.05") -> {"new_tokens": ids[, "eos_token_id", "stop_words_ids"]}."""
+    def generation(self, template: str, kind: str = "greedy") -> dict[str, dict]:
+        """name ("greedy_turn2_rp1.05") -> {"new_tokens": ids[, "eos_token_id", "stop_words_ids", ...]}."""
         if self.full:
             runs = self._chat(template)["scripted"]["generation"]
         else:
             runs = self.cases["generation"][self.variant]["vicuna0" if template == "vicuna" else template]
             runs = {k: {"new_tokens": v} for k, v in runs.items() if isinstance(v, list)}
-        return {k: v for k, v in runs.items() if k.startswith("greedy") and "min_length" not in k}
+        return {k: v for k, v in runs.items() if k.startswith(kind)}
 
 
 def _with_schedule(config, s):

@@ -265,9 +265,9 @@ def test_chat_ids(golden, template):
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_greedy_answers(golden, template):
-    """Three penalties; in the full set also stops at an eos and at stop words, and a cut context."""
-    model, chat, runs = golden.model(), golden.conversation(template), golden.greedy(template)
-    assert len(runs) == (7 if golden.full else 3)
+    """Three penalties; in the full set also an eos, stop words, a least length, and a cut context."""
+    model, chat, runs = golden.model(), golden.conversation(template), golden.generation(template)
+    assert len(runs) == (10 if golden.full else 3)
     image_embeds = model.encode_image(golden.images[:1])
     for name, run in runs.items():
         model.tokenizer = copy.copy(golden.tokenizer)
@@ -275,8 +275,22 @@ def test_greedy_answers(golden, template):
         turn, penalty = name.split("_")[1], float(name.split("_rp")[1].split("_")[0])
         got = model.generate(chat.ids[int(turn[-1]) - 1], image_embeds, max_new_tokens=20, temperature=0,
                              repetition_penalty=penalty, stop=tuple(run.get("stop_words_ids", ())),
-                             context=80 if "cut80" in name else 2000)
+                             context=80 if "cut80" in name else 2000, min_length=run.get("min_length", 1))
         assert list(got) == run["new_tokens"], name
+
+
+@pytest.mark.parametrize("folder", ["full"], indirect=True)
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_beam_search(golden, template):
+    """Two penalties of repetition, and three of length with an eos. Only in the full set."""
+    model, chat, runs = golden.model(), golden.conversation(template), golden.generation(template, "beam")
+    assert len(runs) == 5
+    for name, run in runs.items():
+        model.tokenizer = copy.copy(golden.tokenizer)
+        model.tokenizer.eos = run.get("eos_token_id", golden.tokenizer.eos)
+        got = model.beam_search(chat.ids[1], model.encode_image(golden.images[:1]), 3, 20,
+                                float(name.split("_rp")[1].split("_")[0]), 1, run.get("length_penalty", 1.0))
+        assert [golden.tokenizer.bos, *got] == [id for id in run["all3_sequences"][0] if id], name
 
 
 @pytest.mark.parametrize("folder", ["full"], indirect=True)

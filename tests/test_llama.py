@@ -12,6 +12,7 @@ from configs.schema import InputError
 from llama import KVCache, LlamaConfig
 from model import MiniGPT4, sample
 from tests.common import GOLDEN
+from tools import convert
 
 SIZES = {"vocab_size": 640, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
          "num_attention_heads": 4}
@@ -93,14 +94,56 @@ def test_cached_decoding_equals_the_full_forward(tmp_path, shape):
             close(model.llama.logits(model.llama(x[:, t:t + 1], cache)), want[:, t:t + 1], 2e-5)
 
 
-def test_cache_takes_one_token_at_a_time_after_the_prompt(tmp_path):
-    make_folder(tmp_path)
+def test_several_tokens_after_the_cached_ones_equal_the_full_forward(tmp_path):
+    make_folder(tmp_path, **SHAPES["grouped_query"])
     model = load(tmp_path)
-    cache = KVCache(model.llama.config, 2, 20, "cpu", torch.float32)
-    x = model.llama.embed_tokens(TOKENS)
-    model.llama(x[:, :5], cache)
-    with pytest.raises(AssertionError, match="one token at a time"):
-        model.llama(x[:, 5:8], cache)
+    cache, x = KVCache(model.llama.config, 2, 3, "cpu", torch.float32), model.llama.embed_tokens(TOKENS)
+    parts = [model.llama(x[:, :5], cache), model.llama(x[:, 5:6], cache), model.llama(x[:, 6:], cache)]
+    close(model.llama.logits(torch.cat(parts, 1)), logits(model), 2e-5)  # also grown beyond its 3 tokens
+    cache.length = 4  # forgets the others
+    close(model.llama.logits(model.llama(x[:, 4:], cache)), logits(model)[:, 4:], 2e-5)
+
+
+def test_answers_of_a_batch_equal_single_ones_each_ending_on_its_own(tmp_path):
+    make_folder(tmp_path, **SHAPES["mixed"])
+    model, rows = load(tmp_path), [row.tolist() for row in TOKENS]
+    options = dict(max_new_tokens=12, temperature=0, repetition_penalty=1.3)
+    single = [list(model.generate(row, **options)) for row in rows]
+    stop = single[0][3:5]
+    assert stop != single[1][3:5] and len(single[1]) == 12
+    steps = list(model.generate(rows, **options, stop=(stop,)))
+    assert [id for id, _ in steps] == single[0][:5] + [None] * 7 and [id for _, id in steps] == single[1]
+
+
+@pytest.mark.parametrize("num_beams, penalty", [(2, 1.0), (4, 0.5), (3, -1.0)])
+def test_beam_search_equals_transformers(tmp_path, num_beams, penalty):
+    """With an `</s>` that is likely; the answers end early for some penalties, and at the limit for others."""
+    theirs, prompt = make_folder(tmp_path, **SHAPES["grouped_query"]), TOKENS[:1]
+    model = load(tmp_path)
+    model.tokenizer.eos = next(model.generate(prompt[0].tolist(), temperature=0))
+    want = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=12,
+                           num_beams=num_beams, length_penalty=penalty, pad_token_id=0, min_new_tokens=1,
+                           eos_token_id=model.tokenizer.eos)[0, prompt.shape[1]:].tolist()
+    got = model.beam_search(prompt[0].tolist(), None, num_beams, 12, 1.0, min_length=2, length_penalty=penalty)
+    assert got == [id for id in want if id]
+
+
+@pytest.mark.parametrize("dtype, error", [("int8", 0.05), ("int4", 0.5)])
+def test_quantized_matrices_are_close_and_the_same_from_a_converted_folder(tmp_path, dtype, error):
+    make_folder(tmp_path / "hub", vocab_size=600, hidden_size=64, intermediate_size=128, num_key_value_heads=2)
+    convert.main(["llama", str(tmp_path / "hub"), str(tmp_path / "small"), f"--dtype={dtype}", "--check=false"])
+    model = MiniGPT4.from_files(None, None, str(tmp_path / "hub"), dtype=dtype)
+    again = MiniGPT4.from_files(None, None, str(tmp_path / "small"), dtype="float32")
+    plain = MiniGPT4.from_files(None, None, str(tmp_path / "hub"), dtype="float32")
+    assert torch.equal(logits(model), logits(again)) and model.fingerprints == plain.fingerprints
+    assert again.fingerprints == plain.fingerprints
+    assert 0 < (logits(model).float() - logits(plain)).abs().mean() < error * logits(plain).std()
+    other = "int8" if dtype == "int4" else "int4"
+    for options in ({"dtype": other}, {"dtype": "bfloat16", "trainable": ("llama",)}):
+        with pytest.raises(InputError, match=f"{dtype} as it is"):
+            MiniGPT4.from_files(None, None, str(tmp_path / "small"), **options)
+    with pytest.raises(InputError, match="not for training"):
+        MiniGPT4.from_files(None, None, str(tmp_path / "hub"), dtype=dtype, trainable=("llama",))
 
 
 def test_greedy_generation_equals_transformers(tmp_path):

@@ -30,10 +30,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from chat import check
-from configs.schema import (DTYPES, InputError, load_config, option, override, parse_args, read_json,
-                            read_saved_config, run_main)
-from llama import Llama, LlamaConfig, Tokenizer, indexed_files
-from model import PARTS, MiniGPT4, check_fit, load_tensors, replacing
+from configs.schema import (DTYPES, QUANTIZED, InputError, load_config, option, override, parse_args,
+                            read_json, read_saved_config, run_main)
+from llama import Llama, LlamaConfig, Tokenizer, indexed_files, quantize
+from model import PARTS, MiniGPT4, check_fit, fingerprint, load_tensors, replacing
 from qformer import QFormer, QFormerConfig
 from train import refuse_to_overwrite, start_folder
 from vision import VisionConfig, VisionTransformer
@@ -369,6 +369,8 @@ def convert_llama(source: str, target: str, options: "Options") -> int:
 
 def write_llama(folder: Path, llama: Source, dtype: str = ""):
     """Write the weights, one shard in memory at a time, and config.json as Hugging Face does."""
+    if dtype in QUANTIZED:
+        llama, dtype = quantize_llama(llama, dtype), ""
     sizes = {k: t.to(dtype=TORCH_DTYPES[dtype]).nbytes for k, t in llama.layout.items()}
     shards, weight_map = {}, {}
     for k, end in zip(sizes, accumulate(sizes.values())):
@@ -384,6 +386,33 @@ def write_llama(folder: Path, llama: Source, dtype: str = ""):
     (folder / "config.json").write_text(json.dumps(llama.config.to_hub(), indent=1))
 
 
+class LazyTensors(dict):
+    """The layout of a Source, whose tensors are read when asked for."""
+
+    def __init__(self, source: Source):
+        super().__init__(source.layout)
+        self.read = source.get
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.read(name)
+
+
+def quantize_llama(source: Source, dtype: str) -> Source:
+    """With int8 or int4 matrices, each followed by its scales, and the rest in bfloat16."""
+    def convert(k: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        if not k.endswith(("_proj.weight", "lm_head.weight")):
+            return {k: tensor.bfloat16()}
+        return dict(zip((k, f"{k}_scale"), quantize(tensor, "int8" if k.startswith("lm_head") else dtype)))
+
+    @lru_cache(maxsize=1)
+    def read(k: str) -> dict[str, torch.Tensor]:
+        return convert(k, source.get(k))
+
+    config = replace(source.config, quantization=dtype, fingerprint=fingerprint(LazyTensors(source)))
+    layout = {name: t for k, tensor in source.layout.items() for name, t in convert(k, tensor).items()}
+    return Source(config, layout, lambda k: read(k.removesuffix("_scale"))[k])
+
+
 def export(run: str, target: str, options: "Options") -> int:
     """Write a run's projection as the original's checkpoint, {"model": {"llama_proj....}}."""
     tensors = load_tensors(read_saved_config(run).proj)[0]
@@ -395,7 +424,8 @@ def export(run: str, target: str, options: "Options") -> int:
 
 @dataclass(frozen=True)
 class Options:
-    dtype: str = option("", f"{', '.join(DTYPES)}; none: the source's own (export: float32)")
+    dtype: str = option("", f"{', '.join(DTYPES)}; llama also int8, int4; none: the source's own (export: "
+                            "float32)")
     n_layers: int = option(39, "vision: blocks to keep")
     heads: int = option(0, "vision, qformer: attention heads; 0: the real model's, 16 and 12")
     delta: str = option("", "llama: folder of the base model that SRC is the difference to")
@@ -404,8 +434,8 @@ class Options:
     config: str = option("", "proj: the training config that names the other parts")
 
     def __post_init__(self):
-        if self.dtype not in TORCH_DTYPES:
-            raise InputError(f"--dtype={self.dtype}: give one of {', '.join(DTYPES)}")
+        if self.dtype not in (*TORCH_DTYPES, *QUANTIZED):
+            raise InputError(f"--dtype={self.dtype}: give one of {', '.join((*DTYPES, *QUANTIZED))}")
 
 
 def main(argv: list[str]):
@@ -414,6 +444,8 @@ def main(argv: list[str]):
     converters = {k: partial(convert_part, k) for k in PARTS} | {"llama": convert_llama, "export": export}
     if kind not in converters:
         raise InputError(f"usage: python tools/convert.py {'|'.join(converters)} SRC DST [--key=value ...]")
+    if options.dtype in QUANTIZED and kind != "llama":
+        raise InputError(f"--dtype={options.dtype}: only llama can be quantized")
     Path(target).parent.mkdir(parents=True, exist_ok=True)
     n = converters[kind](source, target, options)
     print(f"{target}: {n} tensors written", file=sys.stderr)
