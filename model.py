@@ -96,24 +96,21 @@ class MiniGPT4(nn.Module):
                  repetition_penalty: float = 1.05, stop: tuple[list[int], ...] = (), context: int = 0,
                  generator: torch.Generator | None = None, min_length: int = 0,
                  cache: KVCache | None = None) -> Iterator[int | list[int | None]]:
-        """Yield the ids of the answer to a conversation, including those that end it: `</s>` (not before
-        `min_length` ids, `<s>` among them), a `stop` sequence or max_new_tokens. For a list of B conversations
-        of one length, yield B ids at a time, None for an answer that has ended.
-        tokens: ids with IMAGE; image_embeds: (pictures, N, d_llama). `context` (0: the model's) cuts the
-        prompt's beginning. What `cache` holds is not computed again: the first cache.length of the tokens.
-        The repetition penalty spares the prompt."""
+        """Yield the ids of the answer to a conversation, including those that end it: `</s>`, a `stop` sequence
+        or max_new_tokens. For B conversations of one length, yield B ids at a time, None after an end.
+        tokens: ids with IMAGE; image_embeds: (pictures, N, d_llama). The first `cache.length` tokens are not
+        computed again. `context` (0: the model's) cuts the prompt's beginning. `</s>` waits until the answer
+        has `min_length` ids, with `<s>`; the repetition penalty spares the prompt."""
         batch = tokens if isinstance(tokens[0], list) else [tokens]
         if not context:  # the answer gets what the prompt leaves of the model's, at least a third
             context = self.llama.config.max_position_embeddings
             max_new_tokens = min(max_new_tokens, max(context - len(batch[0]), context // 3))
         if context <= max_new_tokens:
             raise InputError(f"context {context} leaves no room beside max_new_tokens {max_new_tokens}")
-        x = self.embed(torch.tensor(batch, device=self.llama.norm.weight.device), image_embeds)
+        x, seen = self.embed_prompts(batch, image_embeds)
         cache = cache or self.new_cache(len(batch))
         x = x[:, max(cache.length, x.shape[1] + max_new_tokens - context):]
-        seen = self.seen_bos(len(batch))
-        ids = [[] for _ in batch]
-        ended = [False for _ in batch]
+        ids, ended = [[] for _ in batch], [False for _ in batch]
         for n in range(1, max_new_tokens + 1):
             logits = self.llama.logits(self.llama(x, cache)[:, -1]).float()
             if n < min_length:
@@ -121,60 +118,55 @@ class MiniGPT4(nn.Module):
             token = sample(logits, seen, temperature, top_p, repetition_penalty, generator)
             seen.scatter_(1, token, True)
             new = token.flatten().tolist()  # the only wait for the device
-            for row, id in zip(ids, new):
-                row.append(id)
+            ids = [[*row, id] for row, id in zip(ids, new)]
             yield [None if end else id for end, id in zip(ended, new)] if batch is tokens else new[0]
             ended = [end or self.is_end(row, stop) for end, row in zip(ended, ids)]
             if all(ended):
                 return
             x = self.llama.embed_tokens(token)
 
-    def new_cache(self, batch: int = 1) -> KVCache:
-        weight = self.llama.norm.weight
-        return KVCache(self.llama.config, batch, 256, weight.device, weight.dtype)
-
-    def seen_bos(self, batch: int) -> Tensor:
-        """The ids that the repetition penalty applies to at the start, bool (B, V): as in the original, `<s>`."""
-        seen = torch.arange(self.llama.config.vocab_size, device=self.llama.norm.weight.device)
-        return (seen == self.tokenizer.bos).repeat(batch, 1)
-
-    def is_end(self, ids: list[int], stop: tuple[list[int], ...]) -> bool:
-        return ids[-1] == self.tokenizer.eos or any(ids[-len(s):] == list(s) for s in stop)
-
     @torch.no_grad()
     def beam_search(self, tokens: list[int], image_embeds: Tensor | None = None, num_beams: int = 5,
                     max_new_tokens: int = 300, repetition_penalty: float = 1.05, min_length: int = 0,
                     length_penalty: float = 1.0, stop: tuple[list[int], ...] = ()) -> list[int]:
-        """The likeliest answer's ids, as Hugging Face's beam search finds it: log-probabilities are summed, and
-        those of an answer that has ended divided by its length ** length_penalty (with `<s>`, without `</s>`)."""
-        x = self.embed(torch.tensor([tokens], device=self.llama.norm.weight.device), image_embeds)
-        cache, seen = self.new_cache(), self.seen_bos(num_beams)
-        beams, finished = [(0.0, [])], []  # (sum of log-probabilities, ids)
+        """The ids of the likeliest answer that Hugging Face's beam search finds: by the sum of its ids' log-
+        probabilities, over (its length with `<s>`, without its end) ** length_penalty."""
+        x, seen = self.embed_prompts([tokens], image_embeds)
+        cache, beams, finished = self.new_cache(), [(0.0, [])], []  # beams: (sum of log-probabilities, ids)
         for length in range(1, max_new_tokens + 1):
             logp = self.llama.logits(self.llama(x, cache)[:, -1]).float().log_softmax(-1)
-            logp = penalize(logp, seen[:len(beams)], repetition_penalty)
+            logp = penalize(logp, seen, repetition_penalty)
             if length < min_length:
                 logp[:, self.tokenizer.eos] = -torch.inf
-            sums = torch.tensor([[total] for total, _ in beams], device=logp.device) + logp
-            best, index = sums.flatten().topk(4 * num_beams)  # of these, as many have not ended
-            rows, ids = index // logp.shape[1], index % logp.shape[1]
-            candidates = [(total, beams[row][1] + [id], row) for total, row, id in
-                          zip(best.tolist(), rows.tolist(), ids.tolist())]
-            kept = [c for c in candidates if not self.is_end(c[1], stop)][:num_beams]
-            finished += [(total / length ** length_penalty, answer) for total, answer, _ in
-                         candidates[:num_beams] if self.is_end(answer, stop)]
+            sums = torch.tensor([[total] for total, _ in beams], device=x.device) + logp
+            best, index = sums.flatten().topk(4 * num_beams)  # enough for num_beams that have not ended
+            candidates = [(total, [*beams[i // logp.shape[1]][1], i % logp.shape[1]], i // logp.shape[1])
+                          for total, i in zip(best.tolist(), index.tolist())]
+            finished += [(total / length ** length_penalty, ids) for total, ids, _ in candidates[:num_beams]
+                         if self.is_end(ids, stop)]
             finished = sorted(finished, reverse=True)[:num_beams]
             if len(finished) == num_beams and finished[-1][0] >= candidates[0][0] / length ** length_penalty:
-                break
-            beams = [(total, answer) for total, answer, _ in kept]
-            rows = torch.tensor([row for *_, row in kept], device=logp.device)
-            token = torch.tensor([[answer[-1]] for _, answer in beams], device=logp.device)
+                return finished[0][1]
+            kept = [c for c in candidates if not self.is_end(c[1], stop)][:num_beams]
+            beams, rows = [c[:2] for c in kept], torch.tensor([c[2] for c in kept], device=x.device)
+            token = torch.tensor([ids[-1:] for _, ids in beams], device=x.device)
             cache.select(rows)
-            seen = seen[rows].scatter(1, token, True)
-            x = self.llama.embed_tokens(token)
-        else:
-            finished += [(total / (length + 1) ** length_penalty, answer) for total, answer in beams]
-        return max(finished)[1]
+            seen, x = seen[rows].scatter(1, token, True), self.llama.embed_tokens(token)
+        return max(finished + [(total / (length + 1) ** length_penalty, ids) for total, ids in beams])[1]
+
+    def embed_prompts(self, batch: list[list[int]], image_embeds: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Prompts' embeddings (B, T, d_llama), and the ids that the repetition penalty applies to, bool (B, V)."""
+        x = self.embed(torch.tensor(batch, device=self.llama.norm.weight.device), image_embeds)
+        seen = torch.zeros(len(batch), self.llama.config.vocab_size, dtype=torch.bool, device=x.device)
+        seen[:, self.tokenizer.bos] = True
+        return x, seen
+
+    def new_cache(self, batch: int = 1) -> KVCache:
+        weight = self.llama.norm.weight
+        return KVCache(self.llama.config, batch, 256, weight.device, weight.dtype)
+
+    def is_end(self, ids: list[int], stop: tuple[list[int], ...]) -> bool:
+        return ids[-1] == self.tokenizer.eos or any(ids[-len(s):] == list(s) for s in stop)
 
     @torch.no_grad()
     def perplexity(self, text: str) -> float:
@@ -265,25 +257,22 @@ class MiniGPT4(nn.Module):
                   for k, t in tensors.items() if not k.endswith(".weight_scale")}
         check_fit(file.path, name, shapes, {k: tuple(p.shape) for k, p in self.part_parameters(name).items()})
         if name == "llama" and self.llama.config.quantization:
-            self.quantize_llama(file, device)
+            self.quantize_llama(file.path, device)
         for prefix, module in self.part_modules(name):
             own = {k: tensors[prefix + k].to(device, dtype) for k, _ in module.named_parameters()}
             module.load_state_dict(own, assign=True)
 
-    def quantize_llama(self, file: "PartFile", device):
-        """Replace LLaMA's linear layers by quantized ones, from a file where they are so already or not."""
-        names, dtype = {module: name for name, module in self.llama.named_modules()}, self.llama.config.quantization
-        for parent, fused, linears in tqdm([*self.llama.matrices()], desc=dtype, delay=2):
-            mapped = read_part("llama", file.path).tensors  # anew each time: it frees the pages read before
-            matrices = []
+    def quantize_llama(self, path: str, device):
+        """Put quantized matrices in the place of LLaMA's linear layers, from files where they are so or not."""
+        dtype, names = self.llama.config.quantization, {m: name for name, m in self.llama.named_modules()}
+        for parent, new_name, linears in tqdm([*self.llama.matrices()], desc=dtype, delay=2):
+            tensors = read_part("llama", path).tensors  # mapped anew, which frees the pages read before
+            keys = [f"{names[parent]}.{linear}.weight".lstrip(".") for linear in linears]
+            matrices = [(tensors[k], tensors[f"{k}_scale"]) if f"{k}_scale" in tensors else
+                        quantize(tensors[k], dtype if parent is not self.llama else "int8") for k in keys]
             for linear in linears:
-                key = f"{names[parent]}.{linear}.weight".lstrip(".")
-                if key + "_scale" in mapped:
-                    matrices.append((mapped[key], mapped[key + "_scale"]))
-                else:
-                    matrices.append(quantize(mapped[key], dtype if parent is not self.llama else "int8"))
                 setattr(parent, linear, None)
-            setattr(parent, fused, QuantizedLinear(matrices, device))
+            setattr(parent, new_name, QuantizedLinear(matrices, device))
 
     def init_part(self, name: str, device):
         """Random float32 weights for a new part, drawn on the CPU: the same on every device."""
