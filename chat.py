@@ -153,7 +153,7 @@ class Chat:
         ids, shown = [], ""
         for token in steps:
             ids.append(token)
-            seconds, ended = time.perf_counter() - start, model.is_end(ids, stop)
+            seconds, ended = time.perf_counter() - start, model.tokenizer.is_end(ids, stop)
             self.stats = {"prompt_tokens": len(tokens), "cached_tokens": n_cached, "answer_tokens": len(ids),
                           "first_word_s": seconds if len(ids) == 1 else self.stats["first_word_s"],
                           "seconds": seconds}

@@ -5,6 +5,7 @@ attention, tied or separate output embeddings. Names are Hugging Face's without 
 B sequences, T tokens, S tokens with the cache's, D width, H query heads, K key/value heads, V vocabulary.
 """
 
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -63,13 +64,10 @@ class LlamaConfig:
         if wrong := [k for k in needed if not isinstance(sizes.get(k), int) or sizes[k] < 1]:
             raise InputError(f"{where}: no whole number above 0 for {', '.join(wrong)}; this is no LLaMA")
         heads = sizes["num_attention_heads"]
-        optional = {"num_key_value_heads": heads, "head_dim": sizes["hidden_size"] // heads,
-                    "rms_norm_eps": 1e-6, "rope_theta": rope.get("rope_theta") or 10000.0,
-                    "tie_word_embeddings": False, "max_position_embeddings": 2048,
-                    "quantization": "", "fingerprint": ""}
-        read = {k: sizes[k] for k in needed} | {k: sizes.get(k) or v for k, v in optional.items()}
-        if window:
-            read["max_position_embeddings"] = min(window, read["max_position_embeddings"])
+        defaults = asdict(cls()) | {"num_key_value_heads": heads, "head_dim": sizes["hidden_size"] // heads}
+        defaults["rope_theta"] = rope.get("rope_theta") or cls.rope_theta
+        read = {k: sizes.get(k) or v for k, v in defaults.items()}
+        read["max_position_embeddings"] = min(read["max_position_embeddings"], window or math.inf)
         return override(cls(), read, where)
 
     def to_hub(self) -> dict:
@@ -150,36 +148,35 @@ def quantize(weight: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Tens
 
 
 class QuantizedLinear(nn.Module):
-    """x (..., in) -> x @ W.T for one int8 or int4 W, or a tuple for several, computed together."""
+    """x (..., in) -> x @ W.T for one W of `quantize`, or a tuple for several, computed together."""
 
     def __init__(self, matrices: list[tuple[torch.Tensor, torch.Tensor]], device: torch.device):
         super().__init__()
         weights, scales = zip(*matrices)
         self.sizes, self.is_int8 = [len(w) for w in weights], weights[0].dtype == torch.int8
-        weight, self.scale = torch.cat(weights).to(device), torch.cat(scales, -2 + self.is_int8).to(device)
-        self.on_cpu = weight.is_cpu
-        if self.is_int8 and self.on_cpu:  # laid out for the CPU's instructions
-            zeros = torch.zeros(len(weight), dtype=torch.long)
-            with warnings.catch_warnings(action="ignore"):  # quantized tensors are deprecated; this is fastest
-                weight = torch._make_per_channel_quantized_tensor(weight, self.scale.double(), zeros, 0)
-            weight = torch.ops.quantized.linear_prepack(weight, None)
-        elif not self.is_int8 and self.on_cpu:
-            columns = torch.stack((weight >> 4, weight & 15), 2).flatten(1)
-            weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(columns.int(), 1)
+        w, self.scale = torch.cat(weights).to(device), torch.cat(scales, -2 + self.is_int8).to(device)
+        if self.is_int8 and w.is_cpu:  # laid out for this CPU's instructions
+            with warnings.catch_warnings(action="ignore"):  # quantized tensors are deprecated, but fastest
+                zeros = torch.zeros(len(w), dtype=torch.long)
+                w = torch._make_per_channel_quantized_tensor(w, self.scale.double(), zeros, 0)
+            w = torch.ops.quantized.linear_prepack(w, None)
+        elif w.is_cpu:
+            columns = torch.stack((w >> 4, w & 15), 2).flatten(1)
+            w = torch.ops.aten._convert_weight_to_int4pack_for_cpu(columns.int(), 1)
         elif not self.is_int8:
-            weight = torch.ops.aten._convert_weight_to_int4pack(weight, 8)
-        self.weight = weight
+            w = torch.ops.aten._convert_weight_to_int4pack(w, 8)
+        self.weight = w
 
     def forward(self, x):
         rows = x.flatten(0, -2)
-        if not self.is_int8:
-            product = "_weight_int4pack_mm_for_cpu" if self.on_cpu else "_weight_int4pack_mm"
-            y = getattr(torch.ops.aten, product)(rows, self.weight, 64, self.scale)
-        elif self.on_cpu:  # it quantizes x, too, with one scale for all rows: they are given the same range
+        if self.is_int8 and x.is_cpu:  # x is quantized, too, with one scale for all rows: give them one range
             largest = rows.float().abs().amax(1, keepdim=True).clamp(min=1e-12)
             y = (torch.ops.quantized.linear_dynamic(rows / largest, self.weight) * largest).to(x.dtype)
-        else:
+        elif self.is_int8:
             y = F.linear(rows, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
+        else:
+            product = "_weight_int4pack_mm_for_cpu" if x.is_cpu else "_weight_int4pack_mm"
+            y = getattr(torch.ops.aten, product)(rows, self.weight, 64, self.scale)
         y = y.unflatten(0, x.shape[:-1])
         return y.split(self.sizes, -1) if len(self.sizes) > 1 else y
 
@@ -363,6 +360,10 @@ class Tokenizer:
     def answer_text(self, ids: list[int], end: str) -> str:
         """What a user is shown of an answer: everything before its first end."""
         return self.decode(ids).split(end)[0].strip()
+
+    def is_end(self, ids: list[int], stop: tuple[list[int], ...]) -> bool:
+        """Whether ids of an answer end it, with `</s>` or one of the `stop` sequences."""
+        return ids[-1] == self.eos or any(ids[-len(s):] == list(s) for s in stop)
 
     def stop_sequences(self, end: str) -> tuple[list[int], ...]:
         """The ids that end an answer, alone and after text: "###" -> [835], [2277, 29937]."""

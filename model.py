@@ -96,11 +96,11 @@ class MiniGPT4(nn.Module):
                  repetition_penalty: float = 1.05, stop: tuple[list[int], ...] = (), context: int = 0,
                  generator: torch.Generator | None = None, min_length: int = 0,
                  cache: KVCache | None = None) -> Iterator[int | list[int | None]]:
-        """Yield the ids of the answer to a conversation, including those that end it: `</s>`, a `stop` sequence
-        or max_new_tokens. For B conversations of one length, yield B ids at a time, None after an end.
-        tokens: ids with IMAGE; image_embeds: (pictures, N, d_llama). The first `cache.length` tokens are not
-        computed again. `context` (0: the model's) cuts the prompt's beginning. `</s>` waits until the answer
-        has `min_length` ids, with `<s>`; the repetition penalty spares the prompt."""
+        """Yield the ids of the answer to a conversation, including those that end it: `</s>`, a `stop`
+        sequence or max_new_tokens. For B conversations of one length, yield B ids at a time, None after an end.
+        tokens: ids with IMAGE; image_embeds: (pictures, N, d_llama). Those that `cache` holds are not computed
+        again. `context` (0: the model's) cuts the prompt's beginning. `</s>` waits until the answer has
+        `min_length` ids with `<s>`; the repetition penalty spares the prompt."""
         batch = tokens if isinstance(tokens[0], list) else [tokens]
         if not context:  # the answer gets what the prompt leaves of the model's, at least a third
             context = self.llama.config.max_position_embeddings
@@ -120,7 +120,7 @@ class MiniGPT4(nn.Module):
             new = token.flatten().tolist()  # the only wait for the device
             ids = [[*row, id] for row, id in zip(ids, new)]
             yield [None if end else id for end, id in zip(ended, new)] if batch is tokens else new[0]
-            ended = [end or self.is_end(row, stop) for end, row in zip(ended, ids)]
+            ended = [end or self.tokenizer.is_end(row, stop) for end, row in zip(ended, ids)]
             if all(ended):
                 return
             x = self.llama.embed_tokens(token)
@@ -143,11 +143,11 @@ class MiniGPT4(nn.Module):
             candidates = [(total, [*beams[i // logp.shape[1]][1], i % logp.shape[1]], i // logp.shape[1])
                           for total, i in zip(best.tolist(), index.tolist())]
             finished += [(total / length ** length_penalty, ids) for total, ids, _ in candidates[:num_beams]
-                         if self.is_end(ids, stop)]
+                         if self.tokenizer.is_end(ids, stop)]
             finished = sorted(finished, reverse=True)[:num_beams]
             if len(finished) == num_beams and finished[-1][0] >= candidates[0][0] / length ** length_penalty:
                 return finished[0][1]
-            kept = [c for c in candidates if not self.is_end(c[1], stop)][:num_beams]
+            kept = [c for c in candidates if not self.tokenizer.is_end(c[1], stop)][:num_beams]
             beams, rows = [c[:2] for c in kept], torch.tensor([c[2] for c in kept], device=x.device)
             token = torch.tensor([ids[-1:] for _, ids in beams], device=x.device)
             cache.select(rows)
@@ -155,7 +155,7 @@ class MiniGPT4(nn.Module):
         return max(finished + [(total / (length + 1) ** length_penalty, ids) for total, ids in beams])[1]
 
     def embed_prompts(self, batch: list[list[int]], image_embeds: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Prompts' embeddings (B, T, d_llama), and the ids that the repetition penalty applies to, bool (B, V)."""
+        """Embeddings (B, T, d_llama), and the ids that the repetition penalty applies to, bool (B, V)."""
         x = self.embed(torch.tensor(batch, device=self.llama.norm.weight.device), image_embeds)
         seen = torch.zeros(len(batch), self.llama.config.vocab_size, dtype=torch.bool, device=x.device)
         seen[:, self.tokenizer.bos] = True
@@ -164,9 +164,6 @@ class MiniGPT4(nn.Module):
     def new_cache(self, batch: int = 1) -> KVCache:
         weight = self.llama.norm.weight
         return KVCache(self.llama.config, batch, 256, weight.device, weight.dtype)
-
-    def is_end(self, ids: list[int], stop: tuple[list[int], ...]) -> bool:
-        return ids[-1] == self.tokenizer.eos or any(ids[-len(s):] == list(s) for s in stop)
 
     @torch.no_grad()
     def perplexity(self, text: str) -> float:
@@ -186,11 +183,11 @@ class MiniGPT4(nn.Module):
         sources = {"vision": vision, "qformer": qformer, "proj": proj, "llama": llama}
         check_sources(sources, trainable or (), dtype)
         files = {k: read_part(k, path) for k, path in sources.items() if isinstance(path, str) and path}
-        if "llama" in files and (quantization := files["llama"].sizes.quantization or dtype) in QUANTIZED:
-            if dtype in QUANTIZED and dtype != quantization or trainable:
-                raise InputError(f"{llama}: {quantization} as it is; take the original for {dtype}, or to train")
-            sizes, dtype = replace(files["llama"].sizes, quantization=quantization), "bfloat16"
-            files["llama"] = files["llama"]._replace(sizes=sizes)
+        if "llama" in files and (kind := files["llama"].sizes.quantization or dtype) in QUANTIZED:
+            if dtype in QUANTIZED and dtype != kind or trainable:
+                raise InputError(f"{llama}: {kind} as it is; take the original for {dtype}, or to train")
+            files["llama"] = files["llama"]._replace(sizes=replace(files["llama"].sizes, quantization=kind))
+            dtype = "bfloat16"
         trainable = (("proj",) if vision else ()) if trainable is None else trainable
         if not tokenizer and "llama" not in files:
             raise InputError("llama: a new one needs a tokenizer.model; set tokenizer")
@@ -263,7 +260,7 @@ class MiniGPT4(nn.Module):
             module.load_state_dict(own, assign=True)
 
     def quantize_llama(self, path: str, device):
-        """Put quantized matrices in the place of LLaMA's linear layers, from files where they are so or not."""
+        """Replace LLaMA's linear layers by quantized ones, from a folder that holds them so or not."""
         dtype, names = self.llama.config.quantization, {m: name for name, m in self.llama.named_modules()}
         for parent, new_name, linears in tqdm([*self.llama.matrices()], desc=dtype, delay=2):
             tensors = read_part("llama", path).tensors  # mapped anew, which frees the pages read before
