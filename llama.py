@@ -15,7 +15,7 @@ from sentencepiece import SentencePieceProcessor
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from configs.prompts import IMAGE
+from configs.prompts import BOS, IMAGE
 from configs.schema import InputError, override, read_json
 from vision import init_weights
 
@@ -57,11 +57,9 @@ class LlamaConfig:
         if wrong := [k for k in needed if not isinstance(sizes.get(k), int) or sizes[k] < 1]:
             raise InputError(f"{where}: no whole number above 0 for {', '.join(wrong)}; this is no LLaMA")
         heads = sizes["num_attention_heads"]
-        optional = {"num_key_value_heads": heads, "head_dim": sizes["hidden_size"] // heads,
-                    "rms_norm_eps": 1e-6, "rope_theta": rope.get("rope_theta") or 10000.0,
-                    "tie_word_embeddings": False}
-        read = {k: sizes[k] for k in needed} | {k: sizes.get(k) or v for k, v in optional.items()}
-        return override(cls(), read, where)
+        defaults = asdict(cls()) | {"num_key_value_heads": heads, "head_dim": sizes["hidden_size"] // heads}
+        defaults["rope_theta"] = rope.get("rope_theta") or cls.rope_theta
+        return override(cls(), {k: sizes.get(k) or v for k, v in defaults.items()}, where)
 
     def to_hub(self) -> dict:
         """The content of a Hugging Face config.json, the inverse of from_dict."""
@@ -242,12 +240,9 @@ class Tokenizer:
     def encode_segments(self, segments: list[str | int], n_image_tokens: int) -> list[int]:
         """A prompt's segments (configs/prompts.py) -> ids; adjacent texts are encoded as one."""
         ids = []
+        markers = {IMAGE: [IMAGE] * n_image_tokens, BOS: [self.bos]}
         for kind, run in groupby(segments, key=type):
-            if kind is str:
-                ids += self.encode("".join(run))
-            else:
-                for marker in run:
-                    ids += [IMAGE] * n_image_tokens if marker == IMAGE else [self.bos]
+            ids += self.encode("".join(run)) if kind is str else sum(map(markers.get, run), [])
         return ids
 
     def encode_answer(self, text: str, end: str) -> list[int]:
