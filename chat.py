@@ -44,6 +44,7 @@ class Options:
     ckpt: str = option("", "a run's folder; none: the tiny model of this repo")
     prompt: str = option("", "ask this, print the answer alone, and exit")
     template: str = option("", "none: the run's own", choices=("", *TEMPLATES))
+    answer_end: str = option("", "what ends an answer; none: the run's own, or the template's")
     temperature: float = option(1.0, "0: greedy", least=0)
     top_p: float = option(0.9, "sample from the likeliest tokens of this total probability")
     repetition_penalty: float = option(1.05, "1: none", least=0.01, most=100)
@@ -69,11 +70,12 @@ def load(options: Options) -> tuple[MiniGPT4, Options]:
     dtype = options.dtype or saved.dtype
     if dtype == "float16" and device == "cpu":
         dtype = "bfloat16"
+    end = options.answer_end or (saved.end_sym if saved.template and not options.template else "")
     model = MiniGPT4.from_files(**saved.parts(), dtype=dtype, device=device, image_size=saved.image_size)
     template = options.template or saved.template or "vicuna"
     if not options.template and not saved.template:
         print(f"note: {run} was trained without a template; --template=vicuna is used", file=sys.stderr)
-    return model, replace(options, device=device, dtype=dtype, template=template)
+    return model, replace(options, device=device, dtype=dtype, template=template, answer_end=end)
 
 
 def check(model: MiniGPT4):
@@ -101,7 +103,9 @@ class Chat:
     """One conversation: its turns and its pictures. Start with Chat(*load(Options()))."""
 
     def __init__(self, model: MiniGPT4, options: Options):
-        self.model, self.options, self.template = model, options, TEMPLATES[options.template]
+        self.model, self.options = model, options
+        template = TEMPLATES[options.template]
+        self.template = replace(template, end=options.answer_end or template.end)
         self.generator = torch.Generator(options.device).manual_seed(options.seed)
         self.context, self.n_pictures = model.llama.config.max_position_embeddings, 0
         self.reset()

@@ -322,9 +322,9 @@ class Groups(Dataset):
         self.orders = [SampleOrder(source.counts, config.seed, i, config.shuffle_shards)
                        for i, source in enumerate(samples.sources)]
         digests = [hashlib.sha256(json.dumps(s.content).encode()).hexdigest()[:12] for s in samples.sources]
-        self.identity = {  # what must not change within a run
-            "processes x batch_size x grad_accum": self.step_size, "seed": config.seed,
-            "shuffle_shards": config.shuffle_shards, "length_group": config.length_group,
+        kept = "seed shuffle_shards length_group template answer_end clean_captions max_txt_len chat_share"
+        self.identity = {k: getattr(config, k) for k in kept.split()} | {  # what must not change in a run
+            "processes x batch_size x grad_accum": self.step_size,
             "data": [[d, sum(s.counts), w] for d, s, w in zip(digests, samples.sources, weights.values())]}
 
     def __len__(self):

@@ -96,13 +96,12 @@ class MiniGPT4(nn.Module):
                  repetition_penalty: float = 1.05, stop: tuple[list[int], ...] = (), context: int = 0,
                  generator: torch.Generator | None = None, min_length: int = 0,
                  cache: KVCache | None = None) -> Iterator[int | list[int | None]]:
-        """Yield the ids of the answer to a conversation, including those that end it: `</s>`, a `stop`
-        sequence or max_new_tokens. For B conversations of one length, yield B ids at a time, None after an end.
-        tokens: ids with IMAGE; image_embeds: (pictures, N, d_llama). Those that `cache` holds are not computed
-        again. `context` (0: the model's) cuts the prompt's beginning. `</s>` waits until the answer has
-        `min_length` ids with `<s>`; the repetition penalty spares the prompt."""
+        """Yield the ids of the answer to a conversation, including those that end it. For B conversations of
+        one length, yield B ids at a time, None after an end. tokens: ids with IMAGE, of which `cache` may hold
+        the first; image_embeds: (pictures, N, d_llama). Ends at `</s>` (once there are `min_length` ids with
+        `<s>`), a `stop` sequence or max_new_tokens. `context` (0: the model's) cuts the prompt's beginning."""
         batch = tokens if isinstance(tokens[0], list) else [tokens]
-        if not context:  # the answer gets what the prompt leaves of the model's, at least a third
+        if not context:  # the answer gets what the prompt leaves, at least a third
             context = self.llama.config.max_position_embeddings
             max_new_tokens = min(max_new_tokens, max(context - len(batch[0]), context // 3))
         if context <= max_new_tokens:
@@ -263,11 +262,11 @@ class MiniGPT4(nn.Module):
         """Replace LLaMA's linear layers by quantized ones, from a folder that holds them so or not."""
         dtype, names = self.llama.config.quantization, {m: name for name, m in self.llama.named_modules()}
         for parent, new_name, linears in tqdm([*self.llama.matrices()], desc=dtype, delay=2):
-            tensors = read_part("llama", path).tensors  # mapped anew, which frees the pages read before
-            keys = [f"{names[parent]}.{linear}.weight".lstrip(".") for linear in linears]
-            matrices = [(tensors[k], tensors[f"{k}_scale"]) if f"{k}_scale" in tensors else
-                        quantize(tensors[k], dtype if parent is not self.llama else "int8") for k in keys]
+            tensors, matrices = read_part("llama", path).tensors, []  # mapped anew, to free the pages read
             for linear in linears:
+                w = f"{names[parent]}.{linear}.weight".lstrip(".")
+                matrices.append((tensors[w], tensors[f"{w}_scale"]) if f"{w}_scale" in tensors else
+                                quantize(tensors[w], dtype if parent is not self.llama else "int8"))
                 setattr(parent, linear, None)
             setattr(parent, new_name, QuantizedLinear(matrices, device))
 

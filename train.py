@@ -316,6 +316,8 @@ def train(config: Config, device, rank: int = 0, world: int = 1):
         dist.all_gather_object(found := [None] * world, done)
         if len(set(found)) > 1:
             raise InputError(f"resume: the processes found steps {found}; give all machines the same out_dir")
+    if done >= config.max_steps:
+        return print(f"{config.out_dir}: its run is already at step {done:,}", file=sys.stderr)
     if rank == 0:
         start_folder(config)  # not earlier: a refused resume changes nothing
         out = open_log(config, done)

@@ -70,7 +70,7 @@ class Config:
     end_sym: str = option("", "ends every answer: a text, or the token </s>; none: the template's own")
     max_txt_len: int = option(32, "tokens of an answer with its end; longer ones are cut", least=1)
     clean_captions: bool = option(False, "lower case, less punctuation, at most 50 words, as in stage 1")
-    chat_share: float = option(0.0, "share of conversations in chat's form, with the system text", least=0)
+    chat_share: float = option(0.0, "share of conversations with chat's system text", least=0, most=1)
     shuffle_shards: int = option(8, "shards whose samples are shuffled together", least=1)
     length_group: int = option(1, "steps sorted by length together; workers' memory grows with it", least=1)
     max_bad_fraction: float = option(0.1, "of the samples; more unusable ones stop the run", least=0)
@@ -118,6 +118,7 @@ class Config:
             ("betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "give two in [0, 1)"),
             ("trainable", 0 < len(self.trainable) == len(set(self.trainable)), "name each part once"),
             ("out_dir", self.out_dir, "name a folder"),
+            ("prepare", all(isinstance(v, str) for v in self.prepare.values()), "give {path: arguments}"),
             ("cache_features", frozen_vision or not self.cache_features, "needs a frozen vision side"),
             ("shard", frozen_llama or not self.shard, "needs a frozen language model from files"))
 
@@ -137,7 +138,7 @@ def check_name(name: str, known, where: str) -> str:
     """The name, if it is known. Raises InputError with the nearest known one otherwise."""
     if name in known:
         return name
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]}?" if near else "the names are: " + ", ".join(known)
     raise InputError(f"{where}: unknown name {name!r}; {hint}")
 
@@ -201,7 +202,6 @@ class _Parser(argparse.ArgumentParser):
 
 def parse_args(argv: list[str], doc: str, positional: str, *classes) -> tuple[list[str], dict[str, str]]:
     """(["a.jpg", "--seed", "1"], ...) -> (["a.jpg"], {"seed": "1"}); the options are the fields of `classes`.
-
     `positional` names the other arguments: "SRC DST", or "[IMAGE ...]" for any number. -h exits."""
     options = {f.name: f for cls in classes for f in fields(cls)}
     usage = f"python {os.path.relpath(sys.argv[0])} {positional} [--key=value ...]"

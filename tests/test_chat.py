@@ -93,6 +93,15 @@ def test_both_templates_and_several_pictures_run(tiny):
         assert talk.images
 
 
+def test_an_answer_ends_as_the_run_was_trained(tmp_path):
+    """With its own `end_sym`, unless another template or end is asked for."""
+    parts = {"llama": str(ROOT / "assets/tiny/llama"), "template": "vicuna", "end_sym": "END"}
+    (tmp_path / "config.json").write_text(json.dumps(parts))
+    for options, end in (({}, "END"), ({"template": "llama2"}, "</s>"), ({"answer_end": "."}, ".")):
+        talk = Chat(*chat.load(Options(ckpt=str(tmp_path), device="cpu", **options)))
+        assert talk.template.end == end
+
+
 def test_a_language_model_alone_answers_but_takes_no_pictures(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps({"llama": str(ROOT / "assets/tiny/llama")}))
     talk = Chat(*chat.load(Options(ckpt=str(tmp_path), device="cpu", max_new_tokens=8)))

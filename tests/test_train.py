@@ -230,7 +230,8 @@ def test_a_float16_run_resumes_although_its_first_steps_overflowed(world, tmp_pa
     ({"dtype": "float16"}, "float16 was False, now it is True"), ({"seed": 7}, "seed was 42, now it is 7"),
     ({"grad_accum": 2}, "processes x batch_size x grad_accum was 4, now it is 8"),
     ({"shuffle_shards": 2}, "shuffle_shards was 8, now it is 2"),
-    ({"length_group": 2}, "length_group was 1, now it is 2"), ({"data": "disk.jsonl"}, "data was")])
+    ({"length_group": 2}, "length_group was 1, now it is 2"), ({"data": "disk.jsonl"}, "data was"),
+    ({"template": "llama2"}, "template was .*, now it is llama2"), ({"end_sym": "END"}, "answer_end was")])
 def test_a_run_with_other_settings_or_data_is_not_resumed(world, tmp_path, monkeypatch, changes, words):
     monkeypatch.chdir(tmp_path)
     for name in ("star", "disk"):
@@ -241,6 +242,13 @@ def test_a_run_with_other_settings_or_data_is_not_resumed(world, tmp_path, monke
     with pytest.raises(InputError, match=f"^out/state.pt: .*{words}"):
         run(micro(world, "out", **{"data": "star.jsonl", "max_steps": 4, "resume": True} | changes))
     assert Path("out/config.json").read_text() == before
+
+
+def test_a_finished_run_stays_as_it_is_when_resumed(world, tmp_path, capsys):
+    run(micro(world, tmp_path, max_steps=2))
+    before = (tmp_path / "config.json").read_text()
+    assert len(run(micro(world, tmp_path, max_steps=1, resume=True))) == 2
+    assert "already at step 2" in capsys.readouterr().err and (tmp_path / "config.json").read_text() == before
 
 
 def test_resume_beside_another_frozen_llama_only_warns(world, tmp_path, capsys):
@@ -375,7 +383,8 @@ def test_options_are_parsed_as_their_type(words, name, value):
     ("batch_size=many", "batch_size = 'many' is not of type int"), ("lr=True", "lr = True"),
     ("resume=yes", "resume = 'yes' is not of type bool"), ("trainable=7", "trainable = 7"),
     ("lr={[]: 1}", "lr = "), ("out_dir=", "out_dir = "), ("trainable=proj,proj", "trainable = "),
-    ("betas=(0.9, 1.5)", "betas = "), (f"seed={2**70}", "seed = "), ("template=alpaca", "vicuna, llama2"),
+    ("betas=(0.9, 1.5)", "betas = "), (f"seed={2**70}", "seed = "), ("prepare={'a': 5}", "prepare = "),
+    ("chat_share=2", "chat_share = "), ("template=alpaca", "vicuna, llama2"),
     ("lr=-1", "lr = -1.0: give at least 0"), ("grad_clip=nan", "grad_clip = ")])
 def test_wrong_options_are_refused(option, words):
     with pytest.raises(InputError, match=words):

@@ -16,8 +16,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configs.schema import (Config, InputError, load_config, option, override, parse_args, read_saved_config,
-                            run_main)
+from configs.schema import (Config, InputError, check_options, load_config, option, override, parse_args,
+                            read_saved_config, run_main)
 from data import open_samples
 from llama import CONTEXT, IGNORE, KVCache, LlamaConfig, Tokenizer, read_json
 from model import PARTS, MiniGPT4, PartFile, check_sources, read_part
@@ -25,7 +25,10 @@ from model import PARTS, MiniGPT4, PartFile, check_sources, read_part
 
 @dataclass(frozen=True)
 class Options:
-    world: int = option(1, "training processes")
+    world: int = option(1, "training processes", least=1)
+
+    def __post_init__(self):
+        check_options(self)
 
 
 class MetaMiniGPT4(MiniGPT4):
