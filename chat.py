@@ -8,6 +8,7 @@ Without --ckpt it is the tiny model in assets/tiny. The sampling defaults are th
 """
 
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from torch import Tensor
 from configs.prompts import IMAGE, TEMPLATES, chat_segments, user_message
 from configs.schema import (DTYPES, QUANTIZED, InputError, check_options, option, override, parse_args,
                             read_saved_config, run_main)
-from llama import CONTEXT
+from llama import CONTEXT, KVCache
 from model import MiniGPT4, pick_device
 from vision import load_image
 
@@ -54,7 +55,9 @@ class Options:
     max_new_tokens: int = option(300, "most tokens of an answer", least=1, most=CONTEXT - 1)
     seed: int = option(0, "the same seed gives the same answers", least=0, most=2**63 - 1)
     device: str = option("", "none: cuda if there is one, else cpu")
-    dtype: str = option("", "none: the run's own, but never float16 on a CPU", choices=("", *DTYPES, *QUANTIZED))
+    dtype: str = option("", "none: the run's own, but never float16 on a CPU",
+                        choices=("", *DTYPES, *QUANTIZED))
+    compile: bool = option(False, "compile decoding: faster in bfloat16, after some seconds at first")
     check: bool = option(False, "first measure whether the language model knows English")
 
     def __post_init__(self):
@@ -72,6 +75,10 @@ def load(options: Options) -> tuple[MiniGPT4, Options]:
         dtype = "bfloat16"
     end = options.answer_end or (saved.end_sym if saved.template and not options.template else "")
     model = MiniGPT4.from_files(**saved.parts(), dtype=dtype, device=device, image_size=saved.image_size)
+    if options.compile and device == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        print("note: --compile needs a C++ compiler; it goes on without", file=sys.stderr)
+    elif options.compile:
+        model.llama.compile_rows()
     template = options.template or saved.template or "vicuna"
     if not options.template and not saved.template:
         print(f"note: {run} was trained without a template; --template=vicuna is used", file=sys.stderr)
@@ -115,7 +122,9 @@ class Chat:
         self.turns: list[Turn] = []
         self.new_pictures: tuple[Picture, ...] = ()  # shown since the last question
         self.n_dropped = 0                           # turns that the context has no room for
-        self.cache, self.cached = self.model.new_cache(), []  # `cached`: whose keys and values it holds
+        w = self.model.llama.norm.weight
+        self.cache = KVCache(self.model.llama.config, 1, 256, w.device, w.dtype)
+        self.cached: list[int] = []  # the ids whose keys and values it holds, with -n for picture number n
         self.stats: dict[str, float] = {}  # of the last answer: tokens, and seconds
 
     @property
@@ -140,8 +149,8 @@ class Chat:
         return turn
 
     def ask(self, text: str) -> Iterator[str]:
-        """Yield the answer piece by piece; the turn is remembered, also when it is stopped half-way. A question
-        that is too long raises InputError and is forgotten."""
+        """Yield the answer piece by piece; the turn is kept, also when it is stopped half-way. Raises
+        InputError for a question that is too long."""
         start, o, model, end = time.perf_counter(), self.options, self.model, self.template.end
         text = text.encode("utf-8", "replace").decode()  # a terminal may send what is no text
         tokens, images = self.prompt(Turn(text, pictures=self.new_pictures))
@@ -178,9 +187,9 @@ class Chat:
             self.model.llama(x[:, self.cache.length:], self.cache)
 
     def prompt(self, new: Turn | None) -> tuple[list[int], Tensor | None]:
-        """The ids and pictures of the conversation, with a new turn or without; the cache keeps what it shares
-        with them. When the context is full, the oldest turns are left out. Their pictures stay as long as
-        there is room, or no newer one."""
+        """The ids and pictures of the conversation, with a new turn or without; the cache keeps what it
+        shares with them. When the context is full, the oldest turns are left out. Their pictures stay, unless
+        there is no room for them beside newer ones."""
         limit = self.context - min(self.options.max_new_tokens, self.context // 3)
         turns, old = [*self.turns[self.n_dropped:], *[new] * bool(new)], self.turns[:self.n_dropped]
         old = [p for turn in old for p in turn.pictures]
@@ -236,6 +245,8 @@ def converse(chat: Chat):
                 print(f"{command}: unknown command\n{HELP}")
             elif line:
                 say(chat, line)
+                with suppress(KeyboardInterrupt):
+                    chat.remember()  # while the user reads
         except EOFError:
             return
         except InputError as e:
@@ -253,6 +264,7 @@ def say(chat: Chat, question: str):
 
 
 def main(argv: list[str]):
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages on Linux: weights are read faster
     pictures, given = parse_args(argv, __doc__, "[IMAGE ...]", Options)
     options = override(Options(), given)
     if not options.ckpt:

@@ -111,19 +111,16 @@ class KVCache:
         self.keys, self.values = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
         self.length = 0  # tokens stored; advanced by Llama.forward. Set it lower to forget the last ones
 
-    def reserve(self, length: int):
-        """Make room for that many tokens in all."""
-        if length > (capacity := self.keys.shape[3]):
-            more = max(length, 2 * capacity) - capacity
-            self.keys, self.values = (F.pad(t, (0, 0, 0, more)) for t in (self.keys, self.values))
-
     def select(self, rows: torch.Tensor):
         """Keep these rows of the batch, in this order; a row may come more than once."""
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor):
         """Append k, v (B, K, T, head_dim); returns all keys and values, (B, K, S, head_dim) each."""
-        end = self.length + k.shape[2]
+        end, capacity = self.length + k.shape[2], self.keys.shape[3]
+        if end > capacity:
+            more = max(end, 2 * capacity) - capacity
+            self.keys, self.values = (F.pad(t, (0, 0, 0, more)) for t in (self.keys, self.values))
         self.keys[layer, :, :, self.length:end] = k
         self.values[layer, :, :, self.length:end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
@@ -198,7 +195,7 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, cache):
         B, T, D = x.shape
         qkv = self.qkv_proj(x) if self.qkv_proj else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        q, k, v = map(self.heads, qkv)
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in qkv)  # (B, H, T, head_dim)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
@@ -207,10 +204,6 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S,
                                            enable_gqa=q.shape[1] != k.shape[1])
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
-
-    def heads(self, x):
-        """(B, T, H * head_dim) -> (B, H, T, head_dim), or K for H."""
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -259,10 +252,7 @@ class Llama(nn.Module):
 
     def forward(self, x, cache: KVCache | None = None):
         """With a cache, x are the tokens that follow those in it."""
-        T, seen = x.shape[1], 0
-        if cache is not None:
-            seen = cache.length
-            cache.reserve(seen + T)
+        T, seen = x.shape[1], cache.length if cache is not None else 0
         positions = torch.arange(seen, seen + T, device=x.device)
         cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
         for block in self.layers:
@@ -292,15 +282,15 @@ class Llama(nn.Module):
             if isinstance(linear, nn.Linear):
                 linear.forward = partial(forward, linear.weight)
 
-    def matrices(self) -> Iterator[tuple[nn.Module, str, list[str]]]:
-        """What is quantized: (module, a name in it, the names of its linear layers that this replaces)."""
-        for block in self.layers:
-            yield block.self_attn, "qkv_proj", ["q_proj", "k_proj", "v_proj"]
-            yield block.self_attn, "o_proj", ["o_proj"]
-            yield block.mlp, "gate_up_proj", ["gate_proj", "up_proj"]
-            yield block.mlp, "down_proj", ["down_proj"]
+    def matrices(self) -> Iterator[tuple[nn.Module, str, str, list[str]]]:
+        """What is quantized: a module, its prefix, a name in it, and the linear layers that it replaces."""
+        for i, block in enumerate(self.layers):
+            yield block.self_attn, f"layers.{i}.self_attn.", "qkv_proj", ["q_proj", "k_proj", "v_proj"]
+            yield block.self_attn, f"layers.{i}.self_attn.", "o_proj", ["o_proj"]
+            yield block.mlp, f"layers.{i}.mlp.", "gate_up_proj", ["gate_proj", "up_proj"]
+            yield block.mlp, f"layers.{i}.mlp.", "down_proj", ["down_proj"]
         if self.lm_head:
-            yield self, "lm_head", ["lm_head"]
+            yield self, "", "lm_head", ["lm_head"]
 
     def reset_parameters(self):
         init_weights(self, {"embed_tokens.weight": 0.02}, ("o_proj.weight", "down_proj.weight"),

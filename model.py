@@ -7,15 +7,13 @@ Axes: B sequences, T tokens, N image tokens of a picture, D width, V vocabulary.
 
 import hashlib
 import json
-import math
 import os
-import shutil
 import sys
+from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -86,7 +84,6 @@ class MiniGPT4(nn.Module):
         """The mean over positions, hidden (n, d_llama), targets (n,), with few logits at a time in memory."""
         def loss_sum(hidden, targets):
             return F.cross_entropy(self.llama.logits(hidden).float(), targets, reduction="sum")
-
         chunks = zip(hidden.split(LOGITS_AT_ONCE), targets.split(LOGITS_AT_ONCE))
         return sum(checkpoint(loss_sum, *chunk, use_reentrant=False) for chunk in chunks) / len(targets)
 
@@ -94,12 +91,11 @@ class MiniGPT4(nn.Module):
     def generate(self, tokens: list[int] | list[list[int]], image_embeds: Tensor | None = None,
                  max_new_tokens: int = 300, temperature: float = 1.0, top_p: float = 0.9,
                  repetition_penalty: float = 1.05, stop: tuple[list[int], ...] = (), context: int = 0,
-                 generator: torch.Generator | None = None, min_length: int = 0,
-                 cache: KVCache | None = None) -> Iterator[int | list[int | None]]:
-        """Yield the ids of the answer to a conversation, including those that end it. For B conversations of
-        one length, yield B ids at a time, None after an end. tokens: ids with IMAGE, of which `cache` may hold
-        the first; image_embeds: (pictures, N, d_llama). Ends at `</s>` (once there are `min_length` ids with
-        `<s>`), a `stop` sequence or max_new_tokens. `context` (0: the model's) cuts the prompt's beginning."""
+                 generator: torch.Generator | None = None, min_length=0, cache: KVCache = None) -> Iterator:
+        """Yield the ids of the answer to a conversation, with those that end it. For B conversations of one
+        length, yield lists of B ids, None after an end. tokens: ids with IMAGE, the first perhaps in `cache`;
+        image_embeds: (pictures, N, d_llama). Ends at `</s>` (from `min_length` ids on, with `<s>`), a `stop`
+        sequence or max_new_tokens. `context` (0: the model's) cuts the prompt's beginning."""
         batch = tokens if isinstance(tokens[0], list) else [tokens]
         if not context:  # the answer gets what the prompt leaves, at least a third
             context = self.llama.config.max_position_embeddings
@@ -107,7 +103,7 @@ class MiniGPT4(nn.Module):
         if context <= max_new_tokens:
             raise InputError(f"context {context} leaves no room beside max_new_tokens {max_new_tokens}")
         x, seen = self.embed_prompts(batch, image_embeds)
-        cache = cache or self.new_cache(len(batch))
+        cache = cache or KVCache(self.llama.config, len(batch), 256, x.device, x.dtype)
         x = x[:, max(cache.length, x.shape[1] + max_new_tokens - context):]
         ids, ended = [[] for _ in batch], [False for _ in batch]
         for n in range(1, max_new_tokens + 1):
@@ -131,7 +127,8 @@ class MiniGPT4(nn.Module):
         """The ids of the likeliest answer that Hugging Face's beam search finds: by the sum of its ids' log-
         probabilities, over (its length with `<s>`, without its end) ** length_penalty."""
         x, seen = self.embed_prompts([tokens], image_embeds)
-        cache, beams, finished = self.new_cache(), [(0.0, [])], []  # beams: (sum of log-probabilities, ids)
+        beams, finished = [(0.0, [])], []  # (sum of log-probabilities, ids)
+        cache = KVCache(self.llama.config, 1, x.shape[1] + max_new_tokens, x.device, x.dtype)
         for length in range(1, max_new_tokens + 1):
             logp = self.llama.logits(self.llama(x, cache)[:, -1]).float().log_softmax(-1)
             logp = penalize(logp, seen, repetition_penalty)
@@ -160,27 +157,22 @@ class MiniGPT4(nn.Module):
         seen[:, self.tokenizer.bos] = True
         return x, seen
 
-    def new_cache(self, batch: int = 1) -> KVCache:
-        weight = self.llama.norm.weight
-        return KVCache(self.llama.config, batch, 256, weight.device, weight.dtype)
-
     @torch.no_grad()
     def perplexity(self, text: str) -> float:
         """Of the language model alone, per token of the text."""
         tokens = torch.tensor([self.tokenizer.encode(text, bos=True)]).to(self.llama.norm.weight.device)
-        return math.exp(min(self(None, tokens, tokens).item(), 700))
+        return self(None, tokens, tokens).double().exp().item()
 
     @classmethod
     def from_files(cls, vision: str | dict | None, qformer: str | dict | None, llama: str | dict,
                    proj: str | None = None, dtype: str = "bfloat16", device: str = "cpu",
                    trainable: tuple[str, ...] | None = None, tokenizer: str | None = None,
                    image_size: int = 0) -> "MiniGPT4":
-        """Build the model from weight files; a dict of sizes in place of a path makes a new, random part.
-        The projection, new parts and those in `trainable` (default: the projection) are float32, the others
-        `dtype`; all but the trainable ones are frozen. Without `vision` it is a language model alone. Files
-        are memory-mapped. Raises InputError for those that are missing, broken, or do not fit together."""
+        """Build the model from weight files, memory-mapped; a dict of sizes makes a new, random part. The
+        projection, new parts and `trainable` ones (default: the projection) are float32, others `dtype`, and
+        frozen. Raises InputError for files that are missing, broken, or do not fit together."""
         sources = {"vision": vision, "qformer": qformer, "proj": proj, "llama": llama}
-        check_sources(sources, trainable or (), dtype)
+        check_sources(sources, trainable or (), dtype, tokenizer)
         files = {k: read_part(k, path) for k, path in sources.items() if isinstance(path, str) and path}
         if "llama" in files and (kind := files["llama"].sizes.quantization or dtype) in QUANTIZED:
             if dtype in QUANTIZED and dtype != kind or trainable:
@@ -188,8 +180,6 @@ class MiniGPT4(nn.Module):
             files["llama"] = files["llama"]._replace(sizes=replace(files["llama"].sizes, quantization=kind))
             dtype = "bfloat16"
         trainable = (("proj",) if vision else ()) if trainable is None else trainable
-        if not tokenizer and "llama" not in files:
-            raise InputError("llama: a new one needs a tokenizer.model; set tokenizer")
         tokenizer = Tokenizer(tokenizer or f"{llama}/tokenizer.model")
         model = cls.on_meta(sources, files, tokenizer.vocab_size, image_size)
         model.tokenizer = tokenizer
@@ -252,30 +242,24 @@ class MiniGPT4(nn.Module):
         shapes = {k: (t.shape[0], 2 * t.shape[1]) if t.dtype == torch.uint8 else tuple(t.shape)  # two int4
                   for k, t in tensors.items() if not k.endswith(".weight_scale")}
         check_fit(file.path, name, shapes, {k: tuple(p.shape) for k, p in self.part_parameters(name).items()})
-        if name == "llama" and self.llama.config.quantization:
-            self.quantize_llama(file.path, device)
+        if name == "llama" and (quantization := self.llama.config.quantization):
+            for parent, prefix, new_name, linears in tqdm([*self.llama.matrices()], quantization, delay=2):
+                mapped, matrices = read_part("llama", file.path).tensors, []  # anew, to free the pages read
+                for linear in linears:
+                    w = f"{prefix}{linear}.weight"
+                    matrices.append((mapped[w], mapped[f"{w}_scale"]) if f"{w}_scale" in mapped else
+                                    quantize(mapped[w], "int8" if parent is self.llama else quantization))
+                    setattr(parent, linear, None)
+                setattr(parent, new_name, QuantizedLinear(matrices, device))
         for prefix, module in self.part_modules(name):
             own = {k: tensors[prefix + k].to(device, dtype) for k, _ in module.named_parameters()}
             module.load_state_dict(own, assign=True)
 
-    def quantize_llama(self, path: str, device):
-        """Replace LLaMA's linear layers by quantized ones, from a folder that holds them so or not."""
-        dtype, names = self.llama.config.quantization, {m: name for name, m in self.llama.named_modules()}
-        for parent, new_name, linears in tqdm([*self.llama.matrices()], desc=dtype, delay=2):
-            tensors, matrices = read_part("llama", path).tensors, []  # mapped anew, to free the pages read
-            for linear in linears:
-                w = f"{names[parent]}.{linear}.weight".lstrip(".")
-                matrices.append((tensors[w], tensors[f"{w}_scale"]) if f"{w}_scale" in tensors else
-                                quantize(tensors[w], dtype if parent is not self.llama else "int8"))
-                setattr(parent, linear, None)
-            setattr(parent, new_name, QuantizedLinear(matrices, device))
-
     def init_part(self, name: str, device):
-        """Random float32 weights for a new part, drawn on the CPU: the same on every device."""
+        """Random float32 weights by a part's own rule, or its layers'; drawn on the CPU, for any device."""
         for _, module in self.part_modules(name):
             module.to_empty(device="cpu")
-            own_rule = hasattr(module, "reset_parameters")  # else its layers', the inner ones first
-            for layer in [module] if own_rule else reversed([*module.modules()]):
+            for layer in [module] if hasattr(module, "reset_parameters") else reversed([*module.modules()]):
                 if hasattr(layer, "reset_parameters"):
                     layer.reset_parameters()
             module.to(device)
@@ -290,7 +274,7 @@ class MiniGPT4(nn.Module):
             parameters = {k if k.startswith("lm_head") else f"model.{k}": p for k, p in parameters.items()}
             (path.parent / "config.json").write_text(json.dumps(self.llama.config.to_hub(), indent=1))
             if Path(self.tokenizer.path) != path.parent / "tokenizer.model":
-                shutil.copyfile(self.tokenizer.path, path.parent / "tokenizer.model")
+                (path.parent / "tokenizer.model").write_bytes(Path(self.tokenizer.path).read_bytes())
         elif name in CONFIGS:
             metadata["config"] = json.dumps(asdict(self.part_modules(name)[0][1].config))
         else:
@@ -318,8 +302,7 @@ def pick_device(name: str = "", index: int = 0) -> torch.device:
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary name beside `path` to write to; it replaces `path` at the end, in one move."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
@@ -334,11 +317,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-class PartFile(NamedTuple):
-    """A part as it was read: its tensors, memory-mapped, and what its metadata says."""
-    path: str
-    tensors: dict[str, Tensor]
-    sizes: dict | LlamaConfig  # of a projection: the fingerprints of the parts that it was trained with
+# sizes: a LlamaConfig, or a dict; of a projection, the fingerprints of the parts that it was trained with
+PartFile = namedtuple("PartFile", "path tensors sizes")
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -368,19 +348,21 @@ def read_part(name: str, path: str) -> PartFile:
         raise InputError(f"{path}: no metadata of a {name} file; make it with tools/convert.py {name}") from e
 
 
-def check_sources(sources: dict, trainable: tuple[str, ...], dtype: str):
+def check_sources(sources: dict, trainable: tuple[str, ...], dtype: str, tokenizer: str | None):
     """Raise InputError for arguments of from_files that do not go together."""
-    if dtype not in (*DTYPES, *QUANTIZED):
-        raise InputError(f"dtype {dtype!r}: give one of {', '.join((*DTYPES, *QUANTIZED))}")
-    if dtype in QUANTIZED and (trainable or not isinstance(sources["llama"], str)):
-        raise InputError(f"dtype {dtype}: it needs the files of a language model, and is not for training")
-    parts = [k for k in PARTS if k == "llama" or sources["vision"] and (k != "qformer" or sources["qformer"])]
-    if unknown := [name for name in trainable if name not in parts]:
-        raise InputError(f"trainable: {unknown[0]!r} is no part of this model; it has {', '.join(parts)}")
-    if sources["qformer"] and not sources["vision"]:
-        raise InputError("qformer: it needs a vision part; give vision as well")
-    if not sources["llama"]:
-        raise InputError("llama: no language model is given; set llama to its folder")
+    vision, qformer, llama = (sources[k] for k in ("vision", "qformer", "llama"))
+    parts = [k for k in PARTS if k == "llama" or vision and (k != "qformer" or qformer)]
+    wrong = [name for name in trainable if name not in parts]
+    known, is_new = DTYPES + QUANTIZED, isinstance(llama, dict)
+    for is_wrong, what in (
+            (dtype not in known, f"dtype {dtype!r}: give one of {', '.join(known)}"),
+            (wrong, f"trainable: {''.join(wrong[:1])!r} is no part of this model; it has {', '.join(parts)}"),
+            (qformer and not vision, "qformer: it needs a vision part; give vision as well"),
+            (not llama, "llama: no language model is given; set llama to its folder"),
+            (is_new and not tokenizer, "llama: a new one needs a tokenizer.model; set tokenizer"),
+            (dtype in QUANTIZED and (trainable or is_new), f"dtype {dtype}: not for trained or new parts")):
+        if is_wrong:
+            raise InputError(what)
 
 
 def part_config(name: str, sources: dict, files: dict, **needed: int) -> VisionConfig | QFormerConfig | None:
@@ -398,11 +380,10 @@ def part_config(name: str, sources: dict, files: dict, **needed: int) -> VisionC
 
 def check_fit(path: str, part: str, shapes: dict[str, tuple], expected: dict[str, tuple]):
     """Raise InputError unless a file's {name: shape} is exactly what the part expects."""
-    problems = {
-        "missing": sorted(expected.keys() - shapes.keys()),
-        "unexpected": sorted(shapes.keys() - expected.keys()),
-        "of another shape": [f"{k} {shapes[k]} instead of {shape}" for k, shape in expected.items()
-                             if shapes.get(k, shape) != shape]}
+    problems = {"missing": sorted(expected.keys() - shapes.keys()),
+                "unexpected": sorted(shapes.keys() - expected.keys()),
+                "of another shape": [f"{k} {shapes[k]} instead of {shape}" for k, shape in expected.items()
+                                     if shapes.get(k, shape) != shape]}
     found = [f"{len(names)} {what} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
              for what, names in problems.items() if names]
     if found:
@@ -410,8 +391,7 @@ def check_fit(path: str, part: str, shapes: dict[str, tuple], expected: dict[str
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:
-    """12 hex digits that identify a part's weights: a hash of all names and shapes and of some values of each
-    tensor, rounded to bfloat16, so that a cast file keeps its fingerprint."""
+    """12 hex digits that identify a part's weights, also cast ones: of names, shapes and some values."""
     digest = hashlib.sha256()
     for k in sorted(tensors):
         values = tensors[k].detach().reshape(-1)

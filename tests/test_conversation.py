@@ -36,7 +36,7 @@ def test_answers_are_the_same_with_and_without_the_cache(tiny):
     for talk in (cached, fresh):
         talk.add_image(EXAMPLE)
     for i, question in enumerate(QUESTIONS):
-        fresh.cache, fresh.cached = fresh.model.new_cache(), []
+        fresh.cached = []
         answer, n_computed = ask(cached, question)
         assert (answer, cached.stats["prompt_tokens"]) == ask(fresh, question)
         cached.remember()

@@ -117,33 +117,32 @@ def test_answers_of_a_batch_equal_single_ones_each_ending_on_its_own(tmp_path):
 
 @pytest.mark.parametrize("num_beams, penalty", [(2, 1.0), (4, 0.5), (3, -1.0)])
 def test_beam_search_equals_transformers(tmp_path, num_beams, penalty):
-    """With an `</s>` that is likely; the answers end early for some penalties, and at the limit for others."""
+    """With a likely `</s>`; the answers end early for some penalties, and at the limit for others."""
     theirs, prompt = make_folder(tmp_path, **SHAPES["grouped_query"]), TOKENS[:1]
     model = load(tmp_path)
     model.tokenizer.eos = next(model.generate(prompt[0].tolist(), temperature=0))
     want = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=12,
                            num_beams=num_beams, length_penalty=penalty, pad_token_id=0, min_new_tokens=1,
                            eos_token_id=model.tokenizer.eos)[0, prompt.shape[1]:].tolist()
-    got = model.beam_search(prompt[0].tolist(), None, num_beams, 12, 1.0, min_length=2, length_penalty=penalty)
+    got = model.beam_search(prompt[0].tolist(), None, num_beams, 12, 1.0, 2, penalty)
     assert got == [id for id in want if id]
 
 
 @pytest.mark.parametrize("dtype, error", [("int8", 0.05), ("int4", 0.5)])
 def test_quantized_matrices_are_close_and_the_same_from_a_converted_folder(tmp_path, dtype, error):
-    make_folder(tmp_path / "hub", vocab_size=600, hidden_size=64, intermediate_size=128, num_key_value_heads=2)
-    convert.main(["llama", str(tmp_path / "hub"), str(tmp_path / "small"), f"--dtype={dtype}", "--check=false"])
-    model = MiniGPT4.from_files(None, None, str(tmp_path / "hub"), dtype=dtype)
-    again = MiniGPT4.from_files(None, None, str(tmp_path / "small"), dtype="float32")
-    plain = MiniGPT4.from_files(None, None, str(tmp_path / "hub"), dtype="float32")
+    make_folder(tmp_path / "hub", vocab_size=600, hidden_size=64, intermediate_size=128)
+    hub, small = str(tmp_path / "hub"), str(tmp_path / "small")
+    convert.main(["llama", hub, small, f"--dtype={dtype}", "--check=false"])
+    model, plain, again = load(hub, dtype), load(hub), load(small)
     assert torch.equal(logits(model), logits(again)) and model.fingerprints == plain.fingerprints
     assert again.fingerprints == plain.fingerprints
     assert 0 < (logits(model).float() - logits(plain)).abs().mean() < error * logits(plain).std()
     other = "int8" if dtype == "int4" else "int4"
     for options in ({"dtype": other}, {"dtype": "bfloat16", "trainable": ("llama",)}):
         with pytest.raises(InputError, match=f"{dtype} as it is"):
-            MiniGPT4.from_files(None, None, str(tmp_path / "small"), **options)
-    with pytest.raises(InputError, match="not for training"):
-        MiniGPT4.from_files(None, None, str(tmp_path / "hub"), dtype=dtype, trainable=("llama",))
+            MiniGPT4.from_files(None, None, small, **options)
+    with pytest.raises(InputError, match="not for trained"):
+        load(hub, dtype, trainable=("llama",))
 
 
 def test_greedy_generation_equals_transformers(tmp_path):
