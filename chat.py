@@ -4,27 +4,35 @@
     python chat.py photo.jpg --prompt="What is in this picture?"    one answer on stdout, then exit
     python chat.py a.jpg b.jpg --ckpt=out/stage2 --temperature=0    several pictures, a trained run, greedy
 
-Without --ckpt it is the tiny model in assets/tiny. The sampling defaults are those of the original demo.
+Without --ckpt it is the tiny model in assets/tiny. The sampling defaults are those of the original demo. The
+picture `-` is read from stdin. Text on stdin stands before --prompt, or is the prompt; lines of which one is a
+command are a conversation.
 """
 
+import io
+import json
 import os
+import re
 import shutil
 import sys
 import time
+import unicodedata
+from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from glob import escape, glob
 from pathlib import Path
-from typing import NamedTuple
+from urllib.parse import unquote
 
 import torch
 from torch import Tensor
 
 from configs.prompts import IMAGE, TEMPLATES, chat_segments, user_message
-from configs.schema import (DTYPES, QUANTIZED, InputError, check_options, option, override, parse_args,
-                            read_saved_config, run_main)
+from configs.schema import (DTYPES, QUANTIZED, InputError, check_name, check_options, option, override,
+                            parse_args, read_saved_config, run_main)
 from llama import CONTEXT, KVCache
-from model import MiniGPT4, pick_device
+from model import MiniGPT4, pick_device, replacing
 from vision import load_image
 
 PARAGRAPH = ("The old lighthouse stands at the end of the harbor wall. Every evening the keeper climbs the "
@@ -35,9 +43,18 @@ PARAGRAPH = ("The old lighthouse stands at the end of the harbor wall. Every eve
 TINY_NOTE = ("note: this is the tiny demonstration model. It knows only drawings of colored shapes, and "
              "names shapes in any photograph. For a real model see the README, then --ckpt=RUN.")
 HELP = """\
-/image PATH   show a picture; your next message is about it and those before
-/reset        forget the conversation and its pictures
-/quit         leave (also Ctrl-D); Ctrl-C stops an answer"""
+/image PATH          show a picture, as a path in a message does
+/clear               forget the conversation and its pictures
+/undo, /regenerate   forget the last question; answer it again
+/set NAME VALUE      change an option; /show lists them
+/save FILE           write the conversation, as JSON or else as Markdown
+/bye                 leave (also Ctrl-D); Ctrl-C stops an answer
+\"""                  begins and ends a message of several lines"""
+COMMANDS = [*re.findall(r"(?<!\S)/\w+", HELP), "/reset", "/quit", "/exit", "/help", "/?"]
+SETTINGS = ("temperature", "top_p", "repetition_penalty", "num_beams", "min_length", "length_penalty",
+            "max_new_tokens", "seed", "stats")
+WORD = re.compile(r"""(?<!\S)(?:"([^"]+)"|'([^']+)'|((?:\\.|\S)+))""")  # quoted, or with its spaces escaped
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -58,6 +75,9 @@ class Options:
     dtype: str = option("", "none: the run's own, but never float16 on a CPU",
                         choices=("", *DTYPES, *QUANTIZED))
     compile: bool = option(False, "compile decoding: faster in bfloat16, after some seconds at first")
+    json: bool = option(False, "print each answer as a JSON object")
+    plain: bool = option(False, "text alone: no colors, pictures or progress")
+    stats: bool = option(False, "print speed and memory after each answer")
     check: bool = option(False, "first measure whether the language model knows English")
 
     def __post_init__(self):
@@ -93,17 +113,8 @@ def check(model: MiniGPT4):
         print("warning: these weights are broken or not English; fetch or convert again", file=sys.stderr)
 
 
-class Picture(NamedTuple):
-    path: str
-    number: int     # of all pictures of this chat, from 1
-    embeds: Tensor  # (1, N, d_llama)
-
-
-class Turn(NamedTuple):
-    question: str
-    answer: str | None = None
-    pictures: tuple[Picture, ...] = ()  # shown before the question
-    ended: bool = False                 # whether the answer is complete
+Picture = namedtuple("Picture", "path number embeds")  # counted from 1 in each chat; embeds: (1, N, d_llama)
+Turn = namedtuple("Turn", "question answer pictures ended", defaults=(None, (), False))  # of a complete answer
 
 
 class Chat:
@@ -127,17 +138,12 @@ class Chat:
         self.cached: list[int] = []  # the ids whose keys and values it holds, with -n for picture number n
         self.stats: dict[str, float] = {}  # of the last answer: tokens, and seconds
 
-    @property
-    def ended(self) -> bool:
-        """Whether the last answer is complete."""
-        return not self.turns or self.turns[-1].ended
-
     @torch.no_grad()
-    def add_image(self, path: str):
+    def add_image(self, path: str, encoded: bytes = b""):
         """Show a picture; it stands before the next question. Raises InputError when it cannot be read."""
         if self.model.vision is None:
             raise InputError(f"{self.options.ckpt}: this run sees no pictures; give one with vision")
-        image = load_image(path, self.model.image_size).unsqueeze(0).to(self.options.device)
+        image = load_image(encoded or path, self.model.image_size).unsqueeze(0).to(self.options.device)
         self.n_pictures += 1
         self.new_pictures += (Picture(path, self.n_pictures, self.model.encode_image(image)),)
 
@@ -222,65 +228,195 @@ class Chat:
         return self.model.tokenizer.encode_segments(segments, self.model.n_image_tokens)
 
 
-def converse(chat: Chat):
-    """Read questions from stdin until /quit or its end."""
-    with suppress(ImportError):
-        import readline  # noqa: F401  (arrow keys and history, where the system has them)
+def printable(text: str) -> str:
+    """Show characters that would steer a terminal as codes, such as \\x1b."""
+    return "".join(c if c in "\n\t\u200d" or unicodedata.category(c) not in ("Cc", "Cf", "Cs") else
+                   f"\\x{ord(c):02x}" for c in text)
+
+
+def find_pictures(message: str) -> tuple[str, list[str]]:
+    """A message without the paths of pictures in it, as terminals and file managers insert them, and these."""
+    paths = []
+
+    def take(word: re.Match) -> str:
+        path = word[1] or word[2] or re.sub(r"\\(.)", r"\1", word[3])
+        path = unquote(path[7:]) if path.startswith("file://") else os.path.expanduser(path)
+        for each in (path, path.rstrip("?!.,;:)"), word[0]):
+            if each.lower().endswith(SUFFIXES) and os.path.isfile(each):
+                paths.append(each)
+                return ""
+        return word[0]
+
+    if message.lower().endswith(SUFFIXES) and os.path.isfile(message):  # with spaces, not escaped
+        return "", [message]
+    text = WORD.sub(take, message)
+    return re.sub(" {2,}", " ", text).strip() if paths else message, paths
+
+
+def show(talk: Chat, path: str, encoded: bytes = b""):
+    """Show a picture to the model and, in half-blocks, to the user."""
+    talk.add_image(path, encoded)
+    if not talk.options.plain:
+        columns = min(40, shutil.get_terminal_size().columns)
+        pixels = load_image(encoded or path, columns // 2 * 2).permute(1, 2, 0).tolist()
+        for above, below in zip(pixels[::2], pixels[1::2]):
+            cells = ("\x1b[38;2;{};{};{};48;2;{};{};{}m\u2580".format(*a, *b) for a, b in zip(above, below))
+            print("".join(cells) + "\x1b[0m", file=sys.stderr)
+
+
+def say(talk: Chat, question: str, is_script: bool = False):
+    """Show the pictures that a question names, and print the answer as it comes; Ctrl-C stops it."""
+    o, (question, paths), n_turns = talk.options, find_pictures(question), len(talk.turns)
+    for path in paths:
+        show(talk, path)
+    if not question:
+        return print("What would you like to know?", file=sys.stderr)
+    if talk.model.vision and not talk.n_pictures and not n_turns:
+        print("note: no picture has been shown; /image PATH shows one", file=sys.stderr)
+    note = ""
+    try:
+        for piece in talk.ask(question):
+            print("" if o.json else printable(piece), end="", flush=True)
+    except KeyboardInterrupt:
+        if is_script or len(talk.turns) == n_turns:
+            raise
+        note = "you stopped it"
+    turn, seconds = talk.turns[-1], talk.stats.get("seconds", 0.0)
+    if o.json:
+        print(json.dumps({"prompt": turn.question, "pictures": [p.path for p in turn.pictures],
+                          "answer": turn.answer, "tokens": talk.stats.get("answer_tokens", 0),
+                          "seconds": round(seconds, 3), "ended": turn.ended}), end="")
+    print()
+    if not turn.ended:
+        print(f"({note or f'stopped before its end; max_new_tokens is {o.max_new_tokens}'})", file=sys.stderr)
+    if o.stats and talk.stats:
+        rate = (talk.stats["answer_tokens"] - 1) / max(seconds - talk.stats["first_word_s"], 1e-9)
+        print(f"({rate:.1f} tokens/s, first word after {talk.stats['first_word_s']:.2f} s; "
+              f"{talk.stats['cached_tokens']} of {talk.stats['prompt_tokens']} prompt tokens were cached)",
+              file=sys.stderr)
+
+
+def run_command(talk: Chat, command: str, argument: str):
+    """Carry out what HELP lists, but /bye."""
+    if command == "/image":
+        _, paths = find_pictures(argument)
+        for path in paths or [argument or "/image wants a path"]:
+            show(talk, path)
+            print(f"{printable(path)}: seen. What would you like to know?")
+    elif command in ("/clear", "/reset"):
+        talk.reset()
+        print("A new conversation begins, without a picture.")
+    elif command in ("/undo", "/regenerate") and not talk.turns:
+        print("There is no question yet.")
+    elif command == "/undo":
+        print(f"Forgotten: {printable(talk.undo().question)}")
+    elif command == "/regenerate":
+        say(talk, talk.undo().question)
+    elif command == "/set" and argument:
+        name, _, value = argument.partition(" ")
+        value = {"on": "true", "off": "false"}.get(value.strip(), value.strip())
+        talk.options = override(talk.options, {check_name(name, SETTINGS, "/set"): value}, "/set")
+        talk.generator.manual_seed(talk.options.seed)
+    elif command in ("/set", "/show"):
+        print("\n".join(f"{name:20}{getattr(talk.options, name)}" for name in SETTINGS))
+    elif command == "/save":
+        save(talk, argument)
+    else:
+        print(HELP if command in ("/help", "/?") else f"{printable(command)}: unknown command\n{HELP}")
+
+
+def save(talk: Chat, path: str):
+    """Write the conversation as JSON, or else as Markdown."""
+    turns = [{"pictures": [p.path for p in t.pictures], "question": t.question, "answer": t.answer}
+             for t in talk.turns]
+    text = "\n".join("".join(f"![]({p})\n\n" for p in t["pictures"]) + f"**{t['question']}**\n\n{t['answer']}\n"
+                     for t in turns)
+    with replacing(path or "/save wants a file name") as temporary:
+        temporary.write_text(json.dumps(turns, indent=1) if path.endswith(".json") else text, "utf-8")
+    print(f"{printable(path)}: {len(turns)} answers written")
+
+
+def set_up_readline():
+    """Arrow keys, a history that is kept, and Tab for commands and paths, where the system has readline."""
+    import atexit
+    import readline
+    history = Path.home() / ".nanominigpt4_history"
+    with suppress(OSError):
+        readline.read_history_file(history)
+    atexit.register(suppress(OSError)(readline.write_history_file), history)
+
+    def complete(text: str, state: int) -> str | None:
+        found = COMMANDS if readline.get_begidx() == 0 and text.startswith("/") else []
+        paths = [p + "/" * os.path.isdir(p) for p in glob(escape(os.path.expanduser(text)) + "*")]
+        return dict(enumerate([name for name in found if name.startswith(text)] + paths)).get(state)
+
+    readline.set_completer(complete)
+    readline.set_completer_delims(" \t\n\"'")
+    readline.parse_and_bind("bind ^I rl_complete" if "libedit" in str(readline.__doc__) else "tab: complete")
+
+
+def read_message() -> str:
+    """A line, or what stands between two \"\"\"."""
+    prompt = ("you> ", "...> ") if sys.stdin.isatty() else ("", "")
+    message = input(prompt[0])
+    if message.lstrip().startswith('"""'):
+        while message.count('"""') < 2:
+            message += "\n" + input(prompt[1])
+        message = message.split('"""')[1]
+    return message.strip()
+
+
+def converse(talk: Chat):
+    """Read messages and commands until /bye or the end of stdin."""
+    if sys.stdin.isatty() and not talk.options.plain:
+        with suppress(ImportError):
+            set_up_readline()
     while True:
         try:
-            line = input("you> " if sys.stdin.isatty() else "").strip()
-            command, _, argument = line.partition(" ")
-            if command == "/quit":
+            message = read_message()
+            command, *argument = message.split(maxsplit=1)[:2] or [""]
+            if command in ("/bye", "/quit", "/exit"):
                 return
-            elif command == "/help":
-                print(HELP)
-            elif command == "/reset":
-                chat.reset()
-                print("A new conversation begins, without a picture.")
-            elif command == "/image":
-                path = os.path.expanduser(argument.strip().strip("'\""))
-                chat.add_image(path)
-                print(f"{path}: seen. What would you like to know?")
-            elif command.startswith("/"):
-                print(f"{command}: unknown command\n{HELP}")
-            elif line:
-                say(chat, line)
-                with suppress(KeyboardInterrupt):
-                    chat.remember()  # while the user reads
+            elif command in COMMANDS or command.startswith("/") and not find_pictures(message)[1]:
+                run_command(talk, command, "".join(argument).strip())
+            elif message:
+                say(talk, message)
+            talk.remember()  # while the user reads
         except EOFError:
-            return
+            return print(end="\n" * sys.stdin.isatty())
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            print("\n(/bye or Ctrl-D leaves)", file=sys.stderr)
         except InputError as e:
-            print(f"error: {e}", file=sys.stderr)
-
-
-def say(chat: Chat, question: str):
-    """Print an answer as it comes; Ctrl-C ends it early."""
-    with suppress(KeyboardInterrupt):
-        for piece in chat.ask(question):
-            print(piece, end="", flush=True)
-    print()
-    if not chat.ended:
-        print(f"(stopped before its end; max_new_tokens is {chat.options.max_new_tokens})", file=sys.stderr)
+            print("error:", printable(str(e)), file=sys.stderr)
 
 
 def main(argv: list[str]):
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages on Linux: weights are read faster
     pictures, given = parse_args(argv, __doc__, "[IMAGE ...]", Options)
     options = override(Options(), given)
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stderr.isatty():
+        options = replace(options, plain=True)
+    os.environ["TQDM_DISABLE"] = str(int(options.plain))
     if not options.ckpt:
         print(TINY_NOTE, file=sys.stderr)
-    chat = Chat(*load(options))
+    talk = Chat(*load(options))
     if options.check:
-        check(chat.model)
+        check(talk.model)
     for path in pictures:
-        chat.add_image(path)
-    if options.prompt:
-        say(chat, options.prompt)
-    else:
-        print(f"{len(pictures)} picture(s) shown. /help lists what can be typed.", file=sys.stderr)
-        converse(chat)
+        show(talk, path, sys.stdin.buffer.read() if path == "-" else b"")
+    text = "" if sys.stdin.isatty() or "-" in pictures else sys.stdin.read()
+    is_conversation = any(line.startswith("/") for line in text.splitlines()) and not options.prompt
+    if options.prompt or text.strip() and not is_conversation:
+        return say(talk, "\n".join(filter(None, (text.strip(), options.prompt))), is_script=True)
+    if text:
+        sys.stdin = io.StringIO(text)
+    print(f"{len(pictures)} picture(s) shown. /help lists what can be typed.", file=sys.stderr)
+    converse(talk)
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a terminal may lack some characters
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal may lack some characters
     run_main(main)
