@@ -5,8 +5,8 @@
     python chat.py a.jpg b.jpg --ckpt=out/stage2 --temperature=0    several pictures, a trained run, greedy
 
 Without --ckpt it is the tiny model in assets/tiny. The sampling defaults are those of the original demo. The
-picture `-` is read from stdin. Text on stdin stands before --prompt, or is the prompt; lines of which one is a
-command are a conversation.
+picture `-` is read from stdin. Text on stdin stands before --prompt, or is the prompt; with a command in it,
+its lines are a conversation.
 """
 
 import io
@@ -114,7 +114,7 @@ def check(model: MiniGPT4):
 
 
 Picture = namedtuple("Picture", "path number embeds")  # counted from 1 in each chat; embeds: (1, N, d_llama)
-Turn = namedtuple("Turn", "question answer pictures ended", defaults=(None, (), False))  # of a complete answer
+Turn = namedtuple("Turn", "question answer pictures ended", defaults=(None, (), False))  # ended: complete
 
 
 class Chat:
@@ -137,6 +137,11 @@ class Chat:
         self.cache = KVCache(self.model.llama.config, 1, 256, w.device, w.dtype)
         self.cached: list[int] = []  # the ids whose keys and values it holds, with -n for picture number n
         self.stats: dict[str, float] = {}  # of the last answer: tokens, and seconds
+
+    @property
+    def ended(self) -> bool:
+        """Whether the last answer is complete."""
+        return not self.turns or self.turns[-1].ended
 
     @torch.no_grad()
     def add_image(self, path: str, encoded: bytes = b""):
@@ -235,7 +240,7 @@ def printable(text: str) -> str:
 
 
 def find_pictures(message: str) -> tuple[str, list[str]]:
-    """A message without the paths of pictures in it, as terminals and file managers insert them, and these."""
+    """A message without the paths of pictures in it, as a terminal inserts them, and these paths."""
     paths = []
 
     def take(word: re.Match) -> str:
@@ -329,8 +334,8 @@ def save(talk: Chat, path: str):
     """Write the conversation as JSON, or else as Markdown."""
     turns = [{"pictures": [p.path for p in t.pictures], "question": t.question, "answer": t.answer}
              for t in talk.turns]
-    text = "\n".join("".join(f"![]({p})\n\n" for p in t["pictures"]) + f"**{t['question']}**\n\n{t['answer']}\n"
-                     for t in turns)
+    text = "\n".join("".join(f"![]({p})\n\n" for p in t["pictures"]) +
+                     f"**{t['question']}**\n\n{t['answer']}\n" for t in turns)
     with replacing(path or "/save wants a file name") as temporary:
         temporary.write_text(json.dumps(turns, indent=1) if path.endswith(".json") else text, "utf-8")
     print(f"{printable(path)}: {len(turns)} answers written")
@@ -343,7 +348,8 @@ def set_up_readline():
     history = Path.home() / ".nanominigpt4_history"
     with suppress(OSError):
         readline.read_history_file(history)
-    atexit.register(suppress(OSError)(readline.write_history_file), history)
+    if os.access(history.parent, os.W_OK):
+        atexit.register(readline.write_history_file, history)
 
     def complete(text: str, state: int) -> str | None:
         found = COMMANDS if readline.get_begidx() == 0 and text.startswith("/") else []
@@ -406,7 +412,10 @@ def main(argv: list[str]):
         check(talk.model)
     for path in pictures:
         show(talk, path, sys.stdin.buffer.read() if path == "-" else b"")
-    text = "" if sys.stdin.isatty() or "-" in pictures else sys.stdin.read()
+    text = ""
+    if not sys.stdin.isatty() and "-" not in pictures:
+        with suppress(OSError):  # closed
+            text = sys.stdin.read()
     is_conversation = any(line.startswith("/") for line in text.splitlines()) and not options.prompt
     if options.prompt or text.strip() and not is_conversation:
         return say(talk, "\n".join(filter(None, (text.strip(), options.prompt))), is_script=True)
