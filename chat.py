@@ -62,7 +62,9 @@ class Options:
 
 
 def load(options: Options) -> tuple[MiniGPT4, Options]:
-    """The model of a run's folder, and the options with the gaps filled in from that run."""
+    """The model of a run's folder, checked if asked for, and the options with the gaps filled in from it."""
+    if not options.ckpt:
+        print(TINY_NOTE, file=sys.stderr)
     run = options.ckpt or str(Path(__file__).parent / "assets/tiny")
     saved = read_saved_config(run)
     device = pick_device(options.device).type
@@ -73,6 +75,8 @@ def load(options: Options) -> tuple[MiniGPT4, Options]:
     template = options.template or saved.template or "vicuna"
     if not options.template and not saved.template:
         print(f"note: {run} was trained without a template; --template=vicuna is used", file=sys.stderr)
+    if options.check:
+        check(model)
     return model, replace(options, device=device, dtype=dtype, template=template)
 
 
@@ -251,11 +255,7 @@ def say(chat: Chat, question: str):
 def main(argv: list[str]):
     pictures, given = parse_args(argv, __doc__, "[IMAGE ...]", Options)
     options = override(Options(), given)
-    if not options.ckpt:
-        print(TINY_NOTE, file=sys.stderr)
     chat = Chat(*load(options))
-    if options.check:
-        check(chat.model)
     for path in pictures:
         chat.add_image(path)
     if options.prompt:
