@@ -226,11 +226,6 @@ def parse_args(argv: list[str], doc: str, positional: str, *classes) -> tuple[li
     return arguments, given
 
 
-def one_line(text: str) -> str:
-    """Text for the terminal: white space folded, and no control characters, which file names may hold."""
-    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
-
-
 def run_main(main):
     """Call `main(argv)`; a mistake of the user becomes one line on stderr and exit status 2."""
     try:
@@ -240,5 +235,5 @@ def run_main(main):
     except BrokenPipeError:  # the reader of our output, such as head, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (InputError, OSError) as e:  # OSError: no permission, no space left
-        print("error:", one_line(str(e)), file=sys.stderr)
+        print("error:", *"".join(c if c.isprintable() else " " for c in str(e)).split(), file=sys.stderr)
         sys.exit(2)

@@ -113,7 +113,7 @@ def main(argv: list[str]):
                 result = {"caption": text} if text else {"error": "the answer is empty"}
                 print(json.dumps({"image": image} | result), file=good if text else bad, flush=True)
                 n_cut += not ended
-    print(f"{len(read_lines(out)):,} captions ({n_cut} new ones cut off), {len(read_lines(errors)):,} failures")
+    print(f"{len(read_lines(out))} captions ({n_cut} new ones cut off), {len(read_lines(errors))} failures")
 
 
 if __name__ == "__main__":
