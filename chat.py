@@ -86,7 +86,9 @@ class Options:
 
 
 def load(options: Options) -> tuple[MiniGPT4, Options]:
-    """The model of a run's folder, and the options with the gaps filled in from that run."""
+    """The model of a run's folder, checked if asked for, and the options with the gaps filled in from it."""
+    if not options.ckpt:
+        print(TINY_NOTE, file=sys.stderr)
     run = options.ckpt or str(Path(__file__).parent / "assets/tiny")
     saved = read_saved_config(run)
     device = pick_device(options.device).type
@@ -102,6 +104,8 @@ def load(options: Options) -> tuple[MiniGPT4, Options]:
     template = options.template or saved.template or "vicuna"
     if not options.template and not saved.template:
         print(f"note: {run} was trained without a template; --template=vicuna is used", file=sys.stderr)
+    if options.check:
+        check(model)
     return model, replace(options, device=device, dtype=dtype, template=template, answer_end=end)
 
 
@@ -405,11 +409,7 @@ def main(argv: list[str]):
     if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stderr.isatty():
         options = replace(options, plain=True)
     os.environ["TQDM_DISABLE"] = str(int(options.plain))
-    if not options.ckpt:
-        print(TINY_NOTE, file=sys.stderr)
     talk = Chat(*load(options))
-    if options.check:
-        check(talk.model)
     for path in pictures:
         show(talk, path, sys.stdin.buffer.read() if path == "-" else b"")
     text = ""

@@ -235,5 +235,5 @@ def run_main(main):
     except BrokenPipeError:  # the reader of our output, such as head, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (InputError, OSError) as e:  # OSError: no permission, no space left
-        print("error:", " ".join(str(e).split()), file=sys.stderr)
+        print("error:", *"".join(c if c.isprintable() else " " for c in str(e)).split(), file=sys.stderr)
         sys.exit(2)

@@ -1,0 +1,120 @@
+"""Captions for many pictures, in a .jsonl that configs/finetune_own.py reads.
+
+    python tools/caption.py photos --out=captions.jsonl
+    python tools/caption.py a.png "photos/**/*.jpg" more.txt --ckpt=out/stage2 --prompt="What is this?"
+
+PICTURE is a picture, a folder (the pictures directly inside), a glob (** takes subfolders) or a .txt that
+lists pictures, one path a line. A line of --out is {"image": path from the folder of --out, "caption": ...}.
+A stopped run continues: pictures with a line are skipped. To start over, remove the file. Failures go, as
+{"image": ..., "error": ...}, to captions.errors.jsonl beside it; --retry empties that file and tries again.
+"""
+
+import glob
+import json
+import os
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import chat
+from configs.schema import InputError, option, override, parse_args, run_main
+from vision import load_image
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # in folders and globs
+
+
+@dataclass(frozen=True)
+class Options(chat.Options):
+    prompt: str = option("Describe this image in detail.", "asked about each picture")
+    temperature: float = option(0.0, "0: greedy", least=0)
+    out: str = option("captions.jsonl", "the file to write, or to continue")
+    batch_size: int = option(8, "pictures captioned together", least=1)
+    retry: bool = option(False, "try the pictures that failed again")
+
+
+def find_pictures(name: str) -> list[str]:
+    """The paths that an argument stands for. Raises InputError if none of them exists."""
+    paths, pattern = [name], os.path.join(glob.escape(name), "*") if os.path.isdir(name) else name
+    if not os.path.isfile(name):
+        paths = sorted(p for p in glob.glob(pattern, recursive=True) if p.lower().endswith(SUFFIXES))
+    elif name.endswith(".txt"):
+        paths = [p for p in Path(name).read_text("utf-8-sig", "surrogateescape").splitlines() if p.strip()]
+    if not any(map(os.path.isfile, paths)):
+        raise InputError(f"{name}: no pictures; give a picture, a folder, a glob, or a .txt that lists them")
+    return paths
+
+
+def written_path(path: str, folder: Path) -> str:
+    """A picture's path from `folder`, with slashes; absolute if it is on another drive."""
+    path = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+    with suppress(ValueError):  # another drive
+        path = os.path.relpath(path, os.path.realpath(folder))
+    return Path(path).as_posix()
+
+
+def read_lines(path: Path) -> set[str]:
+    """The pictures in a .jsonl. Its last line is completed, or removed if a killed run has cut it."""
+    lines, rows = path.read_bytes().split(b"\n"), {}
+    for line in lines:
+        with suppress(ValueError, KeyError, TypeError):
+            rows[str(json.loads(line)["image"])] = line
+    if lines[-1] in rows.values():
+        path.open("ab").write(b"\n")
+    else:
+        os.truncate(path, path.stat().st_size - len(lines[-1]))
+    return set(rows)
+
+
+@torch.no_grad()
+def captions(talk: chat.Chat, tokens: list[int], images: dict[str, torch.Tensor]) -> list[tuple]:
+    """{name: picture, uint8 (3, S, S)} and the prompt's ids -> [(name, caption, whether it is complete)]."""
+    o, model, end = talk.options, talk.model, talk.template.end
+    embeds = model.encode_image(torch.stack([*images.values()]).to(o.device))
+    common = dict(max_new_tokens=min(o.max_new_tokens, talk.context - len(tokens)), min_length=o.min_length,
+                  repetition_penalty=o.repetition_penalty, stop=model.tokenizer.stop_sequences(end))
+    if o.num_beams > 1:
+        rows = [model.beam_search(tokens, x.unsqueeze(0), o.num_beams, length_penalty=o.length_penalty,
+                                  **common) for x in embeds]
+    else:
+        steps = model.generate([tokens] * len(images), embeds, context=talk.context, generator=talk.generator,
+                               temperature=o.temperature, top_p=o.top_p, **common)
+        rows = [[id for id in row if id is not None] for row in zip(*steps)]
+    return [(name, model.tokenizer.answer_text(ids, end), model.is_end(ids, common["stop"]))
+            for name, ids in zip(images, rows)]
+
+
+def main(argv: list[str]):
+    names, given = parse_args(argv, __doc__, "PICTURE ...", Options)
+    o = override(Options(), given)
+    out, errors, n_cut = Path(o.out), Path(o.out).with_suffix(".errors.jsonl"), 0
+    pictures = {written_path(path, out.parent): path for name in names for path in find_pictures(name)}
+    if not pictures or out.suffix != ".jsonl":
+        raise InputError(f"{len(pictures)} pictures, --out={o.out}: give pictures, and a .jsonl to write to")
+    with open(out, "a") as good, open(errors, "w" if o.retry else "a") as bad:
+        new = sorted(pictures.keys() - read_lines(out) - read_lines(errors))
+        talk = chat.Chat(*chat.load(o))
+        if talk.model.vision is None:
+            raise InputError(f"{o.ckpt}: this run sees no pictures; give one with vision")
+        question = o.prompt.encode("utf-8", "replace").decode()  # a terminal may send what is no text
+        tokens, _ = talk.prompt(chat.Turn(question, pictures=(chat.Picture("", 1, torch.zeros(0)),)))
+        for start in tqdm(range(0, len(new), o.batch_size), f"{len(new):,} pictures", unit="batch"):
+            loaded = {}
+            for image in new[start:start + o.batch_size]:
+                try:
+                    loaded[image] = load_image(pictures[image], talk.model.image_size, smallest=2)
+                except InputError as e:
+                    print(json.dumps({"image": image, "error": str(e)}), file=bad, flush=True)
+            for image, text, ended in captions(talk, tokens, loaded) if loaded else ():
+                result = {"caption": text} if text else {"error": "the answer is empty"}
+                print(json.dumps({"image": image} | result), file=good if text else bad, flush=True)
+                n_cut += not ended
+    print(f"{len(read_lines(out))} captions ({n_cut} new ones cut off), {len(read_lines(errors))} failures")
+
+
+if __name__ == "__main__":
+    run_main(main)
