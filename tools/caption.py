@@ -84,7 +84,7 @@ def captions(talk: chat.Chat, tokens: list[int], images: dict[str, torch.Tensor]
         steps = model.generate([tokens] * len(images), embeds, context=talk.context, generator=talk.generator,
                                temperature=o.temperature, top_p=o.top_p, **common)
         rows = [[id for id in row if id is not None] for row in zip(*steps)]
-    return [(name, model.tokenizer.answer_text(ids, end), model.is_end(ids, common["stop"]))
+    return [(name, model.tokenizer.answer_text(ids, end), model.tokenizer.is_end(ids, common["stop"]))
             for name, ids in zip(images, rows)]
 
 

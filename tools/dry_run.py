@@ -41,7 +41,7 @@ class MetaMiniGPT4(MiniGPT4):
 def meta_model(config: Config, trainable: tuple[str, ...] = ()) -> tuple[MetaMiniGPT4, list[str]]:
     """The model of a config on the meta device, and notes on the sizes that had to be assumed."""
     sources, files, notes = config.parts(), {}, []
-    check_sources(sources, trainable, config.dtype)
+    check_sources(sources, trainable, config.dtype, config.tokenizer)
     for name in ("vision", "qformer", "llama"):
         if (path := sources[name]) and isinstance(path, str):
             if name == "llama" and (sizes := Path(path) / "config.json").is_file():
