@@ -168,7 +168,7 @@ class QuantizedLinear(nn.Module):
         rows = x.flatten(0, -2)
         if self.is_int8 and x.is_cpu:  # x is quantized, too, with one scale for all rows: give them one range
             largest = rows.float().abs().amax(1, keepdim=True).clamp(min=1e-12) if len(rows) > 1 else 1.0
-            y = torch.ops.quantized.linear_dynamic(rows.float() / largest, self.weight).mul(largest).to(x.dtype)
+            y = (torch.ops.quantized.linear_dynamic(rows.float() / largest, self.weight) * largest).to(x.dtype)
         elif self.is_int8:
             y = F.linear(rows, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
         else:
@@ -201,10 +201,10 @@ class Attention(nn.Module):
             k, v = cache.append(self.layer, k, v)
         S = k.shape[2]  # a single new token attends to everything, several ones each to those before it
         mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T) if 1 < T < S else None
-        if T == 1:  # a key head's query heads become its queries, which saves reading the keys for each
+        if cache is not None and T == 1:  # a key head's query heads become its queries: one read of its keys
             q = q.reshape(B, k.shape[1], -1, self.head_dim)
-        is_shared = q.shape[1] != k.shape[1]
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S > 1, enable_gqa=is_shared)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=cache is None or S == T > 1,
+                                           enable_gqa=q.shape[1] != k.shape[1])
         return self.o_proj(y.reshape(B, -1, T, self.head_dim).transpose(1, 2).reshape(B, T, -1))
 
 
