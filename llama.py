@@ -168,7 +168,8 @@ class QuantizedLinear(nn.Module):
         rows = x.flatten(0, -2)
         if self.is_int8 and x.is_cpu:  # x is quantized, too, with one scale for all rows: give them one range
             largest = rows.float().abs().amax(1, keepdim=True).clamp(min=1e-12) if len(rows) > 1 else 1.0
-            y = (torch.ops.quantized.linear_dynamic(rows.float() / largest, self.weight) * largest).to(x.dtype)
+            y = torch.ops.quantized.linear_dynamic(rows.float() / largest, self.weight) * largest
+            y = y.to(x.dtype)
         elif self.is_int8:
             y = F.linear(rows, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
         else:

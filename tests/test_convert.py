@@ -376,7 +376,7 @@ def test_the_command_line(hub, tmp_path):
     for argv in (("vission", hub, tmp_path / "x"), ("llama", hub), ()):
         assert fails(*argv).startswith("usage: python ")
     assert "did you mean dtype" in fails("llama", hub, tmp_path / "x", "--dtyp=float16")
-    assert "--dtype=int8: give one of float32" in fails("llama", hub, tmp_path / "x", "--dtype=int8")
+    assert "--dtype=int2: give one of float32" in fails("llama", hub, tmp_path / "x", "--dtype=int2")
     assert "exists already" in fails("llama", hub, hub)
 
 
