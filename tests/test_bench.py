@@ -4,16 +4,21 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
+
+from model import MiniGPT4
+from tools.bench import TOKENIZER, WAYS, gguf_file
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def run_bench(*arguments) -> subprocess.CompletedProcess:
     command = [sys.executable, "tools/bench.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300,
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
@@ -24,16 +29,43 @@ def bench(folder, *arguments) -> list[dict]:
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["bench"] == arguments[0] and result["device"] == "cpu"
     for row in result["rows"]:
-        assert min(row[k] for k in ("ours", "peer", "limit")) > 0
-        assert row["vs_peer"] == pytest.approx(row["ours"] / row["peer"], rel=1e-3, abs=1e-4)
-        assert row["vs_limit"] == pytest.approx(row["ours"] / row["limit"], rel=1e-3, abs=1e-4)
+        others = [k for k in ("peer", "limit", "llamacpp") if k in row]
+        assert row["ours"] > 0 and "peer" in others
+        for k in others:
+            assert row[k] > 0 and row[f"vs_{k}"] == pytest.approx(row["ours"] / row[k], rel=1e-3, abs=1e-4)
     return result["rows"]
 
 
-def test_chat_beside_transformers(tmp_path):
-    row, = bench(tmp_path, "chat", "--size=small")
-    assert row["unit"] == "1/s" and row["peer_name"] == "transformers InstructBLIP"
-    assert min(row["vs_peer"], row["peak_mib"], row["peer_peak_mib"]) > 0
+def test_chat_beside_transformers_and_llamacpp(tmp_path):
+    rows = bench(tmp_path, "chat", "--size=small")
+    assert {row["name"].removeprefix("small "): (row["unit"], row["peer_name"]) for row in rows} == {
+        "first word": ("1/s", "transformers InstructBLIP"),
+        **{f"{way.replace('loat', '')} decode": ("tokens/s", "transformers bf16") for way in WAYS},
+        **{f"{way} prompt": ("1/s", "transformers bf16") for way in ("bf16", "int8", "int4")},
+        "second turn": ("1/s", "its first turn"),
+        "batch 8": ("pictures/min", "one at a time"), "int8 batch 8": ("pictures/min", "one at a time")}
+    has_llamacpp = bool(find_spec("llama_cpp") and find_spec("gguf"))
+    for row in rows:
+        assert min(row["peak_mib"], row["peer_peak_mib"]) > 0
+        assert ("limit" in row) == row["name"].endswith("word")
+        assert ("llamacpp" in row) == (has_llamacpp and row["name"].endswith(("decode", "prompt")))
+
+
+@pytest.mark.parametrize("kind, least", [("BF16", 0.999), ("Q8_0", 0.995), ("Q4_0", 0.85)])
+def test_llamacpp_has_the_same_weights(tmp_path, kind, least):
+    llama_cpp, _ = pytest.importorskip("llama_cpp"), pytest.importorskip("gguf")
+    llama = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    model = MiniGPT4.from_files(None, None, llama, dtype="float32", tokenizer=TOKENIZER.path)
+    model.save_part("llama", str(tmp_path))
+    file = gguf_file(tmp_path / "llama", kind)
+    peer = llama_cpp.Llama(str(file), logits_all=True, n_threads=1, verbose=False)
+    tokens = list(range(300, 340))
+    peer.eval(tokens)
+    with torch.no_grad():
+        logits = model.llama.logits(model.llama(model.embed(torch.tensor([tokens]), None)))[0]
+    assert torch.cosine_similarity(logits, torch.tensor(peer.scores[:40]), dim=1).mean() > least
 
 
 def test_train_beside_transformers_with_the_same_loss(tmp_path):

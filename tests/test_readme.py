@@ -14,9 +14,9 @@ from configs.schema import Config, load_config, override, parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-OPTIONAL = {("bench.py", "transformers"), ("bench.py", "webdataset"), ("prepare_stage1.py", "pyarrow"),
-            ("webchat.py", "gradio")}
-# which say so in one line where they are missing
+OPTIONAL = {("bench.py", name) for name in ("transformers", "webdataset", "gguf", "llama_cpp")}
+OPTIONAL |= {("prepare_stage1.py", "pyarrow"), ("webchat.py", "gradio")}
+# which say so in one line, or leave out a row, where missing
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("configs/**/*.py"), *ROOT.glob("tools/*.py")]
 
 

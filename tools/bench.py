@@ -2,11 +2,16 @@
 
     python tools/bench.py data                  reading tar shards, beside the webdataset library
     python tools/bench.py train --size=small    a training step, beside the same step of transformers' BLIP-2
-    python tools/bench.py chat --size=full      until the first word, beside transformers' InstructBLIP
+    python tools/bench.py chat --size=1.1b      answers, beside transformers and, where installed, llama.cpp
+
+chat measures the first word from the start of Python, beside InstructBLIP; the language model's prompt and
+decoding in bf16, int8 and int4, beside transformers' bf16 and llama.cpp's BF16, Q8_0 and Q4_0 (on a CPU, with
+llama-cpp-python and gguf); a second question about a picture, beside the first; 8 pictures in a batch, beside
+one at a time.
 
 `limit` is PIL alone in as many workers (data), a large matrix product, so that vs_limit is the model FLOPs
-utilization (train), one read of all weights from memory (chat). Random weights and pictures are made in
---folder on first use (full: 32 GB). The last line is JSON, in which higher rates are better.
+utilization (train), one read of all weights from memory (first word). Random weights and pictures are made in
+--folder on first use (1.1b: 13 GB, full: 50 GB). The last line is JSON, in which higher rates are better.
 """
 
 import io
@@ -18,7 +23,8 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
+from importlib.util import find_spec
 from multiprocessing import get_context, set_start_method
 from pathlib import Path
 from statistics import median
@@ -35,17 +41,22 @@ from configs import schema
 from configs.schema import Config, InputError, option
 from data import Batch, Groups, Reader, Sample, Samples, collate, index_tar, open_samples
 from llama import IGNORE, IMAGE, LlamaConfig, Tokenizer
-from model import PARTS, MiniGPT4, pick_device
+from model import PARTS, MiniGPT4, pick_device, read_part, replacing
 from qformer import QFormerConfig
 from train import build, flops_per_position, make_optimizer, train_step
 from vision import VisionConfig, load_image, normalize, preprocess
 
 TOKENIZER = Tokenizer(str(ROOT / "assets/tiny/llama/tokenizer.model"))
 SIDE, N_TOKENS, VOCAB, DATA_BATCH = 224, 32, 32_000, 64
-HUB_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-SIZES = {  # these four of the vision tower, the Q-Former and LLaMA
+PROMPT, ANSWER, CHAT_BATCH = 80, 32, 8  # tokens of chat's prompts and answers; pictures at a time
+PICTURE, QUESTION = str(ROOT / "assets/tiny/example.png"), "What is in this picture?"
+WAYS = {"bfloat16": "BF16", "bfloat16 compiled": "BF16", "int8": "Q8_0", "int4": "Q4_0"}  # llama.cpp's types
+HUB_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+             "num_key_value_heads")
+SIZES = {  # these of the vision tower, the Q-Former and LLaMA; the last one only where it differs
     "small": ((64, 4, 4, 128), (48, 4, 4, 96), (64, 3, 4, 128)),
     "medium": ((768, 12, 12, 3072), (768, 12, 12, 3072), (1024, 12, 16, 2816)),
+    "1.1b": ((1408, 39, 16, 6144), (768, 12, 12, 3072), (2048, 22, 32, 5632, 4)),  # TinyLlama
     "full": ((1408, 39, 16, 6144), (768, 12, 12, 3072), (4096, 32, 32, 11008)),
 }
 PEER_NAMES = (  # a part of transformers' name -> of ours, replaced in this order
@@ -62,7 +73,7 @@ PEER_NAMES = (  # a part of transformers' name -> of ours, replaced in this orde
 
 @dataclass(frozen=True)
 class Options:
-    size: str = option("medium", f"train, chat: {', '.join(SIZES)}, of the model", choices=tuple(SIZES))
+    size: str = option("", f"{', '.join(SIZES)}; none: medium (train), 1.1b (chat)", choices=("", *SIZES))
     folder: str = option("out/bench", "where random weights and pictures are kept")
     device: str = option("", "none: cuda if there is one, else cpu")
     rounds: int = option(3, "in which the sides take turns; the median counts", least=1)
@@ -75,18 +86,22 @@ class Options:
         schema.check_options(self)
 
 
-def measure(rounds: int, name: str, unit: str, peer: str, *calls: tuple) -> dict:
-    """A row of the result. Ours, peer and limit, (function, arguments...), take turns, in new processes."""
-    runs, row = {side: [] for side in ("ours", "peer", "limit")}, dict(name=name, unit=unit, peer_name=peer)
+def measure(rounds: int, name: str, units: dict, peer: str, sides: dict[str, tuple]) -> list[dict]:
+    """A row for each rate in `units`. The sides, (function, arguments...), take turns in new processes."""
+    runs = {side: [] for side in sides}
     for _ in range(rounds):
-        for side, call in zip(runs, calls):
+        for side, call in sides.items():
             with ProcessPoolExecutor(1, get_context("spawn")) as pool:
                 runs[side].append(pool.submit(*call).result())
             print(f"{name}, {side}: {runs[side][-1]}", file=sys.stderr)
-    for side, results in runs.items():  # "ours_rate" -> "ours", "ours_loss" -> "loss", "peer_loss"
-        row |= {f"{side}_{key}".removesuffix("_rate").removeprefix("ours_"):
-                round(median(result[key] for result in results), 4) for key in results[0]}
-    return row | {f"vs_{side}": round(row["ours"] / row[side], 4) for side in ("peer", "limit")}
+    medians = {side: {key: round(median(result[key] for result in results), 4) for key in results[0]}
+               for side, results in runs.items()}
+    others = {f"{side}_{key}".removeprefix("ours_"): value for side, found in medians.items()
+              for key, value in found.items() if key not in units}  # "ours_loss" -> "loss", "peer_loss"
+    return [dict(name=f"{name} {rate}".removesuffix(" rate"), unit=unit, peer_name=peer)
+            | {side: found[rate] for side, found in medians.items()} | others
+            | {f"vs_{side}": round(medians["ours"][rate] / found[rate], 4)
+               for side, found in medians.items() if side != "ours"} for rate, unit in units.items()]
 
 
 def seconds(function: Callable, n: int = 3) -> float:
@@ -147,9 +162,10 @@ def bench_data(options: Options, device: torch.device) -> Iterator[tuple]:
                     noise = Image.effect_noise((width // 6, height // 6), 90).convert("RGB")
                     noise.resize((width, height)).save(jpg := io.BytesIO(), "JPEG", quality=90)
                     shards.write({"__key__": f"{i}", "jpg": jpg.getvalue(), "json": {"caption": "a red fox"}})
-        yield (f"{width}x{height} w{options.workers}", "images/s", "webdataset",
-               *((read_data, side, 8 * options.steps, folder, options.workers, device)
-                 for side in (our_batches, peer_batches, pil_alone)))
+        sides = {"ours": our_batches, "peer": peer_batches, "limit": pil_alone}
+        yield (f"{width}x{height} w{options.workers}", {"rate": "images/s"}, "webdataset",
+               {side: (read_data, batches, 8 * options.steps, folder, options.workers, device)
+                for side, batches in sides.items()})
 
 
 def random_weights(options: Options, kind: str) -> tuple[Path, Path]:
@@ -245,9 +261,9 @@ def bench_train(options: Options, device: torch.device) -> Iterator[tuple]:
                      max_steps=options.steps, out_dir=str(peer))
     name = f"{options.size} {options.dtype.replace('loat', '')} b{options.batch_size}"  # "medium bf16 b8"
     for way, on in {"": {}, "compiled": {"compile": True}, "checkpointed": {"grad_checkpoint": True}}.items():
-        yield (f"{name} {way}".strip(), "images/s", "transformers BLIP-2",
-               (run_steps, our_step, replace(config, **on), device), (run_steps, peer_step, config, device),
-               (matmul_alone, config, device))
+        yield (f"{name} {way}".strip(), {"rate": "images/s"}, "transformers BLIP-2", {
+            "ours": (run_steps, our_step, replace(config, **on), device),
+            "peer": (run_steps, peer_step, config, device), "limit": (matmul_alone, config, device)})
 
 
 def first_word(ours: bool, folder: Path, device: torch.device) -> dict:
@@ -255,16 +271,16 @@ def first_word(ours: bool, folder: Path, device: torch.device) -> dict:
     started = int(Path("/proc/self/stat").read_text().split()[21]) / os.sysconf("SC_CLK_TCK")
     imports = time.clock_gettime(time.CLOCK_BOOTTIME) - started
     subprocess.run(["cat", *folder.rglob("*.safetensors")], stdout=subprocess.DEVNULL)
-    start, picture = time.perf_counter(), str(ROOT / "assets/tiny/example.png")
+    start = time.perf_counter()
     if ours:
         options = chat.Options(ckpt=str(folder), device=device.type, dtype="bfloat16", temperature=0.0)
         talk = chat.Chat(*chat.load(options))
-        talk.add_image(picture)
-        next(talk.ask("What is in this picture?"))
+        talk.add_image(PICTURE)
+        next(talk.ask(QUESTION))
     else:
         from transformers import InstructBlipForConditionalGeneration
         model = InstructBlipForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16).to(device)
-        pixels = normalize(load_image(picture, SIDE)[None].to(device)).bfloat16()
+        pixels = normalize(load_image(PICTURE, SIDE)[None].to(device)).bfloat16()
         ids = torch.tensor([[VOCAB - 1] * N_TOKENS + [5] * 52], device=device)  # as long as our prompt
         model.generate(pixel_values=pixels, input_ids=ids, qformer_input_ids=ids[:, -8:], max_new_tokens=1)
     return {"rate": 1 / (imports + time.perf_counter() - start), "peak_mib": peak_mib(device)}
@@ -276,21 +292,135 @@ def memory_alone(folder: Path) -> dict:
     return {"rate": 2**30 / n_bytes / seconds(torch.ones(2**28).sum)}
 
 
+def gguf_file(folder: Path, kind: str) -> Path:
+    """LLaMA for llama.cpp, made on first use. The output matrix of Q4_0 is Q8_0, as int4's is int8."""
+    import gguf
+    if not (path := folder / f"{kind}.gguf").is_file():
+        _, tensors, sizes = read_part("llama", str(folder))
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, sizes.num_hidden_layers)
+        with replacing(path) as temporary:
+            writer = gguf.GGUFWriter(temporary, "llama")
+            writer.add_context_length(sizes.max_position_embeddings)
+            writer.add_embedding_length(sizes.hidden_size)
+            writer.add_block_count(sizes.num_hidden_layers)
+            writer.add_feed_forward_length(sizes.intermediate_size)
+            writer.add_head_count(sizes.num_attention_heads)
+            writer.add_head_count_kv(sizes.num_key_value_heads)
+            writer.add_layer_norm_rms_eps(sizes.rms_norm_eps)
+            writer.add_vocab_size(sizes.vocab_size)
+            writer.add_tokenizer_model("no_vocab")
+            for k, t in tensors.items():
+                if k.endswith(("q_proj.weight", "k_proj.weight")):  # it rotates neighbors, not halves
+                    t = t.unflatten(0, (-1, 2, sizes.head_dim // 2)).transpose(1, 2).flatten(0, 2)
+                q = kind if k.startswith("layers") else kind.replace("4", "8")
+                q = gguf.GGMLQuantizationType["F32" if t.dim() == 1 else q]
+                name = names.get_name(k if k == "lm_head.weight" else f"model.{k}", (".weight",))
+                writer.add_tensor(name, gguf.quants.quantize(t.float().numpy(), q), raw_dtype=q)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+    return path
+
+
+def our_answer(folder: Path, way: str, ids: list[int], device: torch.device) -> Callable:
+    """A function of n that answers `ids` greedily with n tokens."""
+    dtype, *compiled = way.split()
+    model = MiniGPT4.from_files(None, None, str(folder), dtype=dtype, device=device.type)
+    if compiled:
+        model.llama.compile_rows()
+    return lambda n: [*model.generate(ids, max_new_tokens=n, temperature=0, min_length=n + 1)]
+
+
+def peer_answer(folder: Path, way: str, ids: list[int], device: torch.device) -> Callable:
+    from transformers import LlamaForCausalLM
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
+    tokens = torch.tensor([ids], device=device)
+    return lambda n: model.generate(tokens, do_sample=False, min_new_tokens=n, max_new_tokens=n).tolist()
+
+
+def llamacpp_answer(path: Path, way: str, ids: list[int], device: torch.device) -> Callable:
+    """The same, but the n tokens are given: nothing is sampled."""
+    from llama_cpp import Llama
+    threads = torch.get_num_threads()
+    model = Llama(str(path), n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False)
+    return lambda n: [model.reset(), *(model.eval(new) for new in [ids] + [[5]] * (n - 1))]
+
+
+def answers(make_answer: Callable, folder: Path, way: str, units: dict, device: torch.device) -> dict:
+    """prompt: 1/s until the first token; decode: tokens/s after it."""
+    ids = torch.randint(3, VOCAB, (PROMPT,), generator=torch.Generator().manual_seed(0)).tolist()
+    answer = make_answer(folder, way, ids, device)
+    first, all_tokens = (seconds(partial(answer, n), 2) for n in (1, 1 + ANSWER))
+    rates = {"prompt": 1 / first, "decode": ANSWER / (all_tokens - first)}
+    return {k: rates[k] for k in units} | {"peak_mib": peak_mib(device)}
+
+
+def last_turn(n: int, folder: Path, device: torch.device) -> dict:
+    """1/s until the first token of the n-th answer about a picture; the first one waits for its encoding."""
+    talk = chat.Chat(*chat.load(chat.Options(ckpt=str(folder), device=device.type, dtype="bfloat16",
+                                             temperature=0.0, max_new_tokens=ANSWER)))
+    for _ in range(2):  # the first conversation does not count
+        talk.reset()
+        start = time.perf_counter()
+        talk.add_image(PICTURE)
+        for _ in range(n):
+            waited = time.perf_counter() - start
+            "".join(talk.ask(QUESTION))
+            waited += talk.stats["first_word_s"]
+            talk.remember()
+            start = time.perf_counter()
+    return {"rate": 1 / waited, "peak_mib": peak_mib(device)}
+
+
+def describe(at_once: int, folder: Path, dtype: str, device: torch.device) -> dict:
+    """Pictures per minute, with ANSWER tokens about each."""
+    config = schema.read_saved_config(str(folder))
+    model = MiniGPT4.from_files(**config.parts(), dtype=dtype, device=device.type)
+    pictures = random_batch(CHAT_BATCH).images.to(device)
+    prompt = [1] + [IMAGE] * N_TOKENS + [5] * (PROMPT - 1 - N_TOKENS)
+
+    @torch.no_grad()
+    def answer(images, n):
+        return [*model.generate([prompt] * len(images), model.encode_image(images), n, temperature=0,
+                                min_length=n + 1)]
+    answer(pictures[:at_once], 2)
+    start = time.perf_counter()
+    for images in pictures.split(at_once):
+        answer(images, ANSWER)
+    return {"rate": 60 * CHAT_BATCH / (time.perf_counter() - start), "peak_mib": peak_mib(device)}
+
+
 def bench_chat(options: Options, device: torch.device) -> Iterator[tuple]:
     ours, peer = random_weights(options, "InstructBlip")
-    yield (f"{options.size} bf16 first word", "1/s", "transformers InstructBLIP",
-           (first_word, True, ours, device), (first_word, False, peer, device), (memory_alone, ours))
+    yield f"{options.size} first word", {"rate": "1/s"}, "transformers InstructBLIP", {
+        "ours": (first_word, True, ours, device), "peer": (first_word, False, peer, device),
+        "limit": (memory_alone, ours)}
+    for way, kind in WAYS.items():
+        units = {"decode": "tokens/s"} | ({} if "compiled" in way else {"prompt": "1/s"})
+        sides = {side: (answers, answer, ours / "llama", way, units, device)
+                 for side, answer in (("ours", our_answer), ("peer", peer_answer))}
+        if device.type == "cpu" and find_spec("llama_cpp") and find_spec("gguf"):
+            file = gguf_file(ours / "llama", kind)
+            sides["llamacpp"] = (answers, llamacpp_answer, file, way, units, device)
+        yield f"{options.size} {way.replace('loat', '')}", units, "transformers bf16", sides
+    yield f"{options.size} second turn", {"rate": "1/s"}, "its first turn", {
+        "ours": (last_turn, 2, ours, device), "peer": (last_turn, 1, ours, device)}
+    for dtype, name in (("bfloat16", "batch 8"), ("int8", "int8 batch 8")):
+        yield f"{options.size} {name}", {"rate": "pictures/min"}, "one at a time", {
+            "ours": (describe, CHAT_BATCH, ours, dtype, device), "peer": (describe, 1, ours, dtype, device)}
 
 
 def main(argv: list[str]):
     benches = {"data": bench_data, "train": bench_train, "chat": bench_chat}
     (name,), given = schema.parse_args(argv, __doc__, "|".join(benches), Options)
     bench, options = benches[schema.check_name(name, benches, "bench")], schema.override(Options(), given)
+    options = replace(options, size=options.size or ("1.1b" if name == "chat" else "medium"))
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before anything is allocated, as train.py does
     device = pick_device(options.device)
     label = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     try:
-        rows = [measure(options.rounds, *row) for row in bench(options, device)]
+        rows = [row for rows in bench(options, device) for row in measure(options.rounds, *rows)]
     except ModuleNotFoundError as e:
         raise InputError(f"this benchmark needs the package {e.name}: pip install {e.name}") from e
     print(json.dumps({"bench": name, "device": label, "rows": rows}))
