@@ -20,26 +20,21 @@ import unicodedata
 from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from glob import escape, glob
 from pathlib import Path
 from urllib.parse import unquote
 
 import torch
-from torch import Tensor
 
 from configs.prompts import IMAGE, TEMPLATES, chat_segments, user_message
-from configs.schema import (DTYPES, QUANTIZED, InputError, check_name, check_options, option, override,
-                            parse_args, read_saved_config, run_main)
-from llama import CONTEXT, KVCache
+from configs.schema import ChatOptions as Options
+from configs.schema import InputError, check_name, override, parse_args, read_saved_config, run_main
+from llama import KVCache
 from model import MiniGPT4, pick_device, replacing
 from vision import load_image
 
-PARAGRAPH = ("The old lighthouse stands at the end of the harbor wall. Every evening the keeper climbs the "
-             "narrow stairs, cleans the glass and lights the lamp, so that the fishing boats can find their "
-             "way home. In winter, when storms come in from the sea, he sometimes stays awake all night. His "
-             "daughter brings him bread, cheese and a pot of hot tea, and they talk about the ships that "
-             "pass and the places where they may be going.")
+ASSETS = Path(__file__).parent / "assets"
 TINY_NOTE = ("note: this is the tiny demonstration model. It knows only drawings of colored shapes, and "
              "names shapes in any photograph. For a real model see the README, then --ckpt=RUN.")
 HELP = """\
@@ -57,61 +52,30 @@ WORD = re.compile(r"""(?<!\S)(?:"([^"]+)"|'([^']+)'|((?:\\.|\S)+))""")  # quoted
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
-@dataclass(frozen=True)
-class Options:
-    ckpt: str = option("", "a run's folder; none: the tiny model of this repo")
-    prompt: str = option("", "ask this, print the answer alone, and exit")
-    template: str = option("", "none: the run's own", choices=("", *TEMPLATES))
-    answer_end: str = option("", "what ends an answer; none: the run's own, or the template's")
-    temperature: float = option(1.0, "0: greedy", least=0)
-    top_p: float = option(0.9, "sample from the likeliest tokens of this total probability")
-    repetition_penalty: float = option(1.05, "1: none", least=0.01, most=100)
-    num_beams: int = option(1, "above 1: beam search, which takes the likeliest answer", least=1, most=64)
-    min_length: int = option(1, "least tokens of an answer, its `<s>` among them, before `</s>`", least=0)
-    length_penalty: float = option(1.0, "above 0: beam search prefers longer answers")
-    max_new_tokens: int = option(300, "most tokens of an answer", least=1, most=CONTEXT - 1)
-    seed: int = option(0, "the same seed gives the same answers", least=0, most=2**63 - 1)
-    device: str = option("", "none: cuda if there is one, else cpu")
-    dtype: str = option("", "none: the run's own, but never float16 on a CPU",
-                        choices=("", *DTYPES, *QUANTIZED))
-    compile: bool = option(False, "compile decoding: faster in bfloat16, after some seconds at first")
-    json: bool = option(False, "print each answer as a JSON object")
-    plain: bool = option(False, "text alone: no colors, pictures or progress")
-    stats: bool = option(False, "print speed and memory after each answer")
-    check: bool = option(False, "first measure whether the language model knows English")
-
-    def __post_init__(self):
-        check_options(self, ("temperature", not 0 < self.temperature < 1e-3, "give 0 or at least 0.001"),
-                      ("top_p", 0 < self.top_p <= 1, "give one above 0, at most 1"))
-
-
 def load(options: Options) -> tuple[MiniGPT4, Options]:
     """The model of a run's folder, checked if asked for, and the options with the gaps filled in from it."""
     if not options.ckpt:
         print(TINY_NOTE, file=sys.stderr)
-    run = options.ckpt or str(Path(__file__).parent / "assets/tiny")
-    saved = read_saved_config(run)
-    device = pick_device(options.device).type
+    run = options.ckpt or str(ASSETS / "tiny")
+    saved, device = read_saved_config(run), pick_device(options.device).type
     dtype = options.dtype or saved.dtype
-    if dtype == "float16" and device == "cpu":
-        dtype = "bfloat16"
+    dtype = "bfloat16" if dtype == "float16" and device == "cpu" else dtype
     end = options.answer_end or (saved.end_sym if saved.template and not options.template else "")
     model = MiniGPT4.from_files(**saved.parts(), dtype=dtype, device=device, image_size=saved.image_size)
     if options.compile and device == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         print("note: --compile needs a C++ compiler; it goes on without", file=sys.stderr)
     elif options.compile:
         model.llama.compile_rows()
-    template = options.template or saved.template or "vicuna"
-    if not options.template and not saved.template:
+    if not (template := options.template or saved.template):
         print(f"note: {run} was trained without a template; --template=vicuna is used", file=sys.stderr)
     if options.check:
         check(model)
-    return model, replace(options, device=device, dtype=dtype, template=template, answer_end=end)
+    return model, replace(options, device=device, dtype=dtype, template=template or "vicuna", answer_end=end)
 
 
 def check(model: MiniGPT4):
     """Print the language model's perplexity on English, and a warning if its weights are broken."""
-    value = model.perplexity(PARAGRAPH)
+    value = model.perplexity((ASSETS / "paragraph.txt").read_text().strip())
     print(f"perplexity on a paragraph of English: {value:.1f} (a healthy LLaMA: below 20)", file=sys.stderr)
     if value > 100:
         print("warning: these weights are broken or not English; fetch or convert again", file=sys.stderr)
@@ -129,23 +93,16 @@ class Chat:
         template = TEMPLATES[options.template]
         self.template = replace(template, end=options.answer_end or template.end)
         self.generator = torch.Generator(options.device).manual_seed(options.seed)
-        self.context, self.n_pictures = model.llama.config.max_position_embeddings, 0
+        self.context = model.llama.config.max_position_embeddings
         self.reset()
 
     def reset(self):
         """Forget all turns and pictures."""
         self.turns: list[Turn] = []
         self.new_pictures: tuple[Picture, ...] = ()  # shown since the last question
-        self.n_dropped = 0                           # turns that the context has no room for
-        w = self.model.llama.norm.weight
-        self.cache = KVCache(self.model.llama.config, 1, 256, w.device, w.dtype)
-        self.cached: list[int] = []  # the ids whose keys and values it holds, with -n for picture number n
-        self.stats: dict[str, float] = {}  # of the last answer: tokens, and seconds
-
-    @property
-    def ended(self) -> bool:
-        """Whether the last answer is complete."""
-        return not self.turns or self.turns[-1].ended
+        self.n_pictures = self.n_dropped = 0         # turns that the context has no room for
+        self.cache, self.cached = KVCache(), []      # and the ids in it, with -n for picture number n
+        self.stats: dict[str, float] = {}            # of the last answer: tokens, and seconds
 
     @torch.no_grad()
     def add_image(self, path: str, encoded: bytes = b""):
@@ -170,28 +127,26 @@ class Chat:
         text = text.encode("utf-8", "replace").decode()  # a terminal may send what is no text
         tokens, images = self.prompt(Turn(text, pictures=self.new_pictures))
         self.turns.append(Turn(text, "", self.new_pictures))
-        self.new_pictures, n_cached = (), self.cache.length
-        stop, room = model.tokenizer.stop_sequences(end), min(o.max_new_tokens, self.context - len(tokens))
+        self.stats = {"prompt_tokens": len(tokens), "cached_tokens": self.cache.length}
+        self.new_pictures, stop, ids, shown = (), model.tokenizer.stop_sequences(end), [], ""
+        common = dict(max_new_tokens=min(o.max_new_tokens, self.context - len(tokens)), stop=stop,
+                      repetition_penalty=o.repetition_penalty, min_length=o.min_length)
         if o.num_beams > 1:
-            steps = model.beam_search(tokens, images, o.num_beams, room, o.repetition_penalty, o.min_length,
-                                      o.length_penalty, stop)
+            steps = model.beam_search(tokens, images, o.num_beams, length_penalty=o.length_penalty, **common)
         else:
-            steps = model.generate(tokens, images, room, o.temperature, o.top_p, o.repetition_penalty, stop,
-                                   self.context, self.generator, o.min_length, self.cache)
-        ids, shown = [], ""
+            steps = model.generate(tokens, images, temperature=o.temperature, top_p=o.top_p, cache=self.cache,
+                                   generator=self.generator, **common)
         for token in steps:
             ids.append(token)
-            seconds, ended = time.perf_counter() - start, model.tokenizer.is_end(ids, stop)
-            self.stats = {"prompt_tokens": len(tokens), "cached_tokens": n_cached, "answer_tokens": len(ids),
-                          "first_word_s": seconds if len(ids) == 1 else self.stats["first_word_s"],
-                          "seconds": seconds}
-            ready = answer = model.tokenizer.answer_text(ids, end)
-            if not ended and len(ids) < room:
-                ready = answer.rstrip("\ufffd").rstrip(end[0])  # half a character, or half an end, waits
+            answer, ended = model.tokenizer.answer_text(ids, end), model.tokenizer.is_end(ids, stop)
             self.turns[-1] = self.turns[-1]._replace(answer=answer, ended=ended)
-            if ready.startswith(shown) and len(ready) > len(shown):
-                yield ready[len(shown):]
-                shown = ready
+            self.stats |= {"answer_tokens": len(ids), "seconds": time.perf_counter() - start}
+            self.stats.setdefault("first_word_s", self.stats["seconds"])
+            if not ended and len(ids) < common["max_new_tokens"]:
+                answer = answer.rstrip("\ufffd").rstrip(end[0])  # half a character, or half an end, waits
+            if answer.startswith(shown) and answer != shown:
+                yield answer[len(shown):]
+                shown = answer
 
     @torch.no_grad()
     def remember(self):
@@ -201,27 +156,25 @@ class Chat:
             x = self.model.embed(torch.tensor([tokens], device=self.options.device), images)
             self.model.llama(x[:, self.cache.length:], self.cache)
 
-    def prompt(self, new: Turn | None) -> tuple[list[int], Tensor | None]:
+    def prompt(self, new: Turn | None) -> tuple[list[int], torch.Tensor | None]:
         """The ids and pictures of the conversation, with a new turn or without; the cache keeps what it
         shares with them. When the context is full, the oldest turns are left out. Their pictures stay, unless
         there is no room for them beside newer ones."""
         limit = self.context - min(self.options.max_new_tokens, self.context // 3)
-        turns, old = [*self.turns[self.n_dropped:], *[new] * bool(new)], self.turns[:self.n_dropped]
-        old = [p for turn in old for p in turn.pictures]
-        n_turns = len(turns)
-        while len(tokens := self.ids(old, turns)) > limit and new:
-            if len(turns) > 1:
-                old += turns.pop(0).pictures
-            elif old and new.pictures:
-                old.pop(0)
+        turns, n_dropped = self.turns + [new] * bool(new), self.n_dropped
+        pictures = [picture for turn in turns for picture in turn.pictures]
+        while len(tokens := self.ids(turns[n_dropped:], len(pictures))) > limit and new:
+            if n_dropped < len(self.turns):
+                n_dropped += 1
+            elif len(pictures) > max(1, len(new.pictures)):
+                pictures.pop(0)
             else:
                 raise InputError(f"the question takes {len(tokens)} tokens of the {limit} that the model has "
                                  "room for; shorten it, or show fewer pictures")
-        if len(turns) < n_turns:
-            self.n_dropped += n_turns - len(turns)
+        if n_dropped > self.n_dropped:
+            self.n_dropped = n_dropped
             print(f"note: the model's context of {self.context} tokens is full; the oldest turns, "
-                  f"{self.n_dropped}, are left out from now on", file=sys.stderr)
-        pictures = old + [p for turn in turns for p in turn.pictures]
+                  f"{n_dropped}, are left out from now on", file=sys.stderr)
         numbers = iter([-p.number for p in pictures for _ in range(self.model.n_image_tokens)])
         keys = [next(numbers) if id == IMAGE else id for id in tokens]
         same = [a == b for a, b in zip(keys, self.cached)] + [False]
@@ -229,11 +182,12 @@ class Chat:
         self.cached = keys
         return tokens, torch.cat([p.embeds for p in pictures]) if pictures else None
 
-    def ids(self, old: list[Picture], turns: list[Turn]) -> list[int]:
-        """The ids of these turns, `old` pictures before the first one's own."""
-        counts = [len(turn.pictures) + len(old) * (i == 0) for i, turn in enumerate(turns)]
-        segments = chat_segments([(user_message(turn.question, n), turn.answer)
-                                  for turn, n in zip(turns, counts)], self.template)
+    def ids(self, turns: list[Turn], n_pictures: int) -> list[int]:
+        """The ids of these turns; those of n_pictures that are not theirs stand before the first one's."""
+        counts = [len(turn.pictures) for turn in turns] or [0]
+        counts[0] += n_pictures - sum(counts)
+        messages = [user_message(turn.question, n) for turn, n in zip(turns, counts)]
+        segments = chat_segments(zip(messages, [turn.answer for turn in turns]), self.template)
         return self.model.tokenizer.encode_segments(segments, self.model.n_image_tokens)
 
 
@@ -245,32 +199,36 @@ def printable(text: str) -> str:
 
 def find_pictures(message: str) -> tuple[str, list[str]]:
     """A message without the paths of pictures in it, as a terminal inserts them, and these paths."""
-    paths = []
-
-    def take(word: re.Match) -> str:
-        path = word[1] or word[2] or re.sub(r"\\(.)", r"\1", word[3])
-        path = unquote(path[7:]) if path.startswith("file://") else os.path.expanduser(path)
-        for each in (path, path.rstrip("?!.,;:)"), word[0]):
-            if each.lower().endswith(SUFFIXES) and os.path.isfile(each):
-                paths.append(each)
-                return ""
-        return word[0]
-
     if message.lower().endswith(SUFFIXES) and os.path.isfile(message):  # with spaces, not escaped
         return "", [message]
-    text = WORD.sub(take, message)
-    return re.sub(" {2,}", " ", text).strip() if paths else message, paths
+    paths, rest = [], message
+    for word in WORD.finditer(message):
+        path = word[1] or word[2] or re.sub(r"\\(.)", r"\1", word[3])
+        path = unquote(path[7:]) if path.startswith("file://") else os.path.expanduser(path)
+        spellings = path, path.rstrip("?!.,;:)"), word[0]
+        if found := [p for p in spellings if p.lower().endswith(SUFFIXES) and os.path.isfile(p)]:
+            paths.append(found[0])
+            rest = rest.replace(word[0], "", 1)
+    return re.sub(" {2,}", " ", rest).strip() if paths else message, paths
 
 
 def show(talk: Chat, path: str, encoded: bytes = b""):
     """Show a picture to the model and, in half-blocks, to the user."""
     talk.add_image(path, encoded)
     if not talk.options.plain:
-        columns = min(40, shutil.get_terminal_size().columns)
-        pixels = load_image(encoded or path, columns // 2 * 2).permute(1, 2, 0).tolist()
+        pixels = load_image(encoded or path, min(40, shutil.get_terminal_size().columns // 2 * 2))
+        pixels = pixels.permute(1, 2, 0).tolist()
         for above, below in zip(pixels[::2], pixels[1::2]):
             cells = ("\x1b[38;2;{};{};{};48;2;{};{};{}m\u2580".format(*a, *b) for a, b in zip(above, below))
-            print("".join(cells) + "\x1b[0m", file=sys.stderr)
+            print(*cells, "\x1b[0m", sep="", file=sys.stderr)
+
+
+def peak_memory(device: str) -> str:
+    """Of the tensors on a GPU, or of this process."""
+    if device == "cuda":
+        return f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB"
+    import resource  # TODO
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB"
 
 
 def say(talk: Chat, question: str, is_script: bool = False):
@@ -282,27 +240,24 @@ def say(talk: Chat, question: str, is_script: bool = False):
         return print("What would you like to know?", file=sys.stderr)
     if talk.model.vision and not talk.n_pictures and not n_turns:
         print("note: no picture has been shown; /image PATH shows one", file=sys.stderr)
-    note = ""
+    reason = f"stopped before its end; max_new_tokens is {o.max_new_tokens}"
     try:
         for piece in talk.ask(question):
             print("" if o.json else printable(piece), end="", flush=True)
     except KeyboardInterrupt:
         if is_script or len(talk.turns) == n_turns:
             raise
-        note = "you stopped it"
-    turn, seconds = talk.turns[-1], talk.stats.get("seconds", 0.0)
-    if o.json:
-        print(json.dumps({"prompt": turn.question, "pictures": [p.path for p in turn.pictures],
-                          "answer": turn.answer, "tokens": talk.stats.get("answer_tokens", 0),
-                          "seconds": round(seconds, 3), "ended": turn.ended}), end="")
-    print()
+        reason = "you stopped it"
+    turn, stats = talk.turns[-1], talk.stats
+    print(json.dumps({"prompt": turn.question, "pictures": [p.path for p in turn.pictures],
+                      "answer": turn.answer, "tokens": stats.get("answer_tokens", 0),
+                      "seconds": round(stats.get("seconds", 0), 3), "ended": turn.ended}) if o.json else "")
     if not turn.ended:
-        print(f"({note or f'stopped before its end; max_new_tokens is {o.max_new_tokens}'})", file=sys.stderr)
-    if o.stats and talk.stats:
-        rate = (talk.stats["answer_tokens"] - 1) / max(seconds - talk.stats["first_word_s"], 1e-9)
-        print(f"({rate:.1f} tokens/s, first word after {talk.stats['first_word_s']:.2f} s; "
-              f"{talk.stats['cached_tokens']} of {talk.stats['prompt_tokens']} prompt tokens were cached)",
-              file=sys.stderr)
+        print(f"({reason})", file=sys.stderr)
+    if o.stats and "seconds" in stats:
+        rate = (stats["answer_tokens"] - 1) / max(stats["seconds"] - stats["first_word_s"], 1e-9)
+        print(f"({rate:.1f} tokens/s, first word after {stats['first_word_s']:.2f} s; {stats['cached_tokens']} "
+              f"of {stats['prompt_tokens']} prompt tokens were cached; {peak_memory(o.device)})", file=sys.stderr)
 
 
 def run_command(talk: Chat, command: str, argument: str):
@@ -336,13 +291,12 @@ def run_command(talk: Chat, command: str, argument: str):
 
 def save(talk: Chat, path: str):
     """Write the conversation as JSON, or else as Markdown."""
-    turns = [{"pictures": [p.path for p in t.pictures], "question": t.question, "answer": t.answer}
-             for t in talk.turns]
-    text = "\n".join("".join(f"![]({p})\n\n" for p in t["pictures"]) +
-                     f"**{t['question']}**\n\n{t['answer']}\n" for t in turns)
+    rows = [turn._asdict() | {"pictures": [p.path for p in turn.pictures]} for turn in talk.turns]
+    text = "\n".join("".join(f"![]({p})\n\n" for p in row["pictures"]) +
+                     f"**{row['question']}**\n\n{row['answer']}\n" for row in rows)
     with replacing(path or "/save wants a file name") as temporary:
-        temporary.write_text(json.dumps(turns, indent=1) if path.endswith(".json") else text, "utf-8")
-    print(f"{printable(path)}: {len(turns)} answers written")
+        temporary.write_text(json.dumps(rows, indent=1) if path.endswith(".json") else text, "utf-8")
+    print(f"{printable(path)}: {len(rows)} answers written")
 
 
 def set_up_readline():
@@ -350,9 +304,9 @@ def set_up_readline():
     import atexit
     import readline
     history = Path.home() / ".nanominigpt4_history"
-    with suppress(OSError):
+    with suppress(OSError):  # no folder to write to
+        history.touch()
         readline.read_history_file(history)
-    if os.access(history.parent, os.W_OK):
         atexit.register(readline.write_history_file, history)
 
     def complete(text: str, state: int) -> str | None:
@@ -367,13 +321,11 @@ def set_up_readline():
 
 def read_message() -> str:
     """A line, or what stands between two \"\"\"."""
-    prompt = ("you> ", "...> ") if sys.stdin.isatty() else ("", "")
-    message = input(prompt[0])
-    if message.lstrip().startswith('"""'):
-        while message.count('"""') < 2:
-            message += "\n" + input(prompt[1])
-        message = message.split('"""')[1]
-    return message.strip()
+    you, more = ("you> ", "...> ") if sys.stdin.isatty() else ("", "")
+    message = input(you)
+    while (is_long := message.lstrip().startswith('"""')) and message.count('"""') < 2:
+        message += "\n" + input(more)
+    return (message.split('"""')[1] if is_long else message).strip()
 
 
 def converse(talk: Chat):

@@ -104,26 +104,25 @@ def rotate(x, cos, sin):
 
 
 class KVCache:
-    """Keys and values of the tokens so far: per layer (B, K, capacity, head_dim). It grows as needed."""
+    """Keys and values of the tokens so far: per layer two (B, K, capacity, head_dim), which grow as needed."""
 
-    def __init__(self, config: LlamaConfig, batch: int, capacity: int, device, dtype):
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
-        self.keys, self.values = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
+    def __init__(self):
+        self.layers: dict[int, list[torch.Tensor]] = {}
         self.length = 0  # tokens stored; advanced by Llama.forward. Set it lower to forget the last ones
 
     def select(self, rows: torch.Tensor):
         """Keep these rows of the batch, in this order; a row may come more than once."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.layers = {layer: [t[rows] for t in stored] for layer, stored in self.layers.items()}
 
-    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor):
-        """Append k, v (B, K, T, head_dim); returns all keys and values, (B, K, S, head_dim) each."""
-        end, capacity = self.length + k.shape[2], self.keys.shape[3]
-        if end > capacity:
-            more = max(end, 2 * capacity) - capacity
-            self.keys, self.values = (F.pad(t, (0, 0, 0, more)) for t in (self.keys, self.values))
-        self.keys[layer, :, :, self.length:end] = k
-        self.values[layer, :, :, self.length:end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+    def append(self, layer: int, *new: torch.Tensor) -> list[torch.Tensor]:
+        """Append keys and values (B, K, T, head_dim); returns all of them, (B, K, S, head_dim) each."""
+        stored, end = self.layers.get(layer), self.length + new[0].shape[2]
+        if stored is None or end > stored[0].shape[2]:
+            old = stored or [t[:, :, :0] for t in new]
+            stored = self.layers[layer] = [F.pad(t, (0, 0, 0, max(256, 2 * end) - t.shape[2])) for t in old]
+        for whole, t in zip(stored, new):
+            whole[:, :, self.length:end] = t
+        return [whole[:, :, :end] for whole in stored]
 
 
 def quantize(weight: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -192,6 +191,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(D, kv_width, bias=False)
         self.o_proj = nn.Linear(q_width, D, bias=False)
         self.qkv_proj = None  # these three in one, when quantized
+        self.quantized = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "o_proj": ["o_proj"]}
 
     def forward(self, x, cos, sin, cache):
         B, T, D = x.shape
@@ -218,6 +218,7 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.gate_up_proj = None  # these two in one, when quantized
+        self.quantized = {"gate_up_proj": ["gate_proj", "up_proj"], "down_proj": ["down_proj"]}
 
     def forward(self, x):
         gate, up = self.gate_up_proj(x) if self.gate_up_proj else (self.gate_proj(x), self.up_proj(x))
@@ -252,6 +253,7 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(D, V, bias=False)
+        self.quantized = {"lm_head": ["lm_head"]} if self.lm_head else {}
 
     def forward(self, x, cache: KVCache | None = None):
         """With a cache, x are the tokens that follow those in it."""
@@ -274,26 +276,15 @@ class Llama(nn.Module):
     def compile_rows(self):
         """Compile the product with a single token: twice as fast as PyTorch's own in bfloat16 on a CPU."""
         @torch.compile(dynamic=False)
-        def row_product(x, w):
-            return (w.float() * x.float()).sum(-1).to(x.dtype)
+        def row_product(w, x):
+            return (w.float() * x.float()).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
 
         def forward(w, x):
-            is_row = x.numel() == x.shape[-1]
-            return row_product(x.flatten(), w).expand(*x.shape[:-1], -1) if is_row else F.linear(x, w)
+            return row_product(w, x) if x.numel() == x.shape[-1] else F.linear(x, w)
 
         for linear in self.modules():
             if isinstance(linear, nn.Linear):
                 linear.forward = partial(forward, linear.weight)
-
-    def matrices(self) -> Iterator[tuple[nn.Module, str, str, list[str]]]:
-        """What is quantized: a module, its prefix, a name in it, and the linear layers that it replaces."""
-        for i, block in enumerate(self.layers):
-            yield block.self_attn, f"layers.{i}.self_attn.", "qkv_proj", ["q_proj", "k_proj", "v_proj"]
-            yield block.self_attn, f"layers.{i}.self_attn.", "o_proj", ["o_proj"]
-            yield block.mlp, f"layers.{i}.mlp.", "gate_up_proj", ["gate_proj", "up_proj"]
-            yield block.mlp, f"layers.{i}.mlp.", "down_proj", ["down_proj"]
-        if self.lm_head:
-            yield self, "", "lm_head", ["lm_head"]
 
     def reset_parameters(self):
         init_weights(self, {"embed_tokens.weight": 0.02}, ("o_proj.weight", "down_proj.weight"),

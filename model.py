@@ -103,7 +103,7 @@ class MiniGPT4(nn.Module):
         if context <= max_new_tokens:
             raise InputError(f"context {context} leaves no room beside max_new_tokens {max_new_tokens}")
         x, seen = self.embed_prompts(batch, image_embeds)
-        cache = cache or KVCache(self.llama.config, len(batch), 256, x.device, x.dtype)
+        cache = cache or KVCache()
         x = x[:, max(cache.length, x.shape[1] + max_new_tokens - context):]
         ids, ended = [[] for _ in batch], [False for _ in batch]
         for n in range(1, max_new_tokens + 1):
@@ -127,8 +127,7 @@ class MiniGPT4(nn.Module):
         """The ids of the likeliest answer that Hugging Face's beam search finds: by the sum of its ids' log-
         probabilities, over (its length with `<s>`, without its end) ** length_penalty."""
         x, seen = self.embed_prompts([tokens], image_embeds)
-        beams, finished = [(0.0, [])], []  # (sum of log-probabilities, ids)
-        cache = KVCache(self.llama.config, 1, x.shape[1] + max_new_tokens, x.device, x.dtype)
+        cache, beams, finished = KVCache(), [(0.0, [])], []  # (sum of log-probabilities, ids)
         for length in range(1, max_new_tokens + 1):
             logp = self.llama.logits(self.llama(x, cache)[:, -1]).float().log_softmax(-1)
             logp = penalize(logp, seen, repetition_penalty)
@@ -242,15 +241,16 @@ class MiniGPT4(nn.Module):
         shapes = {k: (t.shape[0], 2 * t.shape[1]) if t.dtype == torch.uint8 else tuple(t.shape)  # two int4
                   for k, t in tensors.items() if not k.endswith(".weight_scale")}
         check_fit(file.path, name, shapes, {k: tuple(p.shape) for k, p in self.part_parameters(name).items()})
-        if name == "llama" and (quantization := self.llama.config.quantization):
-            for parent, prefix, new_name, linears in tqdm([*self.llama.matrices()], quantization, delay=2):
-                mapped, matrices = read_part("llama", file.path).tensors, []  # anew, to free the pages read
-                for linear in linears:
-                    w = f"{prefix}{linear}.weight"
-                    matrices.append((mapped[w], mapped[f"{w}_scale"]) if f"{w}_scale" in mapped else
-                                    quantize(mapped[w], "int8" if parent is self.llama else quantization))
-                    setattr(parent, linear, None)
-                setattr(parent, new_name, QuantizedLinear(matrices, device))
+        if name == "llama" and (kind := self.llama.config.quantization):
+            for prefix, module in tqdm([*self.llama.named_modules()], kind, delay=2):
+                mapped = read_part("llama", file.path).tensors  # anew, to free the pages read
+                for new_name, linears in getattr(module, "quantized", {}).items():
+                    names = [f"{prefix}.{linear}.weight".lstrip(".") for linear in linears]
+                    matrices = [(mapped[w], mapped[f"{w}_scale"]) if f"{w}_scale" in mapped else
+                                quantize(mapped[w], "int8" if w == "lm_head.weight" else kind) for w in names]
+                    for linear in linears:
+                        setattr(module, linear, None)
+                    setattr(module, new_name, QuantizedLinear(matrices, device))
         for prefix, module in self.part_modules(name):
             own = {k: tensors[prefix + k].to(device, dtype) for k, _ in module.named_parameters()}
             module.load_state_dict(own, assign=True)

@@ -6,8 +6,8 @@
 python tools/show_data.py configs/finetune_own.py --data=own/data.jsonl
 python train.py configs/finetune_own.py --data=own/data.jsonl
 
-Paths are relative to the file; only the assistant's words are predicted. It starts from the tiny model of
-this repo, to try it out. For a real one, import configs.stage2 and its proj.
+Paths are relative to the file; only the assistant's words are predicted. It starts from the tiny model; for
+a real one, import configs.stage2 and give its proj.
 """
 from configs.tiny_stage2 import *
 
@@ -15,7 +15,6 @@ proj = "assets/tiny/proj.safetensors"
 data = "own/data.jsonl"
 heldout_data = ""
 prepare = {}
-
 batch_size = 4
 max_steps = 200
 lr = 3e-5

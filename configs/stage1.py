@@ -1,5 +1,4 @@
 """Stage 1 of MiniGPT-4 (arXiv 2304.10592): the projection is trained on noisy image-caption pairs.
-
 torchrun --nproc-per-node 4 train.py configs/stage1.py
 
 Cost in the paper: about 10 hours on 4 A100 80GB. Expected: a model that names what it sees in short, often
@@ -10,14 +9,10 @@ processes x batch_size x grad_accum, at 256.
 vision = "weights/eva_vit_g.safetensors"
 qformer = "weights/qformer.safetensors"
 llama = "weights/vicuna-7b"
-
-data = {  # drawn per step, 115 : 14
-    "data/laion_dataset/{00000..10488}.tar": 115,
-    "data/cc_sbu_dataset/{00000..01255}.tar": 14,
-}
+data = {"data/laion_dataset/{00000..10488}.tar": 115,  # drawn per step, 115 : 14
+        "data/cc_sbu_dataset/{00000..01255}.tar": 14}
 clean_captions = True
 max_txt_len = 32
-
 batch_size = 64
 max_steps = 20_000  # 4 epochs of 5,000
 lr = 1e-4
@@ -25,7 +20,6 @@ min_lr = 8e-5
 warmup_lr = 1e-6
 warmup_steps = 5000
 weight_decay = 0.05
-
 dtype = "bfloat16"
 num_workers = 4
 length_group = 8  # the workers of 4 processes then hold about 2.3 GiB of shared memory

@@ -1,6 +1,5 @@
 """Stage 1 in the tiny world: only the projection is trained, on noisy captions and clean ones.
 On 2 CPU cores: 2 min 31 s with drawing its pictures; held-out loss, on noisy captions, 0.76 at the end.
-
 python train.py configs/tiny_stage1.py
 """
 
@@ -14,7 +13,6 @@ prepare = {"data/tiny/stage1": "tools/make_scenes.py stage1 data/tiny/stage1 --n
            heldout_data: f"tools/make_scenes.py stage1 {heldout_data} --n=500 --heldout"}
 clean_captions = True
 max_txt_len = 48
-
 batch_size = 32
 max_steps = 1100
 lr = 2e-2

@@ -36,7 +36,7 @@ def answer_to(tiny, question, *pictures, **options):
 def test_the_tiny_model_describes_its_example_correctly(tiny):
     for seed in range(3):  # sampled as in the demo, not greedy
         answer, talk = answer_to(tiny, "Describe this image in detail.", EXAMPLE, seed=seed)
-        assert talk.ended and named_objects(answer) == {("red", "star"), ("yellow", "ring")}
+        assert talk.turns[-1].ended and named_objects(answer) == {("red", "star"), ("yellow", "ring")}
         assert "large red striped star at the top left" in answer
         assert "small yellow ring placed on the right" in answer and "gray" in answer
 
@@ -69,7 +69,7 @@ def test_streamed_pieces_add_up_to_the_answer_without_its_end(tiny):
 
 def test_an_answer_cut_at_max_new_tokens_is_not_ended(tiny):
     _, talk = answer_to(tiny, "Describe this image in detail.", EXAMPLE, max_new_tokens=3)
-    assert not talk.ended
+    assert not talk.turns[-1].ended
 
 
 @pytest.mark.parametrize("options, words", [

@@ -73,7 +73,7 @@ def test_a_stopped_answer_stays_and_the_next_answer_follows_it(tiny):
     pieces = talk.ask(QUESTIONS[0])
     next(pieces), next(pieces)
     pieces.close()
-    assert not talk.ended and talk.turns[0].answer
+    assert not talk.turns[-1].ended and talk.turns[0].answer
     fresh.turns = list(talk.turns)
     assert ask(talk, QUESTIONS[1])[0] == ask(fresh, QUESTIONS[1])[0]
 
@@ -89,7 +89,7 @@ def test_undo_gives_the_turn_and_its_picture_back(tiny):
 def test_a_full_context_drops_the_oldest_turns_and_never_the_picture_or_the_system_text(tiny, capsys):
     talk = talk_with(tiny)
     talk.add_image(EXAMPLE)
-    start = talk.ids([], [chat.Turn("")])[:20]  # with the system text
+    start = talk.ids([chat.Turn("")], 0)[:20]  # with the system text
     for _ in range(4):
         for question in QUESTIONS[:4]:
             answer, _ = ask(talk, question)
@@ -123,5 +123,5 @@ def test_a_question_that_is_too_long_is_refused_and_nothing_is_lost(tiny):
 def test_beam_search_answers_in_the_chat(tiny):
     talk = talk_with(tiny, num_beams=3)
     talk.add_image(EXAMPLE)
-    assert "red" in ask(talk, QUESTIONS[1])[0] and talk.ended
+    assert "red" in ask(talk, QUESTIONS[1])[0] and talk.turns[-1].ended
     assert "two" in ask(talk, QUESTIONS[2])[0]

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configs.schema import (Config, InputError, check_options, load_config, option, override, parse_args,
                             read_saved_config, run_main)
 from data import open_samples
-from llama import CONTEXT, IGNORE, KVCache, LlamaConfig, Tokenizer, read_json
+from llama import CONTEXT, IGNORE, LlamaConfig, Tokenizer, read_json
 from model import PARTS, MiniGPT4, PartFile, check_sources, read_part
 
 
@@ -107,8 +107,10 @@ def main(argv: list[str]):
         print(f"{name:<10}{sum(t.numel() for t in tensors):>16,}"
               f"{sum(t.numel() for t in tensors if t.requires_grad):>16,}{gib(tensors):>9.3f}")
     if is_run:
-        cache = KVCache(model.llama.config, 1, CONTEXT, "meta", getattr(torch, config.dtype))
-        total = gib((*model.parameters(), cache.keys, cache.values))
+        sizes = model.llama.config
+        cache = torch.empty(2, sizes.num_hidden_layers, sizes.num_key_value_heads, CONTEXT, sizes.head_dim,
+                            dtype=getattr(torch, config.dtype), device="meta")
+        total = gib((*model.parameters(), cache))
         print(f"\npeak memory           about {total:.3g} GiB, with keys and values of {CONTEXT} tokens")
     else:
         describe_training(model, config, options.world)

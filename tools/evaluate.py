@@ -60,7 +60,7 @@ def evaluate(talk: chat.Chat, scenes: list[world.Scene], folder: Path, label: st
     for i, scene in enumerate(tqdm(scenes, desc=label)):
         rng = random.Random(i)
         answer = ask(i, rng.choice(INSTRUCTIONS))
-        failures += failed(answer, talk.ended)
+        failures += failed(answer, talk.turns[-1].ended)
         objects = world.named_objects(answer)
         named += len(objects)
         wanted += len(scene.pairs)
