@@ -4,9 +4,8 @@
     python chat.py photo.jpg --prompt="What is in this picture?"    one answer on stdout, then exit
     python chat.py a.jpg b.jpg --ckpt=out/stage2 --temperature=0    several pictures, a trained run, greedy
 
-Without --ckpt it is the tiny model in assets/tiny. The sampling defaults are those of the original demo. The
-picture `-` is read from stdin. Text on stdin stands before --prompt, or is the prompt; with a command in it,
-its lines are a conversation.
+Without --ckpt it is the tiny model; the defaults of sampling are the original demo's. The picture `-` is read
+from stdin. Text on stdin stands before --prompt, or is the prompt or, with a command in it, a conversation.
 """
 
 import io
@@ -16,7 +15,6 @@ import re
 import shutil
 import sys
 import time
-import unicodedata
 from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import suppress
@@ -29,14 +27,12 @@ import torch
 
 from configs.prompts import IMAGE, TEMPLATES, chat_segments, user_message
 from configs.schema import ChatOptions as Options
-from configs.schema import InputError, check_name, override, parse_args, read_saved_config, run_main
+from configs.schema import (InputError, check_name, override, parse_args, printable, read_saved_config,
+                            run_main)
 from llama import KVCache
-from model import MiniGPT4, pick_device, replacing
-from vision import load_image
+from model import MiniGPT4, check_english, peak_mib, pick_device, replacing
+from vision import half_blocks, load_image
 
-ASSETS = Path(__file__).parent / "assets"
-TINY_NOTE = ("note: this is the tiny demonstration model. It knows only drawings of colored shapes, and "
-             "names shapes in any photograph. For a real model see the README, then --ckpt=RUN.")
 HELP = """\
 /image PATH          show a picture, as a path in a message does
 /clear               forget the conversation and its pictures
@@ -48,50 +44,41 @@ HELP = """\
 COMMANDS = [*re.findall(r"(?<!\S)/\w+", HELP), "/reset", "/quit", "/exit", "/help", "/?"]
 SETTINGS = ("temperature", "top_p", "repetition_penalty", "num_beams", "min_length", "length_penalty",
             "max_new_tokens", "seed", "stats")
-WORD = re.compile(r"""(?<!\S)(?:"([^"]+)"|'([^']+)'|((?:\\.|\S)+))""")  # quoted, or with its spaces escaped
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-
+WORD = re.compile(r"""(?<!\S)(?:"([^"]+)"|'([^']+)'|((?:\\.|\S)+))""")  # quoted, or with its spaces escaped
 
 def load(options: Options) -> tuple[MiniGPT4, Options]:
     """The model of a run's folder, checked if asked for, and the options with the gaps filled in from it."""
     if not options.ckpt:
-        print(TINY_NOTE, file=sys.stderr)
-    run = options.ckpt or str(ASSETS / "tiny")
+        print("note: this is the tiny demonstration model. It knows only drawings of colored shapes, and "
+              "names shapes in any photograph. For a real model see the README, then --ckpt=RUN.",
+              file=sys.stderr)
+    run = options.ckpt or str(Path(__file__).parent / "assets/tiny")
     saved, device = read_saved_config(run), pick_device(options.device).type
     dtype = options.dtype or saved.dtype
-    dtype = "bfloat16" if dtype == "float16" and device == "cpu" else dtype
-    end = options.answer_end or (saved.end_sym if saved.template and not options.template else "")
+    if dtype == "float16" and device == "cpu":
+        dtype = "bfloat16"
     model = MiniGPT4.from_files(**saved.parts(), dtype=dtype, device=device, image_size=saved.image_size)
-    if options.compile and device == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-        print("note: --compile needs a C++ compiler; it goes on without", file=sys.stderr)
-    elif options.compile:
+    if options.compile:
         model.llama.compile_rows()
     if not (template := options.template or saved.template):
         print(f"note: {run} was trained without a template; --template=vicuna is used", file=sys.stderr)
+    template = template or "vicuna"
+    end = options.answer_end or (saved.answer_end if template == saved.template and not options.template
+                                 else TEMPLATES[template].end)
     if options.check:
-        check(model)
-    return model, replace(options, device=device, dtype=dtype, template=template or "vicuna", answer_end=end)
-
-
-def check(model: MiniGPT4):
-    """Print the language model's perplexity on English, and a warning if its weights are broken."""
-    value = model.perplexity((ASSETS / "paragraph.txt").read_text().strip())
-    print(f"perplexity on a paragraph of English: {value:.1f} (a healthy LLaMA: below 20)", file=sys.stderr)
-    if value > 100:
-        print("warning: these weights are broken or not English; fetch or convert again", file=sys.stderr)
-
+        check_english(model)
+    return model, replace(options, device=device, dtype=dtype, template=template, answer_end=end)
 
 Picture = namedtuple("Picture", "path number embeds")  # counted from 1 in each chat; embeds: (1, N, d_llama)
 Turn = namedtuple("Turn", "question answer pictures ended", defaults=(None, (), False))  # ended: complete
-
 
 class Chat:
     """One conversation: its turns and its pictures. Start with Chat(*load(Options()))."""
 
     def __init__(self, model: MiniGPT4, options: Options):
         self.model, self.options = model, options
-        template = TEMPLATES[options.template]
-        self.template = replace(template, end=options.answer_end or template.end)
+        self.template = replace(TEMPLATES[options.template], end=options.answer_end)
         self.generator = torch.Generator(options.device).manual_seed(options.seed)
         self.context = model.llama.config.max_position_embeddings
         self.reset()
@@ -121,28 +108,23 @@ class Chat:
         return turn
 
     def ask(self, text: str) -> Iterator[str]:
-        """Yield the answer piece by piece; the turn is kept, also when it is stopped half-way. Raises
-        InputError for a question that is too long."""
+        """Yield the answer piece by piece and keep the turn. Raises InputError for too long a question."""
         start, o, model, end = time.perf_counter(), self.options, self.model, self.template.end
         text = text.encode("utf-8", "replace").decode()  # a terminal may send what is no text
         tokens, images = self.prompt(Turn(text, pictures=self.new_pictures))
         self.turns.append(Turn(text, "", self.new_pictures))
         self.stats = {"prompt_tokens": len(tokens), "cached_tokens": self.cache.length}
         self.new_pictures, stop, ids, shown = (), model.tokenizer.stop_sequences(end), [], ""
-        common = dict(max_new_tokens=min(o.max_new_tokens, self.context - len(tokens)), stop=stop,
-                      repetition_penalty=o.repetition_penalty, min_length=o.min_length)
-        if o.num_beams > 1:
-            steps = model.beam_search(tokens, images, o.num_beams, length_penalty=o.length_penalty, **common)
-        else:
-            steps = model.generate(tokens, images, temperature=o.temperature, top_p=o.top_p, cache=self.cache,
-                                   generator=self.generator, **common)
-        for token in steps:
+        room = min(o.max_new_tokens, self.context - len(tokens))
+        for token in model.generate(tokens, images, room, o.temperature, o.top_p, o.repetition_penalty, stop,
+                                    generator=self.generator, min_length=o.min_length, cache=self.cache,
+                                    num_beams=o.num_beams, length_penalty=o.length_penalty):
             ids.append(token)
             answer, ended = model.tokenizer.answer_text(ids, end), model.tokenizer.is_end(ids, stop)
             self.turns[-1] = self.turns[-1]._replace(answer=answer, ended=ended)
             self.stats |= {"answer_tokens": len(ids), "seconds": time.perf_counter() - start}
             self.stats.setdefault("first_word_s", self.stats["seconds"])
-            if not ended and len(ids) < common["max_new_tokens"]:
+            if not ended and len(ids) < room:
                 answer = answer.rstrip("\ufffd").rstrip(end[0])  # half a character, or half an end, waits
             if answer.startswith(shown) and answer != shown:
                 yield answer[len(shown):]
@@ -157,9 +139,8 @@ class Chat:
             self.model.llama(x[:, self.cache.length:], self.cache)
 
     def prompt(self, new: Turn | None) -> tuple[list[int], torch.Tensor | None]:
-        """The ids and pictures of the conversation, with a new turn or without; the cache keeps what it
-        shares with them. When the context is full, the oldest turns are left out. Their pictures stay, unless
-        there is no room for them beside newer ones."""
+        """The ids and pictures of the conversation, perhaps with a new turn. The cache keeps what it shares
+        with them; when the context is full, the oldest turns are left out, then the oldest pictures."""
         limit = self.context - min(self.options.max_new_tokens, self.context // 3)
         turns, n_dropped = self.turns + [new] * bool(new), self.n_dropped
         pictures = [picture for turn in turns for picture in turn.pictures]
@@ -178,8 +159,8 @@ class Chat:
         numbers = iter([-p.number for p in pictures for _ in range(self.model.n_image_tokens)])
         keys = [next(numbers) if id == IMAGE else id for id in tokens]
         same = [a == b for a, b in zip(keys, self.cached)] + [False]
-        self.cache.length = min(same.index(False), self.cache.length, len(keys) - bool(new))
-        self.cached = keys
+        length = min(same.index(False), self.cache.length, len(keys) - bool(new))
+        self.cache.length, self.cached = length, keys
         return tokens, torch.cat([p.embeds for p in pictures]) if pictures else None
 
     def ids(self, turns: list[Turn], n_pictures: int) -> list[int]:
@@ -189,13 +170,6 @@ class Chat:
         messages = [user_message(turn.question, n) for turn, n in zip(turns, counts)]
         segments = chat_segments(zip(messages, [turn.answer for turn in turns]), self.template)
         return self.model.tokenizer.encode_segments(segments, self.model.n_image_tokens)
-
-
-def printable(text: str) -> str:
-    """Show characters that would steer a terminal as codes, such as \\x1b."""
-    return "".join(c if c in "\n\t\u200d" or unicodedata.category(c) not in ("Cc", "Cf", "Cs") else
-                   f"\\x{ord(c):02x}" for c in text)
-
 
 def find_pictures(message: str) -> tuple[str, list[str]]:
     """A message without the paths of pictures in it, as a terminal inserts them, and these paths."""
@@ -211,25 +185,12 @@ def find_pictures(message: str) -> tuple[str, list[str]]:
             rest = rest.replace(word[0], "", 1)
     return re.sub(" {2,}", " ", rest).strip() if paths else message, paths
 
-
 def show(talk: Chat, path: str, encoded: bytes = b""):
     """Show a picture to the model and, in half-blocks, to the user."""
     talk.add_image(path, encoded)
     if not talk.options.plain:
-        pixels = load_image(encoded or path, min(40, shutil.get_terminal_size().columns // 2 * 2))
-        pixels = pixels.permute(1, 2, 0).tolist()
-        for above, below in zip(pixels[::2], pixels[1::2]):
-            cells = ("\x1b[38;2;{};{};{};48;2;{};{};{}m\u2580".format(*a, *b) for a, b in zip(above, below))
-            print(*cells, "\x1b[0m", sep="", file=sys.stderr)
-
-
-def peak_memory(device: str) -> str:
-    """Of the tensors on a GPU, or of this process."""
-    if device == "cuda":
-        return f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB"
-    import resource  # TODO
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB"
-
+        width = min(40, shutil.get_terminal_size().columns // 2 * 2)
+        print(half_blocks(load_image(encoded or path, width)), file=sys.stderr)
 
 def say(talk: Chat, question: str, is_script: bool = False):
     """Show the pictures that a question names, and print the answer as it comes; Ctrl-C stops it."""
@@ -248,23 +209,21 @@ def say(talk: Chat, question: str, is_script: bool = False):
         if is_script or len(talk.turns) == n_turns:
             raise
         reason = "you stopped it"
-    turn, stats = talk.turns[-1], talk.stats
+    turn, s = talk.turns[-1], talk.stats
     print(json.dumps({"prompt": turn.question, "pictures": [p.path for p in turn.pictures],
-                      "answer": turn.answer, "tokens": stats.get("answer_tokens", 0),
-                      "seconds": round(stats.get("seconds", 0), 3), "ended": turn.ended}) if o.json else "")
+                      "answer": turn.answer, "tokens": s.get("answer_tokens", 0),
+                      "seconds": round(s.get("seconds", 0), 3), "ended": turn.ended}) if o.json else "")
     if not turn.ended:
         print(f"({reason})", file=sys.stderr)
-    if o.stats and "seconds" in stats:
-        rate = (stats["answer_tokens"] - 1) / max(stats["seconds"] - stats["first_word_s"], 1e-9)
-        print(f"({rate:.1f} tokens/s, first word after {stats['first_word_s']:.2f} s; {stats['cached_tokens']} "
-              f"of {stats['prompt_tokens']} prompt tokens were cached; {peak_memory(o.device)})", file=sys.stderr)
-
+    if o.stats and "seconds" in s:
+        rate = (s["answer_tokens"] - 1) / max(s["seconds"] - s["first_word_s"], 1e-9)
+        print(f"({rate:.1f} tokens/s, first word after {s['first_word_s']:.2f} s, {s['cached_tokens']} of "
+              f"{s['prompt_tokens']} prompt tokens cached, {peak_mib(o.device):,.0f} MiB)", file=sys.stderr)
 
 def run_command(talk: Chat, command: str, argument: str):
     """Carry out what HELP lists, but /bye."""
     if command == "/image":
-        _, paths = find_pictures(argument)
-        for path in paths or [argument or "/image wants a path"]:
+        for path in find_pictures(argument)[1] or [argument or "/image wants a path"]:
             show(talk, path)
             print(f"{printable(path)}: seen. What would you like to know?")
     elif command in ("/clear", "/reset"):
@@ -278,8 +237,7 @@ def run_command(talk: Chat, command: str, argument: str):
         say(talk, talk.undo().question)
     elif command == "/set" and argument:
         name, _, value = argument.partition(" ")
-        value = {"on": "true", "off": "false"}.get(value.strip(), value.strip())
-        talk.options = override(talk.options, {check_name(name, SETTINGS, "/set"): value}, "/set")
+        talk.options = override(talk.options, {check_name(name, SETTINGS, "/set"): value.strip()}, "/set")
         talk.generator.manual_seed(talk.options.seed)
     elif command in ("/set", "/show"):
         print("\n".join(f"{name:20}{getattr(talk.options, name)}" for name in SETTINGS))
@@ -287,7 +245,6 @@ def run_command(talk: Chat, command: str, argument: str):
         save(talk, argument)
     else:
         print(HELP if command in ("/help", "/?") else f"{printable(command)}: unknown command\n{HELP}")
-
 
 def save(talk: Chat, path: str):
     """Write the conversation as JSON, or else as Markdown."""
@@ -297,7 +254,6 @@ def save(talk: Chat, path: str):
     with replacing(path or "/save wants a file name") as temporary:
         temporary.write_text(json.dumps(rows, indent=1) if path.endswith(".json") else text, "utf-8")
     print(f"{printable(path)}: {len(rows)} answers written")
-
 
 def set_up_readline():
     """Arrow keys, a history that is kept, and Tab for commands and paths, where the system has readline."""
@@ -318,7 +274,6 @@ def set_up_readline():
     readline.set_completer_delims(" \t\n\"'")
     readline.parse_and_bind("bind ^I rl_complete" if "libedit" in str(readline.__doc__) else "tab: complete")
 
-
 def read_message() -> str:
     """A line, or what stands between two \"\"\"."""
     you, more = ("you> ", "...> ") if sys.stdin.isatty() else ("", "")
@@ -327,11 +282,10 @@ def read_message() -> str:
         message += "\n" + input(more)
     return (message.split('"""')[1] if is_long else message).strip()
 
-
 def converse(talk: Chat):
     """Read messages and commands until /bye or the end of stdin."""
     if sys.stdin.isatty() and not talk.options.plain:
-        with suppress(ImportError):
+        with suppress(ImportError):  # on Windows
             set_up_readline()
     while True:
         try:
@@ -353,29 +307,23 @@ def converse(talk: Chat):
         except InputError as e:
             print("error:", printable(str(e)), file=sys.stderr)
 
-
 def main(argv: list[str]):
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages on Linux: weights are read faster
     pictures, given = parse_args(argv, __doc__, "[IMAGE ...]", Options)
-    options = override(Options(), given)
-    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stderr.isatty():
-        options = replace(options, plain=True)
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stderr.isatty()
+    options = override(Options(plain=bool(plain)), given)
     os.environ["TQDM_DISABLE"] = str(int(options.plain))
     talk = Chat(*load(options))
     for path in pictures:
         show(talk, path, sys.stdin.buffer.read() if path == "-" else b"")
     text = ""
-    if not sys.stdin.isatty() and "-" not in pictures:
-        with suppress(OSError):  # closed
-            text = sys.stdin.read()
-    is_conversation = any(line.startswith("/") for line in text.splitlines()) and not options.prompt
-    if options.prompt or text.strip() and not is_conversation:
+    with suppress(OSError):  # it cannot be read
+        text = "" if sys.stdin.isatty() or "-" in pictures else sys.stdin.read()
+    if options.prompt or text.strip() and not re.search("^/", text, re.MULTILINE):
         return say(talk, "\n".join(filter(None, (text.strip(), options.prompt))), is_script=True)
-    if text:
-        sys.stdin = io.StringIO(text)
+    sys.stdin = io.StringIO(text) if text else sys.stdin
     print(f"{len(pictures)} picture(s) shown. /help lists what can be typed.", file=sys.stderr)
     converse(talk)
-
 
 if __name__ == "__main__":
     for stream in (sys.stdin, sys.stdout, sys.stderr):

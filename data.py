@@ -30,10 +30,8 @@ from configs.schema import Config, InputError
 from llama import IGNORE, Tokenizer
 from vision import load_image
 
-
 class BadSample(Exception):
     """A sample that cannot be used. The message names the kind of fault; samples are counted by it."""
-
 
 class Member(namedtuple("Member", "tar offset size")):
     """A file inside a tar file."""
@@ -46,11 +44,9 @@ class Member(namedtuple("Member", "tar offset size")):
             raise BadSample("missing in its tar file")
         return content
 
-
 @lru_cache(maxsize=64)
 def open_tar(path: str, process: int):
     return open(path, "rb", buffering=0)  # once per process: a child would share its parent's position
-
 
 class Sample(NamedTuple):
     """What a source holds: a caption of pictures, a conversation (perhaps about pictures), or plain text."""
@@ -59,7 +55,6 @@ class Sample(NamedTuple):
     turns: list[tuple[str, str]] | None = None    # (user, assistant)
     text: str | None = None
     context: str = ""                             # before the text; read, but not predicted
-
 
 class Shards:
     """Tar files as img2dataset writes them: KEY.jpg with KEY.json ({"caption": ...}) or KEY.txt beside it.
@@ -95,7 +90,6 @@ class Shards:
         caption = json.loads(text.read())["caption"] if is_json else text.read().decode(errors="replace")
         return Sample([picture], caption)
 
-
 @lru_cache(maxsize=64)
 def index_tar(path: str) -> list[tuple[str, Member | None, Member | None, bool]]:
     """A tar's samples (key, picture, caption, is it JSON), also behind damaged blocks; InputError if none."""
@@ -110,7 +104,6 @@ def index_tar(path: str) -> list[tuple[str, Member | None, Member | None, bool]]
             raise InputError(f"{path}: not a readable tar file ({e}); fetch it again or leave it out") from e
     return [(key, next((files[k] for k in ("jpg", "jpeg", "png", "webp") if k in files), None),
              files.get("json") or files.get("txt"), "json" in files) for key, files in samples.items()]
-
 
 class Rows:
     """A .jsonl's lines, or a cc_sbu_align's annotations: {"image_id": "2", "caption": ...} for image/2.jpg,
@@ -147,7 +140,6 @@ class Rows:
             raise BadSample("a text with a picture (name it caption), or a context that is no text")
         return Sample(images, row.get("caption"), text=row.get("text"), context=row.get("context", ""))
 
-
 def open_source(path: str) -> Shards | Rows:
     """The source at a path of the config's `data`."""
     file, braces = Path(path), re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", path)
@@ -172,9 +164,7 @@ def open_source(path: str) -> Shards | Rows:
                          "filter_cap.json, or a .jsonl")
     return source
 
-
 Key = namedtuple("Key", "source shard row draw")  # `draw` seeds what is random about a sample
-
 
 class Samples(Dataset):
     """The samples of some sources, by Key. Each bad sample read adds (kind, where and why) to `bad`."""
@@ -247,12 +237,10 @@ class Samples(Dataset):
             targets += [IGNORE] * len(prompt) + answer
         return ids, targets
 
-
 def clean_caption(text: str, max_words: int = 50) -> str:
     """A web caption -> lower case, less punctuation, white space folded, at most max_words words."""
     text = re.sub(r"\s{2,}", " ", re.sub(r"[.!\"()*#:;~]", " ", text.lower())).rstrip("\n").strip(" ")
     return " ".join(text.split(" ")[:max_words])
-
 
 def open_samples(data, config: Config, tokenizer: Tokenizer, image_size: int, n_image_tokens: int) -> tuple:
     """The config's `data` or `heldout_data` -> (Samples, {source's path: weight})."""
@@ -262,7 +250,6 @@ def open_samples(data, config: Config, tokenizer: Tokenizer, image_size: int, n_
         raise InputError(f"data = {data!r}: give a path, paths, or {{path: weight}} with weights above 0")
     sources = [open_source(path) for path in dict(pairs)]
     return Samples(sources, config, tokenizer, image_size, n_image_tokens), dict(pairs)
-
 
 class Batch(namedtuple("Batch", "images tokens targets")):
     """images: uint8 (pictures, 3, S, S), features (pictures, N, width) or None; the others: int64 (B, T)."""
@@ -278,7 +265,6 @@ class Batch(namedtuple("Batch", "images tokens targets")):
     def to(self, device) -> "Batch":
         return Batch(*(t if t is None else t.to(device, non_blocking=True) for t in self))
 
-
 def collate(samples: list) -> Batch:
     """[(pictures, ids, targets), ...] -> a Batch, padded on the right, so causal attention needs no mask."""
     images = [image for images, _, _ in samples for image in images]
@@ -286,7 +272,6 @@ def collate(samples: list) -> Batch:
     tokens = torch.tensor([ids + [0] * (longest - len(ids)) for _, ids, _ in samples])
     targets = torch.tensor([t + [IGNORE] * (longest - len(t)) for _, _, t in samples])
     return Batch(default_collate(images) if images else None, tokens, targets)  # stacks in shared memory
-
 
 class SampleOrder:
     """A source's order in training: order[draw number] -> (shard, row), every sample once per epoch. An epoch
@@ -307,7 +292,6 @@ class SampleOrder:
             self.rows = np.random.default_rng((*self.seed, epoch, window)).permutation(rows)
             self.start = draw - place + int(starts[first])
         return tuple(self.rows[draw - self.start].tolist())
-
 
 class Groups(Dataset):
     """One rank's batches: groups[g] is (length_group steps, bad samples), a step (source, micro-batches, None
@@ -356,11 +340,9 @@ class Groups(Dataset):
         bad, self.samples.bad = self.samples.bad, []
         return steps, bad
 
-
 def split(items: list, n: int) -> list[list]:
     """n consecutive parts whose lengths differ by at most 1."""
     return [items[len(items) * i // n:len(items) * (i + 1) // n] for i in range(n)]
-
 
 class Reader:
     """The steps of a run from `start` on, each (source, micro-batches), with an account of bad samples."""

@@ -6,6 +6,9 @@ B sequences, T tokens, S tokens with the cache's, D width, H query heads, K key/
 """
 
 import math
+import os
+import shutil
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -25,7 +28,6 @@ from vision import init_weights
 
 IGNORE = -100   # in the targets: no prediction here
 CONTEXT = 2000  # most tokens of a conversation
-
 
 @dataclass(frozen=True)
 class LlamaConfig:
@@ -75,7 +77,6 @@ class LlamaConfig:
         sizes = {k: v for k, v in asdict(self).items() if v != ""}
         return {"architectures": ["LlamaForCausalLM"], "model_type": "llama"} | sizes
 
-
 class RMSNorm(nn.Module):
     """x (..., D) over its root mean square, in float32, times a weight."""
 
@@ -89,22 +90,19 @@ class RMSNorm(nn.Module):
         h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * h.to(x.dtype)
 
-
 def rotary_angles(positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype):
     """positions (T,) -> cos, sin (T, head_dim), both halves equal (Hugging Face's layout)."""
     inv_freq = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
     angles = torch.outer(positions.float(), inv_freq).repeat(1, 2)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
-
 def rotate(x, cos, sin):
     """Rotate each pair (x[i], x[i + head_dim/2]) of x (B, H, T, head_dim) by its position's angle."""
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
-
 class KVCache:
-    """Keys and values of the tokens so far: per layer two (B, K, capacity, head_dim), which grow as needed."""
+    """Keys and values of the tokens so far: per layer two (B, K, capacity, head_dim) that grow as needed."""
 
     def __init__(self):
         self.layers: dict[int, list[torch.Tensor]] = {}
@@ -124,7 +122,6 @@ class KVCache:
             whole[:, :, self.length:end] = t
         return [whole[:, :, :end] for whole in stored]
 
-
 def quantize(weight: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
     """A matrix (out, in) -> int8 (out, in) with scales float32 (out,); or two int4 in a uint8 (out, in / 2),
     the even column in the high bits, with bfloat16 (in / 64, out, 2): per group of 64 inputs a scale and the
@@ -141,7 +138,6 @@ def quantize(weight: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Tens
     middle = (low + 8 * scale).bfloat16().float()
     q = ((groups - middle) / scale).round_().add_(8).clamp_(0, 15).to(torch.uint8).flatten(1)
     return q[:, ::2] << 4 | q[:, 1::2], torch.cat((scale, middle), 2).transpose(0, 1).bfloat16().contiguous()
-
 
 class QuantizedLinear(nn.Module):
     """x (..., in) -> x @ W.T for one W of `quantize`, or a tuple for several, computed together."""
@@ -177,7 +173,6 @@ class QuantizedLinear(nn.Module):
         y = y.unflatten(0, x.shape[:-1])
         return y.split(self.sizes, -1) if len(self.sizes) > 1 else y
 
-
 class Attention(nn.Module):
     """Causal self-attention with rotary positions, x (B, T, D) -> (B, T, D)."""
 
@@ -208,7 +203,6 @@ class Attention(nn.Module):
                                            enable_gqa=q.shape[1] != k.shape[1])
         return self.o_proj(y.reshape(B, -1, T, self.head_dim).transpose(1, 2).reshape(B, T, -1))
 
-
 class MLP(nn.Module):
     """SwiGLU, x (B, T, D) -> (B, T, D)."""
 
@@ -224,7 +218,6 @@ class MLP(nn.Module):
         gate, up = self.gate_up_proj(x) if self.gate_up_proj else (self.gate_proj(x), self.up_proj(x))
         return self.down_proj(F.silu(gate) * up)
 
-
 class Block(nn.Module):
     """Pre-norm attention and MLP, x (B, T, D) -> (B, T, D)."""
 
@@ -238,7 +231,6 @@ class Block(nn.Module):
     def forward(self, x, cos, sin, cache):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
-
 
 class Llama(nn.Module):
     """Embeddings (B, T, D), as image tokens have no id -> hidden states (B, T, D) after the final norm."""
@@ -275,6 +267,9 @@ class Llama(nn.Module):
 
     def compile_rows(self):
         """Compile the product with a single token: twice as fast as PyTorch's own in bfloat16 on a CPU."""
+        if self.norm.weight.is_cpu and not shutil.which(os.environ.get("CXX", "g++")):
+            return print("note: compiling needs a C++ compiler; it goes on without", file=sys.stderr)
+
         @torch.compile(dynamic=False)
         def row_product(w, x):
             return (w.float() * x.float()).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
@@ -290,7 +285,6 @@ class Llama(nn.Module):
         init_weights(self, {"embed_tokens.weight": 0.02}, ("o_proj.weight", "down_proj.weight"),
                      len(self.layers))
 
-
 def sample(logits: torch.Tensor, seen: torch.Tensor, temperature: float, top_p: float,
            repetition_penalty: float, generator: torch.Generator | None = None) -> torch.Tensor:
     """Draw the next ids, int64 (..., 1), from logits float32 (..., V): repetition penalty on the ids where
@@ -303,12 +297,38 @@ def sample(logits: torch.Tensor, seen: torch.Tensor, temperature: float, top_p: 
     beyond[..., 0] = False
     return order.gather(-1, torch.multinomial(probs.masked_fill(beyond, 0), 1, generator=generator))
 
-
 def penalize(scores: torch.Tensor, seen: torch.Tensor, repetition_penalty: float) -> torch.Tensor:
     """Lower the scores (..., V) of the ids where `seen`."""
     penalized = torch.where(scores < 0, scores * repetition_penalty, scores / repetition_penalty)
     return torch.where(seen, penalized, scores)
 
+@torch.no_grad()
+def beam_search(llama: Llama, tokenizer: "Tokenizer", x: torch.Tensor, seen: torch.Tensor,
+                max_new_tokens: int, repetition_penalty: float, stop: tuple[list[int], ...], min_length: int,
+                num_beams: int, length_penalty: float) -> list[int]:
+    """The ids of the likeliest answer to a prompt x (1, T, D), as in Hugging Face's: by the sum of its ids'
+    log-probabilities, over (its length with `<s>`, without its end) ** length_penalty."""
+    cache, beams, finished = KVCache(), [(0.0, [])], []  # (sum of log-probabilities, ids)
+    for length in range(1, max_new_tokens + 1):
+        logp = llama.logits(llama(x, cache)[:, -1]).float().log_softmax(-1)
+        logp = penalize(logp, seen, repetition_penalty)
+        if length < min_length:
+            logp[:, tokenizer.eos] = -torch.inf
+        sums = torch.tensor([[total] for total, _ in beams], device=x.device) + logp
+        best, index = sums.flatten().topk(4 * num_beams)  # enough for num_beams that have not ended
+        candidates = [(total, [*beams[i // logp.shape[1]][1], i % logp.shape[1]], i // logp.shape[1])
+                      for total, i in zip(best.tolist(), index.tolist())]
+        finished += [(total / length ** length_penalty, ids) for total, ids, _ in candidates[:num_beams]
+                     if tokenizer.is_end(ids, stop)]
+        finished = sorted(finished, reverse=True)[:num_beams]
+        if len(finished) == num_beams and finished[-1][0] >= candidates[0][0] / length ** length_penalty:
+            return finished[0][1]
+        kept = [c for c in candidates if not tokenizer.is_end(c[1], stop)][:num_beams]
+        beams, rows = [c[:2] for c in kept], torch.tensor([c[2] for c in kept], device=x.device)
+        token = torch.tensor([ids[-1:] for _, ids in beams], device=x.device)
+        cache.select(rows)
+        seen, x = seen[rows].scatter(1, token, True), llama.embed_tokens(token)
+    return max(finished + [(total / (length + 1) ** length_penalty, ids) for total, ids in beams])[1]
 
 class Tokenizer:
     """A sentencepiece `tokenizer.model`. In a text, the letters `<s>` and `</s>` are plain text."""
@@ -355,7 +375,6 @@ class Tokenizer:
             return ([self.eos],)
         return self.encode(end), self.encode("a" + end)[len(self.encode("a")):]
 
-
 def read_llama_folder(folder: str) -> tuple[LlamaConfig, list[Path]]:
     """The sizes and safetensors files of a Hugging Face folder."""
     root, index = Path(folder), Path(folder) / "model.safetensors.index.json"
@@ -366,7 +385,6 @@ def read_llama_folder(folder: str) -> tuple[LlamaConfig, list[Path]]:
     if not shards:
         raise InputError(f"{folder}: no *.safetensors file; see the README on getting the weights")
     return config, shards
-
 
 def indexed_files(index: Path) -> list[Path]:
     """The weight files that a Hugging Face *.index.json names."""

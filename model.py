@@ -11,7 +11,7 @@ import os
 import sys
 from collections import namedtuple
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -24,15 +24,14 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from configs.schema import DTYPES, QUANTIZED, InputError, override
-from llama import (IGNORE, IMAGE, KVCache, Llama, LlamaConfig, QuantizedLinear, Tokenizer, penalize, quantize,
-                   read_llama_folder, sample)
+from llama import (IGNORE, IMAGE, KVCache, Llama, LlamaConfig, QuantizedLinear, Tokenizer, beam_search,
+                   quantize, read_llama_folder, sample)
 from qformer import JoinPatches, QFormer, QFormerConfig
 from vision import VisionConfig, VisionTransformer, normalize
 
 PARTS = ("vision", "qformer", "proj", "llama")
 CONFIGS = {"vision": VisionConfig, "qformer": QFormerConfig}  # of the parts whose files hold their sizes
 LOGITS_AT_ONCE = 256  # positions; with a vocabulary of 32,000 these take 33 MB in float32
-
 
 class MiniGPT4(nn.Module):
     """The whole model. Each part computes in the dtype of its own weights and casts its input."""
@@ -91,11 +90,12 @@ class MiniGPT4(nn.Module):
     def generate(self, tokens: list[int] | list[list[int]], image_embeds: Tensor | None = None,
                  max_new_tokens: int = 300, temperature: float = 1.0, top_p: float = 0.9,
                  repetition_penalty: float = 1.05, stop: tuple[list[int], ...] = (), context: int = 0,
-                 generator: torch.Generator | None = None, min_length=0, cache: KVCache = None) -> Iterator:
-        """Yield the ids of the answer to a conversation, with those that end it. For B conversations of one
-        length, yield lists of B ids, None after an end. tokens: ids with IMAGE, the first perhaps in `cache`;
-        image_embeds: (pictures, N, d_llama). Ends at `</s>` (from `min_length` ids on, with `<s>`), a `stop`
-        sequence or max_new_tokens. `context` (0: the model's) cuts the prompt's beginning."""
+                 generator: torch.Generator | None = None, min_length: int = 0,
+                 cache: KVCache | None = None, num_beams: int = 1, length_penalty: float = 1.0) -> Iterator:
+        """Yield the ids of an answer, with those that end it; for B prompts of one length, lists of B ids,
+        None after an end. tokens: ids with IMAGE, the first ones perhaps in `cache`; image_embeds: (pictures,
+        N, d_llama). An answer ends at `</s>` (from `min_length` ids on, with `<s>`), a `stop` sequence or
+        max_new_tokens. `context` (0: the model's) cuts the prompt's beginning. Several beams: one prompt."""
         batch = tokens if isinstance(tokens[0], list) else [tokens]
         if not context:  # the answer gets what the prompt leaves, at least a third
             context = self.llama.config.max_position_embeddings
@@ -103,8 +103,11 @@ class MiniGPT4(nn.Module):
         if context <= max_new_tokens:
             raise InputError(f"context {context} leaves no room beside max_new_tokens {max_new_tokens}")
         x, seen = self.embed_prompts(batch, image_embeds)
-        cache = cache or KVCache()
-        x = x[:, max(cache.length, x.shape[1] + max_new_tokens - context):]
+        start, cache = max(0, x.shape[1] + max_new_tokens - context), cache or KVCache()
+        if num_beams > 1:
+            return (yield from beam_search(self.llama, self.tokenizer, x[:, start:], seen, max_new_tokens,
+                                           repetition_penalty, stop, min_length, num_beams, length_penalty))
+        x = x[:, max(cache.length, start):]
         ids, ended = [[] for _ in batch], [False for _ in batch]
         for n in range(1, max_new_tokens + 1):
             logits = self.llama.logits(self.llama(x, cache)[:, -1]).float()
@@ -120,41 +123,11 @@ class MiniGPT4(nn.Module):
                 return
             x = self.llama.embed_tokens(token)
 
-    @torch.no_grad()
-    def beam_search(self, tokens: list[int], image_embeds: Tensor | None = None, num_beams: int = 5,
-                    max_new_tokens: int = 300, repetition_penalty: float = 1.05, min_length: int = 0,
-                    length_penalty: float = 1.0, stop: tuple[list[int], ...] = ()) -> list[int]:
-        """The ids of the likeliest answer that Hugging Face's beam search finds: by the sum of its ids' log-
-        probabilities, over (its length with `<s>`, without its end) ** length_penalty."""
-        x, seen = self.embed_prompts([tokens], image_embeds)
-        cache, beams, finished = KVCache(), [(0.0, [])], []  # (sum of log-probabilities, ids)
-        for length in range(1, max_new_tokens + 1):
-            logp = self.llama.logits(self.llama(x, cache)[:, -1]).float().log_softmax(-1)
-            logp = penalize(logp, seen, repetition_penalty)
-            if length < min_length:
-                logp[:, self.tokenizer.eos] = -torch.inf
-            sums = torch.tensor([[total] for total, _ in beams], device=x.device) + logp
-            best, index = sums.flatten().topk(4 * num_beams)  # enough for num_beams that have not ended
-            candidates = [(total, [*beams[i // logp.shape[1]][1], i % logp.shape[1]], i // logp.shape[1])
-                          for total, i in zip(best.tolist(), index.tolist())]
-            finished += [(total / length ** length_penalty, ids) for total, ids, _ in candidates[:num_beams]
-                         if self.tokenizer.is_end(ids, stop)]
-            finished = sorted(finished, reverse=True)[:num_beams]
-            if len(finished) == num_beams and finished[-1][0] >= candidates[0][0] / length ** length_penalty:
-                return finished[0][1]
-            kept = [c for c in candidates if not self.tokenizer.is_end(c[1], stop)][:num_beams]
-            beams, rows = [c[:2] for c in kept], torch.tensor([c[2] for c in kept], device=x.device)
-            token = torch.tensor([ids[-1:] for _, ids in beams], device=x.device)
-            cache.select(rows)
-            seen, x = seen[rows].scatter(1, token, True), self.llama.embed_tokens(token)
-        return max(finished + [(total / (length + 1) ** length_penalty, ids) for total, ids in beams])[1]
-
     def embed_prompts(self, batch: list[list[int]], image_embeds: Tensor | None) -> tuple[Tensor, Tensor]:
         """Embeddings (B, T, d_llama), and the ids that the repetition penalty applies to, bool (B, V)."""
         x = self.embed(torch.tensor(batch, device=self.llama.norm.weight.device), image_embeds)
-        seen = torch.zeros(len(batch), self.llama.config.vocab_size, dtype=torch.bool, device=x.device)
-        seen[:, self.tokenizer.bos] = True
-        return x, seen
+        ids = torch.arange(self.llama.config.vocab_size, device=x.device)
+        return x, (ids == self.tokenizer.bos).repeat(len(batch), 1)
 
     @torch.no_grad()
     def perplexity(self, text: str) -> float:
@@ -285,6 +258,22 @@ class MiniGPT4(nn.Module):
             save_file({k: p.detach().to("cpu", getattr(torch, dtype)).contiguous()
                        for k, p in parameters.items()}, temporary, metadata)
 
+def check_english(model: MiniGPT4):
+    """Print the language model's perplexity on English, and a warning if its weights are broken."""
+    value = model.perplexity((Path(__file__).parent / "assets/paragraph.txt").read_text().strip())
+    print(f"perplexity on a paragraph of English: {value:.1f} (a healthy LLaMA: below 20)", file=sys.stderr)
+    if value > 100:
+        print("warning: these weights are broken or not English; fetch or convert again", file=sys.stderr)
+
+def peak_mib(device: torch.device | str) -> float:
+    """The peak of this process's tensors on a GPU, or of its resident memory; NaN on Windows."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    with suppress(ImportError):
+        import resource
+        unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes, else KiB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return float("nan")
 
 def pick_device(name: str = "", index: int = 0) -> torch.device:
     """"" -> cuda if there is one, else cpu. Raises InputError for a device that this machine lacks."""
@@ -297,7 +286,6 @@ def pick_device(name: str = "", index: int = 0) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
-
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
@@ -316,10 +304,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
 
-
 # sizes: a LlamaConfig, or a dict; of a projection, the fingerprints of the parts that it was trained with
 PartFile = namedtuple("PartFile", "path tensors sizes")
-
 
 def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """A safetensors file -> its tensors, memory-mapped, and metadata. Raises InputError if unreadable."""
@@ -330,7 +316,6 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
     except (SafetensorError, OSError) as e:
         raise InputError(f"{path}: not a complete safetensors file ({e}); fetch or convert it again") from e
-
 
 def read_part(name: str, path: str) -> PartFile:
     """A part's file, or LLaMA's folder."""
@@ -346,7 +331,6 @@ def read_part(name: str, path: str) -> PartFile:
         return PartFile(path, tensors, dict(json.loads(sizes)))
     except (KeyError, ValueError, TypeError) as e:
         raise InputError(f"{path}: no metadata of a {name} file; make it with tools/convert.py {name}") from e
-
 
 def check_sources(sources: dict, trainable: tuple[str, ...], dtype: str, tokenizer: str | None):
     """Raise InputError for arguments of from_files that do not go together."""
@@ -364,7 +348,6 @@ def check_sources(sources: dict, trainable: tuple[str, ...], dtype: str, tokeniz
         if is_wrong:
             raise InputError(what)
 
-
 def part_config(name: str, sources: dict, files: dict, **needed: int) -> VisionConfig | QFormerConfig | None:
     """A part's sizes, from its file or else from `sources`. Raises InputError unless they are as `needed`."""
     if sources[name] in ("", None):
@@ -377,7 +360,6 @@ def part_config(name: str, sources: dict, files: dict, **needed: int) -> VisionC
         raise InputError(f"{file.path}: {config} does not fit the vision part; needed is {needed}")
     return config
 
-
 def check_fit(path: str, part: str, shapes: dict[str, tuple], expected: dict[str, tuple]):
     """Raise InputError unless a file's {name: shape} is exactly what the part expects."""
     problems = {"missing": sorted(expected.keys() - shapes.keys()),
@@ -388,7 +370,6 @@ def check_fit(path: str, part: str, shapes: dict[str, tuple], expected: dict[str
              for what, names in problems.items() if names]
     if found:
         raise InputError(f"{path}: does not fit as {part}: {'; '.join(found)}; it is for another model")
-
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:
     """12 hex digits that identify a part's weights, also cast ones: of names, shapes and some values."""

@@ -14,7 +14,6 @@ from torch import nn
 
 from vision import init_weights
 
-
 @dataclass(frozen=True)
 class QFormerConfig:
     """Sizes; the defaults are BLIP-2's, over EVA-ViT-g."""
@@ -26,7 +25,6 @@ class QFormerConfig:
     vision_width: int = 1408
     cross_attention_every: int = 2   # layers 0, 2, 4, ... attend to the vision tokens
     norm_eps: float = 1e-12
-
 
 class Attention(nn.Module):
     """Attention from x (B, Q, D) to context (B, N, context_width), then projection, residual, LayerNorm."""
@@ -50,7 +48,6 @@ class Attention(nn.Module):
         """(B, Q or N, D) -> (B, H, Q or N, D/H)."""
         return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
 
-
 class Layer(nn.Module):
     """Post-norm: self-attention of the queries x (B, Q, D), cross-attention in some layers, MLP."""
 
@@ -67,7 +64,6 @@ class Layer(nn.Module):
         if self.cross_attn is not None:
             x = self.cross_attn(x, image)
         return self.norm(x + self.fc2(F.gelu(self.fc1(x))))
-
 
 class QFormer(nn.Module):
     """Vision tokens (B, N, vision_width) -> image tokens (B, Q, D)."""
@@ -95,7 +91,6 @@ class QFormer(nn.Module):
     def reset_parameters(self):
         """A norm follows the queries, in which steps on small ones would be too large."""
         init_weights(self, {"query_tokens": 1})
-
 
 class JoinPatches(nn.Module):
     """Vision tokens (B, 1 + P, D) -> image tokens (B, P / 4, 4 * D): 4 patches each, no class token."""

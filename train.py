@@ -33,13 +33,11 @@ from model import PARTS, MiniGPT4, fingerprint, pick_device, replacing
 
 ADVICE = "the last checkpoint is kept; start again with a lower --lr, or with --grad_clip=1.0"
 
-
 def learning_rate(step: int, config: Config) -> float:
     """Linear from warmup_lr to lr, then a cosine to min_lr. Quirk kept: the cosine counts the warm-up too."""
     if step < config.warmup_steps:
         return config.warmup_lr + (config.lr - config.warmup_lr) * step / config.warmup_steps
     return config.min_lr + (config.lr - config.min_lr) * (1 + cos(pi * step / config.max_steps)) / 2
-
 
 def make_optimizer(parameters: dict[str, torch.nn.Parameter], config: Config) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices, none on biases and norms."""
@@ -47,7 +45,6 @@ def make_optimizer(parameters: dict[str, torch.nn.Parameter], config: Config) ->
               {"params": [p for p in parameters.values() if p.dim() <= 1], "weight_decay": 0.0}]
     return torch.optim.AdamW([g for g in groups if g["params"]], config.lr, config.betas, eps=1e-8,
                              weight_decay=config.weight_decay)
-
 
 def train_step(model, batches: list[Batch], optimizer, scaler, lr: float, grad_clip=0.0) -> torch.Tensor:
     """One step of AdamW along the gradient of the mean loss over all answer tokens, of all micro-batches and
@@ -75,7 +72,6 @@ def train_step(model, batches: list[Batch], optimizer, scaler, lr: float, grad_c
     optimizer.zero_grad(set_to_none=True)
     return loss_sum
 
-
 @torch.no_grad()
 def evaluate(model: MiniGPT4, samples: Samples, config: Config, device) -> tuple[float, list[dict]]:
     """The mean loss per answer token, and the greedy answers to some first prompts beside the data's."""
@@ -93,19 +89,16 @@ def evaluate(model: MiniGPT4, samples: Samples, config: Config, device) -> tuple
                       "data": model.tokenizer.decode(targets[start:end])})
     return loss_sum / sum(batch.n_targets for batch in batches), shown
 
-
 def warn_of_broken_llama(loss: float, vocab_size: int):
     """Warn when the first loss of a frozen language model is clearly above that of a uniform guess."""
     if loss > log(vocab_size) + 1:
         print(f"warning: the first loss, {loss:.2f}, is worse than a uniform guess: LLaMA's weights or "
               "tokenizer are probably wrong; try python chat.py --ckpt=OUT_DIR --check", file=sys.stderr)
 
-
 def saved_parts(config: Config) -> dict[str, str]:
     """{part: its file in out_dir}: the trained ones, and the projection, which identifies them."""
     names = (*config.trainable, "proj") if config.vision else config.trainable
     return {k: f"{config.out_dir}/{k}" + ("" if k == "llama" else ".safetensors") for k in names}
-
 
 def refuse_to_overwrite(config: Config):
     """Raise InputError when out_dir holds a run that this one does not resume, or is no run's folder."""
@@ -114,7 +107,6 @@ def refuse_to_overwrite(config: Config):
         raise InputError(f"{held[0]}: already holds a run; continue it with --resume, or change --out_dir")
     if Path(config.out_dir, "config.json").exists():
         read_saved_config(config.out_dir)  # raises InputError for something else's config.json
-
 
 def start_folder(config: Config):
     """Make out_dir, with a config.json that leads chat.py to all parts."""
@@ -126,7 +118,6 @@ def start_folder(config: Config):
     with replacing(Path(config.out_dir, "config.json")) as temporary:
         temporary.write_text(to_json(replace(config, **paths)))
 
-
 def open_log(config: Config, done: int):
     """log.jsonl, to append JSON lines to; without those of the steps that a resumed run does again."""
     path = Path(config.out_dir, "log.jsonl")
@@ -135,7 +126,6 @@ def open_log(config: Config, done: int):
     with replacing(path) as temporary:
         temporary.write_text("".join(f"{row}\n" for row, step in rows if int(step) <= done))
     return open(path, "a", buffering=1)
-
 
 class Checkpoint:
     """The state of a run that state.pt keeps: the trained parameters, the optimizer and the scaler."""
@@ -182,7 +172,6 @@ class Checkpoint:
         self.scaler.load_state_dict(state["scaler"])
         return state["step"]
 
-
 class Meter:
     """The losses and the speed since the last report, of all ranks together."""
 
@@ -217,7 +206,6 @@ class Meter:
         self.since, self.waited = time.perf_counter(), 0.0
         return report
 
-
 def flops_per_position(model: MiniGPT4, trainable: tuple[str, ...]) -> tuple[float, float]:
     """Training FLOPs per (picture, token): 2 per weight forward, 2 for each gradient; without attention."""
     n = {k: sum(p.numel() for p in model.part_parameters(k).values() if p.dim() > 1) for k in PARTS}
@@ -226,7 +214,6 @@ def flops_per_position(model: MiniGPT4, trainable: tuple[str, ...]) -> tuple[flo
     vision = n["vision"] * n_patches * (3 if "vision" in trainable else 1)
     qformer = n["qformer"] * model.n_image_tokens * (3 if {"vision", "qformer"} & set(trainable) else 1)
     return 2 * (vision + qformer), 2 * n["llama"] * (3 if "llama" in trainable else 2)
-
 
 def prepare_data(config: Config):
     """If data is missing that `prepare` makes, run its commands in order, but not for what exists already."""
@@ -238,7 +225,6 @@ def prepare_data(config: Config):
             print(f"{path} is missing; making it: python {config.prepare[path]}", file=sys.stderr)
             if subprocess.run([sys.executable, *shlex.split(config.prepare[path])]).returncode:
                 raise InputError(f"{path} could not be made: the command above failed")
-
 
 def build(config: Config, device) -> MiniGPT4:
     """The model of a config, its blocks sharded, checkpointed and compiled as the config says."""
@@ -260,13 +246,11 @@ def build(config: Config, device) -> MiniGPT4:
         compile_blocks(model)
     return model
 
-
 def compile_blocks(model: MiniGPT4):
     """torch.compile each block by itself: one graph for all blocks of a kind and any number of tokens."""
     blocks = (*getattr(model.vision, "blocks", ()), *getattr(model.bridge, "layers", ()), *model.llama.layers)
     for block in blocks:
         block.compile(dynamic=True)
-
 
 @torch.no_grad()
 def cache_features(model: MiniGPT4, samples: Samples, config: Config, device):
@@ -285,7 +269,6 @@ def cache_features(model: MiniGPT4, samples: Samples, config: Config, device):
     samples.features = {key: value for share in shares for key, value in share.items() if value}
     samples.bad = []  # training counts them
 
-
 def open_data(config: Config, model: MiniGPT4, device) -> tuple[Samples, dict, Samples | None]:
     """The samples to train on, the weights of their sources, and the held-out samples, if there are any."""
     shape = (model.tokenizer, model.image_size, model.n_image_tokens)
@@ -298,7 +281,6 @@ def open_data(config: Config, model: MiniGPT4, device) -> tuple[Samples, dict, S
             cache_features(model, each, config, device)
         model.vision = model.bridge = None  # to free their memory
     return samples, weights, heldout
-
 
 def train(config: Config, device, rank: int = 0, world: int = 1):
     """Run the config from its first or its last saved step to max_steps."""
@@ -358,7 +340,6 @@ def train(config: Config, device, rank: int = 0, world: int = 1):
         asked = time.perf_counter()
         meter.since += asked - paused  # evaluation and saving do not count
 
-
 def main(argv: list[str]):
     (path,), options = parse_args(argv, __doc__, "CONFIG", Config)
     config = load_config(path, options)
@@ -380,7 +361,6 @@ def main(argv: list[str]):
     if rank == 0:
         picture = ["assets/tiny/example.png"] * bool(config.vision)
         print(shlex.join(["python", "chat.py", *picture, f"--ckpt={config.out_dir}"]), file=sys.stderr)
-
 
 if __name__ == "__main__":
     run_main(main)

@@ -21,7 +21,6 @@ from configs.schema import InputError
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
-
 def load_image(source: str | bytes, image_size: int, smallest: int = 1) -> torch.Tensor:
     """A picture's path or bytes -> uint8 (3, image_size, image_size), RGB; turned as EXIF says, transparent
     pixels on white. Raises InputError for an unreadable one, or a side of fewer pixels than `smallest`."""
@@ -40,7 +39,6 @@ def load_image(source: str | bytes, image_size: int, smallest: int = 1) -> torch
         raise InputError(f"{name}: cannot be read as a picture ({e}); give a JPEG, PNG or the like") from e
     raise InputError(f"{name}: only {image.width} x {image.height} pixels; give a larger picture")
 
-
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL mode -> RGB, transparent pixels on white."""
     if image.mode.startswith("I") or image.mode == "F":  # 16-bit gray, or float from 0 to 1 or to 255
@@ -52,19 +50,22 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == "RGB" else image.convert("RGB")  # convert always copies
 
-
 def preprocess(image: Image.Image, image_size: int) -> torch.Tensor:
     """RGB picture -> uint8 (3, image_size, image_size) by PIL's bicubic resize to a square."""
     if image.size != (image_size, image_size):
         image = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
-
 def normalize(images: torch.Tensor) -> torch.Tensor:
     """uint8 (B, 3, S, S), 0..255 -> float32 (B, 3, S, S) normalized by CLIP's mean and standard deviation."""
     mean, std = torch.tensor((IMAGE_MEAN, IMAGE_STD), device=images.device).view(2, 3, 1, 1)
     return images.float().div_(255).sub_(mean).div_(std)  # in place: memory traffic dominates
 
+def half_blocks(image: torch.Tensor) -> str:
+    """uint8 (3, S, S), S even -> lines of S characters for a terminal, each of two pixels in true color."""
+    rows, cell = image.permute(1, 2, 0).tolist(), "\x1b[38;2;{};{};{};48;2;{};{};{}m\u2580"
+    lines = ("".join(cell.format(*a, *b) for a, b in zip(*pair)) for pair in zip(rows[::2], rows[1::2]))
+    return "\x1b[0m\n".join(lines) + "\x1b[0m"
 
 @dataclass(frozen=True)
 class VisionConfig:
@@ -77,7 +78,6 @@ class VisionConfig:
     mlp_hidden: int = 6144   # int(1408 * 4.3637)
     norm_eps: float = 1e-6
 
-
 @torch.no_grad()
 def init_weights(module: nn.Module, stds: dict[str, float], residual: tuple[str, ...] = (), depth: int = 1):
     """Random weights of a transformer: normal with variance 1 / inputs, or the standard deviation in `stds`;
@@ -88,7 +88,6 @@ def init_weights(module: nn.Module, stds: dict[str, float], residual: tuple[str,
         else:
             n_inputs = p[0].numel() * (2 * depth if name.endswith(residual) else 1)
             nn.init.normal_(p, std=stds.get(name, n_inputs ** -0.5))
-
 
 class Attention(nn.Module):
     """Self-attention over all tokens, x (B, N, D) -> (B, N, D)."""
@@ -109,7 +108,6 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v)
         return self.proj(y.transpose(1, 2).reshape(B, N, D))
 
-
 class MLP(nn.Module):
     """Two linear layers and an exact GELU, x (B, N, D) -> (B, N, D)."""
 
@@ -120,7 +118,6 @@ class MLP(nn.Module):
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x)))
-
 
 class Block(nn.Module):
     """Pre-norm attention and MLP, x (B, N, D) -> (B, N, D)."""
@@ -136,7 +133,6 @@ class Block(nn.Module):
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
-
 class PatchEmbed(nn.Module):
     """One vector per patch, in reading order: (B, 3, S, S) -> (B, (S / patch_size)^2, D)."""
 
@@ -146,7 +142,6 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images):
         return self.proj(images).flatten(2).transpose(1, 2)
-
 
 class VisionTransformer(nn.Module):
     """Normalized images (B, 3, S, S) -> class token and patches (B, N, D), in the weights' dtype.

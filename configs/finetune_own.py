@@ -6,8 +6,7 @@
 python tools/show_data.py configs/finetune_own.py --data=own/data.jsonl
 python train.py configs/finetune_own.py --data=own/data.jsonl
 
-Paths are relative to the file; only the assistant's words are predicted. It starts from the tiny model; for
-a real one, import configs.stage2 and give its proj.
+Paths are relative to the file. For a real model, import configs.stage2 and give its proj.
 """
 from configs.tiny_stage2 import *
 

@@ -16,7 +16,6 @@ INSTRUCTIONS = ("Describe this image in detail.",  # stage 2 draws one per sampl
                 "Please provide a detailed description of the picture.",
                 "Could you describe the contents of this image for me?")
 
-
 @dataclass(frozen=True)
 class Template:
     """How a conversation is written down, in training (without system text) and in chat."""
@@ -27,7 +26,6 @@ class Template:
     assistant: str                    # chat: between the message and the answer
     end: str                          # ends each answer: a text, or the control token "</s>"
 
-
 TEMPLATES = {
     "vicuna": Template(training=("###Human: ", " ###Assistant: "), system=(SYSTEM, "###"),
                        user=("Human: ",), assistant="###Assistant: ", end="###"),
@@ -35,11 +33,9 @@ TEMPLATES = {
                        user=(BOS, "[INST] "), assistant=" [/INST] ", end="</s>"),
 }
 
-
 def user_message(text: str, n_images: int) -> list[str | int]:
     """("Hi", 1) -> ["<Img>", IMAGE, "</Img> ", "Hi"]."""
     return ["<Img>", IMAGE, "</Img> "] * n_images + [text]
-
 
 def chat_segments(turns: list[tuple[list[str | int], str | None]], template: Template) -> list[str | int]:
     """Turns of (user_message, answer), the last answer None, -> the segments of a chat prompt."""
@@ -49,7 +45,6 @@ def chat_segments(turns: list[tuple[list[str | int], str | None]], template: Tem
         if answer is not None:
             segments += [answer, template.end.replace("</s>", "")]  # the original's history has no </s>
     return segments
-
 
 def training_segments(turns: list[tuple[str, str]], n_images: int, template: str, end: str,
                       as_chat: bool = False) -> list[list[str | int]]:

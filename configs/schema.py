@@ -11,6 +11,7 @@ import json
 import os
 import runpy
 import sys
+import unicodedata
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from math import inf
@@ -24,17 +25,14 @@ DTYPES, QUANTIZED = ("float32", "bfloat16", "float16"), ("int8", "int4")  # the 
 DATA = ("a path, a list of paths, or {path: weight}: tar shards (a glob, {00000..00099}.tar, a folder, a "
         ".txt that lists them), a folder with filter_cap.json, or a .jsonl")
 
-
 class InputError(Exception):
     """A mistake of the user. The message is one line: what is wrong, where, and what to do."""
-
 
 def option(default, meaning: str, least=None, most=inf, choices: tuple = ()):
     """A dataclass field with its meaning for --help and the values that check_options allows."""
     kind = {"default_factory": dict} if default == {} else {"default": default}
     about = f"{meaning} (default: {default!r})".replace("%", "%%")  # argparse formats it with %
     return field(**kind, metadata={"help": about, "range": (least, most), "choices": choices})
-
 
 def check_options(options, *rules: tuple[str, bool, str]):
     """Raise InputError for a value that its field does not allow, or a broken rule (name, holds, advice)."""
@@ -48,7 +46,6 @@ def check_options(options, *rules: tuple[str, bool, str]):
     for name, holds, advice in rules:
         if not holds:
             raise InputError(f"{name} = {getattr(options, name)!r}: {advice}")
-
 
 @dataclass(frozen=True)
 class Config:
@@ -126,7 +123,6 @@ class Config:
         """The fields that name weights, as arguments of MiniGPT4.from_files."""
         return {name: getattr(self, name) for name in ("vision", "qformer", "llama", "proj", "tokenizer")}
 
-
 @dataclass(frozen=True)
 class ChatOptions:
     """Of chat.py, and of the tools that build on it."""
@@ -154,13 +150,11 @@ class ChatOptions:
         check_options(self, ("temperature", not 0 < self.temperature < 1e-3, "give 0 or at least 0.001"),
                       ("top_p", 0 < self.top_p <= 1, "give one above 0, at most 1"))
 
-
 def override(config, values: dict, where: str = "command line"):
     """The dataclass `config` with `values` put in; texts are parsed as the field's type asks."""
     types = {f.name: f.type for f in fields(config)}
     return replace(config, **{check_name(k, types, where): _typed(k, value, types[k], where)
                               for k, value in values.items()})
-
 
 def check_name(name: str, known, where: str) -> str:
     """The name, if it is known. Raises InputError with the nearest known one otherwise."""
@@ -170,13 +164,13 @@ def check_name(name: str, known, where: str) -> str:
     hint = f"did you mean {near[0]}?" if near else "the names are: " + ", ".join(known)
     raise InputError(f"{where}: unknown name {name!r}; {hint}")
 
-
 def _typed(name, value, kind, where):
     """`value` as type `kind`. A text is read as a Python literal where `kind` is not a text."""
     kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
     if isinstance(value, str) and (str not in kinds or {"{": dict, "[": list}.get(value[:1]) in kinds):
         with suppress(Exception):  # else it stays a text
-            value = ast.literal_eval(value.capitalize() if value.lower() in ("true", "false") else value)
+            spelled = {"true": "True", "false": "False", "on": "True", "off": "False"}
+            value = ast.literal_eval(spelled.get(value.lower(), value))
     if get_origin(kind) is tuple:  # a Python tuple, its only item, or "proj,qformer"
         items = [x.strip() for x in value.split(",")] if isinstance(value, str) else value
         items = items if isinstance(items, (tuple, list)) else [items]
@@ -185,7 +179,6 @@ def _typed(name, value, kind, where):
         if type(value) is k or k is float and type(value) is int:
             return k(value)
     raise InputError(f"{where}: {name} = {value!r} is not of type {' or '.join(k.__name__ for k in kinds)}")
-
 
 def load_config(path: str, options: dict[str, str]) -> Config:
     """Read a config file, then the command line's `options` over it."""
@@ -196,7 +189,6 @@ def load_config(path: str, options: dict[str, str]) -> Config:
     settings = {k: v for k, v in names.items() if not k.startswith("_") and not isinstance(v, ModuleType)}
     return override(override(Config(), settings, path), options)
 
-
 def read_saved_config(folder: str) -> Config:
     """The configuration of a run's folder; the paths in its config.json are relative to the folder."""
     path = Path(folder) / "config.json"
@@ -205,7 +197,6 @@ def read_saved_config(folder: str) -> Config:
     saved = override(Config(), read_json(path), str(path))
     paths = {k: str(Path(folder) / v) for k, v in saved.parts().items() if isinstance(v, str) and v}
     return replace(saved, **paths)
-
 
 def read_json(path: Path) -> dict:
     """A JSON file that holds an object."""
@@ -217,16 +208,13 @@ def read_json(path: Path) -> dict:
         raise InputError(f"{path}: it should hold a JSON object; fetch or make it again")
     return content
 
-
 def to_json(config) -> str:
     """A config as JSON text, one field a line."""
     return json.dumps(asdict(config), indent=1)
 
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(f"command line: {message}")
-
 
 def parse_args(argv: list[str], doc: str, positional: str, *classes) -> tuple[list[str], dict[str, str]]:
     """(["a.jpg", "--seed", "1"], ...) -> (["a.jpg"], {"seed": "1"}); the options are the fields of `classes`.
@@ -253,6 +241,10 @@ def parse_args(argv: list[str], doc: str, positional: str, *classes) -> tuple[li
         raise InputError(f"usage: {usage}")
     return arguments, given
 
+def printable(text: str) -> str:
+    """Show characters that would steer a terminal as codes, such as \\x1b."""
+    return "".join(c if c in "\n\t\u200d" or unicodedata.category(c) not in ("Cc", "Cf", "Cs") else
+                   f"\\x{ord(c):02x}" for c in text)
 
 def run_main(main):
     """Call `main(argv)`; a mistake of the user becomes one line on stderr and exit status 2."""
@@ -263,5 +255,5 @@ def run_main(main):
     except BrokenPipeError:  # the reader of our output, such as head, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (InputError, OSError) as e:  # OSError: no permission, no space left
-        print("error:", *"".join(c if c.isprintable() else " " for c in str(e)).split(), file=sys.stderr)
+        print("error:", *printable(str(e)).split(), file=sys.stderr)
         sys.exit(2)

@@ -1,4 +1,5 @@
 """Stage 1 of MiniGPT-4 (arXiv 2304.10592): the projection is trained on noisy image-caption pairs.
+
 torchrun --nproc-per-node 4 train.py configs/stage1.py
 
 Cost in the paper: about 10 hours on 4 A100 80GB. Expected: a model that names what it sees in short, often
@@ -20,7 +21,6 @@ min_lr = 8e-5
 warmup_lr = 1e-6
 warmup_steps = 5000
 weight_decay = 0.05
-dtype = "bfloat16"
 num_workers = 4
 length_group = 8  # the workers of 4 processes then hold about 2.3 GiB of shared memory
 out_dir = "out/stage1"

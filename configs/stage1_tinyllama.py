@@ -1,4 +1,5 @@
 """Stage 1 with TinyLlama-1.1B instead of Vicuna: MiniGPT-4 for one small GPU. Not yet run to its end.
+
 python train.py configs/stage1_tinyllama.py
 """
 from configs.stage1 import *

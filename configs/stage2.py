@@ -1,6 +1,7 @@
 """Stage 2 of MiniGPT-4 (arXiv 2304.10592): 3,500 long, clean descriptions in the chat template.
 Cost in the paper: about 7 minutes on one A100. It stops at 400 steps (--max_steps=400); the published code
 runs 1,000. Expected: whole, fluent descriptions; in the paper failures fall from about 35 % to 2 %.
+
 python train.py configs/stage2.py
 """
 from configs.stage1 import *

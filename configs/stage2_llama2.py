@@ -1,4 +1,5 @@
 """Stage 2 with LLaMA-2-chat and no Q-Former, in LLaMA-2's chat template.
+
 python train.py configs/stage2_llama2.py
 """
 from configs.stage2 import *

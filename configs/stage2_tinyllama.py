@@ -1,4 +1,5 @@
 """Stage 2 with TinyLlama-1.1B, on one small GPU: 12 samples per step, in two micro-batches. Not yet run.
+
 python train.py configs/stage2_tinyllama.py
 """
 from configs.stage2 import *

@@ -1,5 +1,6 @@
 """Stage 1 in the tiny world: only the projection is trained, on noisy captions and clean ones.
 On 2 CPU cores: 2 min 31 s with drawing its pictures; held-out loss, on noisy captions, 0.76 at the end.
+
 python train.py configs/tiny_stage1.py
 """
 

@@ -18,7 +18,6 @@ GOLDEN = Path(__file__).parent / "golden"
 IMAGE_ROW = -200  # stands for one image token in the golden ids
 torch.set_num_threads(1)  # at these sizes more threads only slow each other down
 
-
 class Case(NamedTuple):
     """One batch of three samples: the inputs, and the original's results."""
 
@@ -31,7 +30,6 @@ class Case(NamedTuple):
     loss: float
     gradients: dict[str, torch.Tensor]  # "weight", "bias" of the projection
 
-
 class Conversation(NamedTuple):
     """A conversation of two turns about the first picture."""
 
@@ -39,7 +37,6 @@ class Conversation(NamedTuple):
     answer: str                   # to the first question, as the second turn's history has it
     ids: list[list[int]]          # the whole context of each turn, with IMAGE
     generated: list[tuple[list[int], str]]  # live: ids and text of each answer
-
 
 class Golden:
     """One variant ("qformer" or "noqformer") of a golden folder: its cases, inputs, results, and the model.
@@ -184,7 +181,6 @@ class Golden:
             runs = self.cases["generation"][self.variant]["vicuna0" if template == "vicuna" else template]
             runs = {k: {"new_tokens": v} for k, v in runs.items() if isinstance(v, list)}
         return {k: v for k, v in runs.items() if k.startswith(kind)}
-
 
 def _with_schedule(config, s):
     return Config(**vars(config) | {"lr": s["init_lr"], "min_lr": s["min_lr"], "warmup_lr": s["warmup_lr"],

@@ -37,7 +37,6 @@ LLAMA = {
 }
 OFFICIAL = {ours: theirs for theirs, ours in convert.NAMES.items()}
 
-
 @dataclass(frozen=True)
 class Options:
     size: str = option("7b", f"llama, proj: {', '.join(LLAMA)}")
@@ -52,13 +51,11 @@ class Options:
             raise InputError(f"--size={self.size} --format={self.format}: sizes are {', '.join(LLAMA)}, "
                              "formats safetensors and bin")
 
-
 def random_tensor(name: str, shape: tuple, generator: torch.Generator, dtype=torch.float16) -> torch.Tensor:
     """Norm weights are one, biases zero, all else is normal with standard deviation 0.02."""
     if len(shape) == 1:
         return torch.full(shape, float("norm" in name.lower() and name.endswith("weight")), dtype=dtype)
     return torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02, generator=generator).to(dtype)
-
 
 def official_shapes(part: str, llama: LlamaConfig) -> dict[str, tuple]:
     """{official name: shape} of the vision part, Q-Former or projection, and of some unused tensors."""
@@ -73,7 +70,6 @@ def official_shapes(part: str, llama: LlamaConfig) -> dict[str, tuple]:
     shapes = convert.parameter_shapes(QFormer, QFormerConfig())
     return {convert.rename(f"qformer.{k}", OFFICIAL): shape for k, shape in shapes.items()} | {
         "Qformer.bert.embeddings.word_embeddings.weight": (30523, 768), "t5_proj.weight": (4096, 768)}
-
 
 def write_llama(folder: Path, options: Options, generator: torch.Generator):
     config = LLAMA[options.size]
@@ -96,7 +92,6 @@ def write_llama(folder: Path, options: Options, generator: torch.Generator):
     else:
         (folder / "tokenizer.model").write_bytes(made_up_tokenizer(config.vocab_size, options.seed))
 
-
 def made_up_tokenizer(vocab_size: int, seed: int) -> bytes:
     """A sentencepiece model of random words, with LLaMA's settings."""
     rng = random.Random(seed)
@@ -111,7 +106,6 @@ def made_up_tokenizer(vocab_size: int, seed: int) -> bytes:
         vocab_size=vocab_size, normalization_rule_name="identity", remove_extra_whitespaces=False,
         split_digits=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2)
     return model.getvalue()
-
 
 def main(argv: list[str]):
     (part, target), given = parse_args(argv, __doc__, "PART DST", Options)
@@ -129,7 +123,6 @@ def main(argv: list[str]):
     tensors = {k: random_tensor(k, shape, generator, dtype) for k, shape in shapes}
     with replacing(target) as temporary:
         torch.save(tensors if part == "vision" else {"model": tensors, "epoch": 0}, temporary)
-
 
 if __name__ == "__main__":
     run_main(main)

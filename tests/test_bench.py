@@ -15,12 +15,10 @@ from tools.bench import TOKENIZER, WAYS, gguf_file
 
 ROOT = Path(__file__).resolve().parent.parent
 
-
 def run_bench(*arguments) -> subprocess.CompletedProcess:
     command = [sys.executable, "tools/bench.py", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
-
 
 def bench(folder, *arguments) -> list[dict]:
     """The rows that the benchmark prints last."""
@@ -35,7 +33,6 @@ def bench(folder, *arguments) -> list[dict]:
             assert row[k] > 0 and row[f"vs_{k}"] == pytest.approx(row["ours"] / row[k], rel=1e-3, abs=1e-4)
     return result["rows"]
 
-
 def test_chat_beside_transformers_and_llamacpp(tmp_path):
     rows = bench(tmp_path, "chat", "--size=small")
     assert {row["name"].removeprefix("small "): (row["unit"], row["peer_name"]) for row in rows} == {
@@ -49,7 +46,6 @@ def test_chat_beside_transformers_and_llamacpp(tmp_path):
         assert min(row["peak_mib"], row["peer_peak_mib"]) > 0
         assert ("limit" in row) == row["name"].endswith("word")
         assert ("llamacpp" in row) == (has_llamacpp and row["name"].endswith(("decode", "prompt")))
-
 
 @pytest.mark.parametrize("kind, least", [("BF16", 0.999), ("Q8_0", 0.995), ("Q4_0", 0.85)])
 def test_llamacpp_has_the_same_weights(tmp_path, kind, least):
@@ -67,7 +63,6 @@ def test_llamacpp_has_the_same_weights(tmp_path, kind, least):
         logits = model.llama.logits(model.llama(model.embed(torch.tensor([tokens]), None)))[0]
     assert torch.cosine_similarity(logits, torch.tensor(peer.scores[:40]), dim=1).mean() > least
 
-
 def test_train_beside_transformers_with_the_same_loss(tmp_path):
     eager, compiled, checkpointed = bench(tmp_path, "train", "--size=small", "--steps=1", "--batch_size=2")
     assert eager["name"] == "small bf16 b2" and compiled["name"].endswith("compiled")
@@ -75,12 +70,10 @@ def test_train_beside_transformers_with_the_same_loss(tmp_path):
         assert row["loss"] == pytest.approx(row["peer_loss"], abs=0.01)
         assert min(row["peak_mib"], row["peer_peak_mib"]) > 0
 
-
 def test_data_beside_webdataset(tmp_path):
     pytest.importorskip("webdataset")
     small, large = bench(tmp_path, "data", "--steps=1")
     assert small["name"] == "224x224 w2" and large["name"] == "640x480 w2"
-
 
 @pytest.mark.parametrize("arguments, hint", [(["trian"], "train"), (["train", "--size=smal"], "small"),
                                              (["chat", "--rounds=0"], "at least 1")])

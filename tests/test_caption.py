@@ -16,7 +16,6 @@ from tools import caption, make_scenes, show_data
 
 ROOT = Path(__file__).resolve().parent.parent
 
-
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """The working directory, with 7 pictures in photos/."""
@@ -25,10 +24,8 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
-
 def lines(path="captions.jsonl"):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
 
 def test_greedy_captions_are_those_of_chat(folder):
     caption.main(["photos", "--batch_size=3", "--dtype=float32"])
@@ -41,13 +38,11 @@ def test_greedy_captions_are_those_of_chat(folder):
         assert row["caption"] == "".join(talk.ask("Describe this image in detail."))
     assert len({row["caption"] for row in lines()}) > 4
 
-
 @pytest.mark.parametrize("options", [["--num_beams=2"], ["--temperature=1", "--seed=3"]])
 def test_beams_and_samples(folder, options):
     for out in ("a.jsonl", "b.jsonl"):
         caption.main(["photos/0.jpg", "photos/1.jpg", f"--out={out}", "--max_new_tokens=20", *options])
     assert lines("a.jsonl") == lines("b.jsonl") and all(row["caption"] for row in lines("a.jsonl"))
-
 
 def test_a_stopped_run_continues(folder, capsys):
     caption.main(["photos", "--batch_size=4"])
@@ -60,7 +55,6 @@ def test_a_stopped_run_continues(folder, capsys):
     caption.main(["photos"])
     assert os.stat("captions.jsonl").st_size == before.st_size
     assert "7 captions (0 new ones cut off), 0 failures" in capsys.readouterr().out
-
 
 def test_bad_pictures_are_kept_out_and_tried_again_when_asked(folder, capsys):
     Path("photos/2.jpg").rename("good.jpg")
@@ -78,7 +72,6 @@ def test_bad_pictures_are_kept_out_and_tried_again_when_asked(folder, capsys):
     assert len(lines()) == 7 and len(lines("captions.errors.jsonl")) == 1
     assert "\033" not in "".join(capsys.readouterr())
 
-
 def test_training_reads_them(folder, capsys, monkeypatch):
     Path("photos/2.jpg").write_bytes(b"no picture")
     Path("own").mkdir()
@@ -92,14 +85,12 @@ def test_training_reads_them(folder, capsys, monkeypatch):
                 "--num_workers=0"])
     assert (folder / "out/proj.safetensors").is_file() and "cannot be used" not in capsys.readouterr().out
 
-
 def test_paths_lead_from_the_file_to_the_picture_also_through_links(folder):
     (folder / "deep/down").mkdir(parents=True)
     (folder / "link").symlink_to(folder / "deep/down")
     (folder / "album").symlink_to(folder / "photos")
     assert caption.written_path("album/0.jpg", Path("link")) == "../../photos/0.jpg"
     assert caption.written_path(str(folder / "photos/0.jpg"), Path("photos")) == "0.jpg"
-
 
 def test_folders_globs_lists_and_files(folder):
     Path("photos/notes.txt").write_text("no list")
@@ -110,7 +101,6 @@ def test_folders_globs_lists_and_files(folder):
     assert caption.find_pictures("photos/sub/[0].JPG") == caption.find_pictures("photos/sub")
     Path("list.txt").write_text("photos/1.jpg\nphotos/lost.jpg\n")
     assert caption.find_pictures("list.txt") == ["photos/1.jpg", "photos/lost.jpg"]
-
 
 @pytest.mark.parametrize("argv, words", [
     ([], "0 pictures"), (["nowhere.jpg"], "nowhere.jpg: no pictures"), (["out"], "out: no pictures"),
@@ -123,7 +113,6 @@ def test_mistakes_raise(folder, argv, words):
     Path("out").mkdir()
     with pytest.raises(InputError, match=words):
         caption.main(argv)
-
 
 @pytest.mark.parametrize("argv", [["no\033[31mwhere.jpg"], ["photos", "--out=none/a.jsonl"]])
 def test_a_mistake_is_one_line_without_control_characters_and_status_2(folder, argv):

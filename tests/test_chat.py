@@ -19,11 +19,9 @@ from vision import load_image
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = str(ROOT / "assets" / "tiny" / "example.png")
 
-
 @pytest.fixture(scope="module")
 def tiny():
     return chat.load(Options(device="cpu"))
-
 
 def answer_to(tiny, question, *pictures, **options):
     model, defaults = tiny
@@ -32,7 +30,6 @@ def answer_to(tiny, question, *pictures, **options):
         talk.add_image(picture)
     return "".join(talk.ask(question)), talk
 
-
 def test_the_tiny_model_describes_its_example_correctly(tiny):
     for seed in range(3):  # sampled as in the demo, not greedy
         answer, talk = answer_to(tiny, "Describe this image in detail.", EXAMPLE, seed=seed)
@@ -40,13 +37,11 @@ def test_the_tiny_model_describes_its_example_correctly(tiny):
         assert "large red striped star at the top left" in answer
         assert "small yellow ring placed on the right" in answer and "gray" in answer
 
-
 def test_answers_repeat_with_the_same_seed_and_greedy_ignores_it(tiny):
     rhyme = "Write a rhyme about this image."
     assert answer_to(tiny, rhyme, EXAMPLE, seed=3)[0] == answer_to(tiny, rhyme, EXAMPLE, seed=3)[0]
     greedy = {answer_to(tiny, rhyme, EXAMPLE, seed=s, temperature=0.0)[0] for s in (1, 2)}
     assert len(greedy) == 1
-
 
 def test_a_second_turn_remembers_the_first(tiny):
     _, talk = answer_to(tiny, "How many objects are there?", EXAMPLE)
@@ -54,7 +49,6 @@ def test_a_second_turn_remembers_the_first(tiny):
     assert len(talk.turns) == 2 and talk.n_pictures == 1
     talk.reset()
     assert not talk.turns and not talk.new_pictures
-
 
 def test_streamed_pieces_add_up_to_the_answer_without_its_end(tiny):
     model, options = tiny
@@ -66,11 +60,9 @@ def test_streamed_pieces_add_up_to_the_answer_without_its_end(tiny):
     ids = model.tokenizer.encode("".join(pieces) + "### Human: x")
     assert model.tokenizer.answer_text(ids, "###") == "".join(pieces)
 
-
 def test_an_answer_cut_at_max_new_tokens_is_not_ended(tiny):
     _, talk = answer_to(tiny, "Describe this image in detail.", EXAMPLE, max_new_tokens=3)
     assert not talk.turns[-1].ended
-
 
 @pytest.mark.parametrize("options, words", [
     ({"temperature": 1e-45}, "temperature = 1e-45: give 0 or"),
@@ -80,12 +72,10 @@ def test_options_out_of_range_raise(options, words):
     with pytest.raises(InputError, match=words):
         Options(**options)
 
-
 def test_both_templates_and_several_pictures_run(tiny):
     for template in ("vicuna", "llama2"):
         talk = answer_to(tiny, "What do you see?", EXAMPLE, EXAMPLE, template=template, max_new_tokens=8)[1]
         assert len(talk.turns[0].pictures) == 2
-
 
 def test_an_answer_ends_as_the_run_was_trained(tmp_path):
     """With its own `end_sym`, unless another template or end is asked for."""
@@ -95,7 +85,6 @@ def test_an_answer_ends_as_the_run_was_trained(tmp_path):
         talk = Chat(*chat.load(Options(ckpt=str(tmp_path), device="cpu", **options)))
         assert talk.template.end == end
 
-
 def test_a_language_model_alone_answers_but_takes_no_pictures(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps({"llama": str(ROOT / "assets/tiny/llama")}))
     talk = Chat(*chat.load(Options(ckpt=str(tmp_path), device="cpu", max_new_tokens=8)))
@@ -104,7 +93,6 @@ def test_a_language_model_alone_answers_but_takes_no_pictures(tmp_path, capsys):
     assert talk.turns[0][1]
     with pytest.raises(InputError, match="sees no pictures"):
         talk.add_image(EXAMPLE)
-
 
 def pictures():
     rgb = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
@@ -126,7 +114,6 @@ def pictures():
     yield "1x1", rgb.resize((1, 1)), "PNG", {}
     yield "10,000 wide", rgb.resize((10_000, 30)), "JPEG", {}
 
-
 @pytest.mark.parametrize("picture, kind, options", [p[1:] for p in pictures()],
                          ids=[p[0] for p in pictures()])
 def test_every_kind_of_picture_is_read(tiny, tmp_path, picture, kind, options):
@@ -134,7 +121,6 @@ def test_every_kind_of_picture_is_read(tiny, tmp_path, picture, kind, options):
     picture.save(path, kind, **options)
     _, talk = answer_to(tiny, "What is this?", str(path), max_new_tokens=4)
     assert load_image(str(path), 64).shape == (3, 64, 64) and len(talk.turns) == 1
-
 
 def test_exif_rotation_transparency_and_16_bits_are_respected(tmp_path):
     half = Image.new("RGB", (64, 64), "black")
@@ -153,7 +139,6 @@ def test_exif_rotation_transparency_and_16_bits_are_respected(tmp_path):
     Image.fromarray(np.full((8, 8), 32768, dtype=np.uint16)).save(tmp_path / "c.png")
     assert load_image(str(tmp_path / "c.png"), 8).unique().tolist() == [127]
 
-
 @pytest.mark.parametrize("content", [None, b"", b"no picture", b"\x89PNG\r\n\x1a\nbroken"])
 def test_missing_and_broken_pictures_are_named(tmp_path, content):
     path = tmp_path / "x.png"
@@ -162,7 +147,6 @@ def test_missing_and_broken_pictures_are_named(tmp_path, content):
     with pytest.raises(InputError, match="x.png"):
         load_image(str(path), 64)
 
-
 def test_a_truncated_picture_is_named(tmp_path):
     buffer = io.BytesIO()
     Image.effect_noise((200, 200), 50).save(buffer, "JPEG")
@@ -170,13 +154,11 @@ def test_a_truncated_picture_is_named(tmp_path):
     with pytest.raises(InputError, match="half.jpg"):
         load_image(str(tmp_path / "half.jpg"), 64)
 
-
 def test_prompt_prints_only_the_answer(capsys):
     chat.main([EXAMPLE, "--prompt=What color is the star?", "--temperature=0"])
     out, err = capsys.readouterr()
     assert out.endswith(".\n") and len(out.splitlines()) == 1 and "#" not in out
     assert len(err.splitlines()) == 1 and err.startswith("note: this is the tiny")
-
 
 def test_commands(capsys, monkeypatch):
     lines = ["/help", f"/image {EXAMPLE}", "What color is the star?", "/image nowhere.png", "/dance",
@@ -189,7 +171,6 @@ def test_commands(capsys, monkeypatch):
         assert words in out
     assert "nowhere.png: there is no such picture" in err
 
-
 @pytest.mark.parametrize("arguments, words", [
     (["--temprature=1"], "did you mean temperature"), (["--temperature=hot"], "not of type float"),
     (["--template=alpaca"], "alpaca"), (["--top_p=0"], "top_p"), (["--dtype=int3"], "int3"),
@@ -197,7 +178,6 @@ def test_commands(capsys, monkeypatch):
 def test_wrong_arguments_raise(arguments, words):
     with pytest.raises(InputError, match=words):
         chat.main([*arguments, "--prompt=x"])
-
 
 def test_bare_booleans_and_values_after_a_space(capsys):
     """A bare --check does not take the picture's path after it as its value."""
@@ -209,7 +189,6 @@ def test_bare_booleans_and_values_after_a_space(capsys):
         assert "perplexity on a paragraph" in err and "red" in out and len(out.splitlines()) == 1
         answers.append(out)
     assert answers[0] == answers[1]
-
 
 def test_help_lists_every_option(capsys):
     with pytest.raises(SystemExit) as end:

@@ -26,7 +26,6 @@ ROOT = Path(__file__).resolve().parent.parent
 SIZES = dict(vocab_size=600, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, head_dim=8)
 
-
 def random_llama(seed=0, **sizes):
     """(config.json's content, tensors under Hugging Face's names)."""
     config = LlamaConfig(**SIZES | sizes)
@@ -36,7 +35,6 @@ def random_llama(seed=0, **sizes):
     tensors = {k if k.startswith("lm_head") else f"model.{k}": torch.randn(shape, generator=generator)
                for k, shape in shapes.items()}
     return {"model_type": "llama"} | vars(config), tensors
-
 
 def hub_folder(folder, sizes, tensors, shards=1, ending="safetensors"):
     """A Hugging Face folder of so many files."""
@@ -54,20 +52,17 @@ def hub_folder(folder, sizes, tensors, shards=1, ending="safetensors"):
         (folder / f"{stem}.{ending}.index.json").write_text(json.dumps(index))
     return folder
 
-
 def converted(source, target, *options):
     """The tensors that `convert.py llama` makes, under our names, as a loaded model has them."""
     convert.main(["llama", str(source), str(target), "--check=False", *options])
     model = MiniGPT4.from_files(None, None, str(target), dtype="float32")
     return model.llama.config, model.part_parameters("llama")
 
-
 def same(parameters, tensors):
     tensors = {k.removeprefix("model."): t for k, t in tensors.items()}
     assert parameters.keys() == tensors.keys()
     for k, t in tensors.items():
         assert torch.equal(parameters[k], t), k
-
 
 def fails(*argv):
     """The one-line error of the command."""
@@ -76,9 +71,7 @@ def fails(*argv):
     assert "\n" not in str(e.value)
     return str(e.value)
 
-
 # ---- the formats of LLaMA ----------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("ending", ["safetensors", "bin"])
 @pytest.mark.parametrize("shards", [1, 3])
@@ -90,13 +83,11 @@ def test_hugging_face_folders_with_one_or_many_files(tmp_path, ending, shards):
     same(got, tensors)
     assert vars(config) == {k: v for k, v in sizes.items() if k != "model_type"}
 
-
 def test_an_old_pickle_without_memory_mapping_is_read_too(tmp_path):
     sizes, tensors = random_llama()
     folder = hub_folder(tmp_path / "hub", sizes, tensors, 1, "bin")
     torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     same(converted(folder, tmp_path / "ours")[1], tensors)
-
 
 def test_the_32001st_row_of_vicuna_is_trimmed_and_said_so(tmp_path, capsys):
     sizes, tensors = random_llama(vocab_size=601)
@@ -106,7 +97,6 @@ def test_the_32001st_row_of_vicuna_is_trimmed_and_said_so(tmp_path, capsys):
         tensors[k] = tensors[k][:600]
     same(got, tensors)
 
-
 def test_a_delta_is_added_to_its_base_although_it_has_a_row_more(tmp_path):
     sizes, base = random_llama(seed=1)
     delta_sizes, delta = random_llama(seed=2, vocab_size=601)
@@ -115,13 +105,11 @@ def test_a_delta_is_added_to_its_base_although_it_has_a_row_more(tmp_path):
     same(converted(a, tmp_path / "ours", f"--delta={b}")[1],
          {k: t + delta[k][:len(t)] for k, t in base.items()})
 
-
 def test_a_delta_of_another_model_is_refused(tmp_path):
     a = hub_folder(tmp_path / "delta", *random_llama(seed=2, num_hidden_layers=3))
     b = hub_folder(tmp_path / "base", *random_llama(seed=1))
     assert "delta of another model" in fails("llama", a, tmp_path / "ours", f"--delta={b}")
     assert not (tmp_path / "ours").exists()
-
 
 def meta_folder(folder, tensors, files):
     """Meta's own format, made from Hugging Face's by the inverse of what the converter has to do."""
@@ -149,23 +137,19 @@ def meta_folder(folder, tensors, files):
     shutil.copyfile(GOLDEN / "tokenizer/tokenizer.model", folder.parent / "tokenizer.model")
     return folder
 
-
 @pytest.mark.parametrize("files", [1, 2])
 def test_meta_s_own_files_are_permuted_and_joined(tmp_path, files):
     _, tensors = random_llama()
     same(converted(meta_folder(tmp_path / "7B", tensors, files), tmp_path / "ours")[1], tensors)
-
 
 def test_meta_s_params_without_a_field_are_refused(tmp_path):
     folder = meta_folder(tmp_path / "7B", random_llama()[1], 1)
     (folder / "params.json").write_text(json.dumps({"dim": 32, "n_layers": 2, "norm_eps": 1e-6}))
     assert "n_heads = None is no number above 0" in fails("llama", folder, tmp_path / "ours")
 
-
 def test_tensors_without_names_are_refused(tmp_path):
     torch.save({0: torch.ones(2)}, tmp_path / "a.pth")
     assert "holds no tensors by name" in fails("vision", tmp_path / "a.pth", tmp_path / "a.safetensors")
-
 
 def test_a_lora_adapter_is_merged(tmp_path):
     sizes, tensors = random_llama()
@@ -185,7 +169,6 @@ def test_a_lora_adapter_is_merged(tmp_path):
     (adapter / "adapter_config.json").write_text(json.dumps({"r": 0, "lora_alpha": 8}))
     assert "r = 0 is no number above 0" in fails("llama", folder, tmp_path / "c", f"--lora={adapter}")
 
-
 def test_a_folder_is_written_in_order_and_in_shards_of_bounded_size(tmp_path, monkeypatch):
     sizes, tensors = random_llama()
     monkeypatch.setattr(convert, "SHARD", 30_000)
@@ -203,12 +186,10 @@ def test_a_folder_is_written_in_order_and_in_shards_of_bounded_size(tmp_path, mo
     assert index["weight_map"] == {k: files[i].name for k, i in place.items()}
     assert index["metadata"]["total_size"] == sum(2 * t.numel() for t in tensors.values())
 
-
 def test_tensors_that_share_memory_are_written_twice(tmp_path):
     sizes, tensors = random_llama()
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     same(converted(hub_folder(tmp_path / "hub", sizes, tensors, 1, "bin"), tmp_path / "ours")[1], tensors)
-
 
 def test_dtype_casts_and_without_it_tensors_stay_as_they_are(tmp_path):
     sizes, tensors = random_llama()
@@ -218,9 +199,7 @@ def test_dtype_casts_and_without_it_tensors_stay_as_they_are(tmp_path):
         convert.main(["llama", str(folder), str(out), "--check=False", *option])
         assert {t.dtype for p in out.glob("*.safetensors") for t in load_file(p).values()} == {dtype}
 
-
 # ---- the vision side and the projection --------------------------------------------------------------------
-
 
 def test_ln_vision_is_in_the_q_former_s_file_and_in_that_of_a_vision_part_that_has_its_own(tmp_path):
     files, own = Golden(GOLDEN, "qformer").convert(tmp_path), {"ln_vision.weight", "ln_vision.bias"}
@@ -231,7 +210,6 @@ def test_ln_vision_is_in_the_q_former_s_file_and_in_that_of_a_vision_part_that_h
     convert.main(["vision", str(tmp_path / "eva.pth"), files["vision"], "--n_layers=3", "--heads=4"])
     assert not own & load_file(files["vision"]).keys()
     MiniGPT4.from_files(**files)
-
 
 def test_an_exported_projection_is_the_original_s_and_comes_back_bit_for_bit(tmp_path):
     files = Golden(GOLDEN, "qformer").convert(tmp_path)
@@ -247,7 +225,6 @@ def test_an_exported_projection_is_the_original_s_and_comes_back_bit_for_bit(tmp
     convert.main(["proj", str(tmp_path / "mine.pth"), str(tmp_path / "again.safetensors")])
     again, before = load_file(tmp_path / "again.safetensors"), load_file(files["proj"])
     assert all(torch.equal(again[k], t) for k, t in before.items()) and again.keys() == before.keys()
-
 
 def test_a_converted_projection_with_a_config_is_a_run_s_folder(tmp_path):
     files = Golden(GOLDEN, "qformer").convert(tmp_path)
@@ -265,7 +242,6 @@ def test_a_converted_projection_with_a_config_is_a_run_s_folder(tmp_path):
     fails("proj", tmp_path / "original.pth", other, "--config=none.py")
     assert not other.exists()
 
-
 def test_a_projection_beside_other_parts_is_warned_of(tmp_path, capsys):
     files = Golden(GOLDEN, "qformer").convert(tmp_path)
     model = MiniGPT4.from_files(**files, dtype="float32")
@@ -280,7 +256,6 @@ def test_a_projection_beside_other_parts_is_warned_of(tmp_path, capsys):
     MiniGPT4.from_files(**files | {"llama": str(tmp_path / "vicuna-v1")})
     assert "proj.safetensors was trained with another llama:" in capsys.readouterr().err
 
-
 def test_a_file_that_was_only_cast_to_bfloat16_counts_as_the_same(tmp_path, capsys):
     golden = Golden(GOLDEN, "qformer")
     files = golden.convert(tmp_path)
@@ -290,20 +265,16 @@ def test_a_file_that_was_only_cast_to_bfloat16_counts_as_the_same(tmp_path, caps
     MiniGPT4.from_files(**files)
     assert "warning" not in capsys.readouterr().err
 
-
 # ---- hard cases --------------------------------------------------------------------------------------------
-
 
 @pytest.fixture
 def hub(tmp_path):
     return hub_folder(tmp_path / "hub", *random_llama(), shards=2)
 
-
 def test_a_truncated_safetensors(hub, tmp_path):
     file = next(hub.glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-100])
     assert "not a complete safetensors" in fails("llama", hub, tmp_path / "ours")
-
 
 def test_a_missing_shard_and_an_index_that_names_none(hub, tmp_path):
     next(hub.glob("*.safetensors")).unlink()
@@ -311,11 +282,9 @@ def test_a_missing_shard_and_an_index_that_names_none(hub, tmp_path):
     (hub / "model.safetensors.index.json").write_text("{}")
     assert "no weight_map" in fails("llama", hub, tmp_path / "ours")
 
-
 def test_a_git_lfs_pointer(tmp_path):
     (tmp_path / "eva.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     assert "git lfs pull" in fails("vision", tmp_path / "eva.pth", tmp_path / "v.safetensors")
-
 
 class Evil:
     def __init__(self, path):
@@ -324,14 +293,12 @@ class Evil:
     def __reduce__(self):
         return os.system, (f"touch {self.path}",)
 
-
 def test_a_pickle_that_wants_to_run_code_is_refused_and_not_run(tmp_path):
     torch.save({"model": {"x": torch.ones(1), "y": Evil(tmp_path / "ran")}}, tmp_path / "zip.pth")
     (tmp_path / "plain.pth").write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
     for name in ("zip.pth", "plain.pth"):
         assert "could run code" in fails("proj", tmp_path / name, tmp_path / "p.safetensors")
     assert not (tmp_path / "ran").exists()
-
 
 def test_a_file_of_something_else(tmp_path):
     (tmp_path / "a.pth").write_text("<html>404</html>")
@@ -342,7 +309,6 @@ def test_a_file_of_something_else(tmp_path):
         fails("qformer", tmp_path / f"{name}.pth", tmp_path / "q.safetensors")
     assert "unexpected" in fails("qformer", tmp_path / "c.pth", tmp_path / "q.safetensors")
     assert "no PyTorch file" in fails("qformer", tmp_path / "a.pth", tmp_path / "q.safetensors")
-
 
 def test_missing_and_mis_shaped_tensors_are_named(tmp_path):
     weights = dict(Golden(GOLDEN, "qformer").weights)
@@ -355,7 +321,6 @@ def test_missing_and_mis_shaped_tensors_are_named(tmp_path):
     assert "missing" in message and "blocks.10" in message  # of 39 blocks
     assert not (tmp_path / "v.safetensors").exists()
 
-
 def test_a_projection_of_13b_beside_7b(tmp_path):
     files = Golden(GOLDEN, "qformer").convert(tmp_path)
     torch.save({"model": {"llama_proj.weight": torch.ones(40, 48), "llama_proj.bias": torch.ones(40)}},
@@ -364,13 +329,11 @@ def test_a_projection_of_13b_beside_7b(tmp_path):
     with pytest.raises(InputError, match=r"proj.weight \(40, 48\) instead of \(32, 48\)"):
         MiniGPT4.from_files(**files)
 
-
 @pytest.mark.parametrize("model_type", ["qwen2", "gemma", "phi3"])
 def test_another_architecture_is_refused_by_name(hub, tmp_path, model_type):
     sizes = json.loads((hub / "config.json").read_text())
     (hub / "config.json").write_text(json.dumps(sizes | {"model_type": model_type}))
     assert model_type in fails("llama", hub, tmp_path / "ours")
-
 
 def test_the_command_line(hub, tmp_path):
     for argv in (("vission", hub, tmp_path / "x"), ("llama", hub), ()):
@@ -378,7 +341,6 @@ def test_the_command_line(hub, tmp_path):
     assert "did you mean dtype" in fails("llama", hub, tmp_path / "x", "--dtyp=float16")
     assert "--dtype=int2: give one of float32" in fails("llama", hub, tmp_path / "x", "--dtype=int2")
     assert "exists already" in fails("llama", hub, hub)
-
 
 def test_a_full_disk_leaves_nothing_half_written(tmp_path):
     """A limit on the size of files acts as a full disk; the old file is kept."""
@@ -396,7 +358,6 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["v.safetensors"]
     assert (tmp_path / "out/v.safetensors").read_text() == "old"
 
-
 def test_a_failed_conversion_leaves_no_folder(hub, tmp_path, monkeypatch):
     def save_file(*_):
         raise OSError(28, "No space left on device")
@@ -405,15 +366,12 @@ def test_a_failed_conversion_leaves_no_folder(hub, tmp_path, monkeypatch):
     assert "No space left" in fails("llama", hub, tmp_path / "ours/llama")
     assert list((tmp_path / "ours").iterdir()) == []
 
-
 # ---- does the language model speak? ------------------------------------------------------------------------
-
 
 def test_garbage_weights_are_warned_of(hub, tmp_path, capsys):
     convert.main(["llama", str(hub), str(tmp_path / "ours")])
     said = capsys.readouterr().err
     assert "perplexity on a paragraph of English" in said and "warning: these weights are broken" in said
-
 
 def test_perplexity_is_that_of_transformers(hub, tmp_path):
     from transformers import LlamaForCausalLM
@@ -424,9 +382,7 @@ def test_perplexity_is_that_of_transformers(hub, tmp_path):
     want = torch.exp(theirs(ids, labels=ids).loss).item()
     assert ours.perplexity("the old lighthouse") == pytest.approx(want, rel=1e-4)
 
-
 # ---- random weights of official names ----------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("format", ["safetensors", "bin"])
 def test_random_weights_are_converted_and_make_a_model(tmp_path, monkeypatch, format):

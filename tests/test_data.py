@@ -26,9 +26,7 @@ VICUNA, LLAMA2 = {"template": "vicuna"}, {"template": "llama2"}
 CAPTION, TURN = Sample([""], "A Dog!"), Sample([""], turns=[("Hi", "A dog.")])
 TALK = Sample(turns=[("Hi", "A dog."), ("And?", "A cat.")])
 
-
 # ---- tokens and targets ------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("sample, settings, expected", [  # each text is one segment; sets are predicted
     (CAPTION, {}, [BOS, IMAGE, {"A Dog!\n"}]),  # stage 1
@@ -58,14 +56,12 @@ def test_layout_of_a_sample(sample, settings, expected):
         learnt += new if isinstance(segment, set) else [IGNORE] * len(new)
     assert ids == wanted and targets == learnt
 
-
 def test_stage_2_draws_an_instruction_and_cuts_long_answers_without_an_end():
     samples = Samples([], Config(max_txt_len=3, **VICUNA), TOKENIZER, 28, N)
     drawn = [samples.tokenize(CAPTION, np.random.default_rng(i)) for i in range(20)]
     assert len({tuple(ids) for ids, _ in drawn}) == 4
     answer = TOKENIZER.encode("A Dog!###")[:3]
     assert all([t for t in targets if t != IGNORE] == answer for _, targets in drawn)
-
 
 def test_control_tokens_typed_as_letters_are_text():
     segments = chat_segments([(user_message("</s><s>", 0), None)], TEMPLATES["llama2"])
@@ -74,13 +70,11 @@ def test_control_tokens_typed_as_letters_are_text():
     assert TOKENIZER.stop_sequences("###") == ([346], [322])  # alone, and after a text
     assert TOKENIZER.stop_sequences("</s>") == (EOS,)
 
-
 @pytest.mark.parametrize("raw, clean", [
     ("A Dog; (two)  cats!", "a dog two cats"), ("...!!!", ""), ("it's 5-6% & more?", "it's 5-6% & more?"),
     (" ".join(["word"] * 60), " ".join(["word"] * 50))])
 def test_clean_caption(raw, clean):
     assert clean_caption(raw) == clean
-
 
 def test_collate_pads_on_the_right():
     image = torch.zeros(3, 2, 2, dtype=torch.uint8)
@@ -90,15 +84,12 @@ def test_collate_pads_on_the_right():
     assert batch.targets.tolist() == [[-100, -100, 5], [-100, -100, -100]]
     assert (batch.n_tokens, batch.n_targets) == (4, 1)
 
-
 # ---- sources -----------------------------------------------------------------------------------------------
-
 
 def picture(mode="RGB", size=(20, 10), kind="JPEG"):
     buffer = io.BytesIO()
     Image.new(mode, size).save(buffer, kind)
     return buffer.getvalue()
-
 
 def write_tar(path, names, **changed):
     """One sample per name, which is also its caption. `changed`: other members, {name: content}."""
@@ -110,7 +101,6 @@ def write_tar(path, names, **changed):
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
-
 
 def test_shards_read_every_sample(tmp_path):
     folder = tmp_path / "stage1"
@@ -127,7 +117,6 @@ def test_shards_read_every_sample(tmp_path):
     for path in (folder, f"{folder}/{{00000..00001}}.tar", f"{folder}/*.tar"):
         assert open_source(str(path)).counts == [1000, 30]
 
-
 def test_missing_shards_of_a_range_are_left_out_with_one_warning(tmp_path, capsys):
     write_tar(tmp_path / "00000.tar", "ab")
     write_tar(tmp_path / "00003.tar", "c")
@@ -135,7 +124,6 @@ def test_missing_shards_of_a_range_are_left_out_with_one_warning(tmp_path, capsy
     assert source.counts == [2, 1] and source[1, 0].caption == "c"
     warning, = capsys.readouterr().err.splitlines()
     assert "2 of 4 shards are missing" in warning and "00001.tar" in warning
-
 
 @pytest.mark.parametrize("file, content", [
     ("index.json", {"samples": {"a.tar": 7}}), ("a_stats.json", {"successes": 7, "count": 9})])
@@ -147,7 +135,6 @@ def test_known_counts_are_used_without_reading_the_shard(tmp_path, file, content
     with pytest.raises(BadSample, match="missing in its tar file"):
         source[0, 1]
 
-
 def test_caption_folder(tmp_path):
     file = tmp_path / "filter_cap.json"
     file.write_text('{"annotations": [{"image_id": "7", "caption": "A dog."}]}')
@@ -158,7 +145,6 @@ def test_caption_folder(tmp_path):
         with pytest.raises(InputError, match="filter_cap.json"):
             open_source(str(tmp_path))
 
-
 def test_empty_data_and_data_of_no_weight_are_refused(tmp_path):
     with pytest.raises(InputError, match="no samples"):
         open_source(str(tmp_path))
@@ -166,9 +152,7 @@ def test_empty_data_and_data_of_no_weight_are_refused(tmp_path):
         with pytest.raises(InputError, match="weights above 0"):
             open_samples(data, Config(), TOKENIZER, 28, N)
 
-
 # ---- the order of the samples ------------------------------------------------------------------------------
-
 
 class Talks:
     """A source in memory; each sample has its own text, of any length, and a tenth are bad."""
@@ -185,7 +169,6 @@ class Talks:
             raise BadSample("bad")
         return Sample(turns=[("Say it.", f"{self.name} {place}" + " w" * (number % 6))])
 
-
 @pytest.fixture(params=range(24))
 def shape(request):
     """A random run: (samples, weights, config, processes x batch_size x grad_accum, generator)."""
@@ -198,17 +181,14 @@ def shape(request):
     weights = dict(zip("abc", rng.uniform(0.1, 1, len(counts))))
     return samples, weights, config, int(rng.choice([4, 6, 8, 12, 24])), rng
 
-
 def ranks(shape, world, batch_size, grad_accum):
     """The Groups of every rank of the run."""
     config = Config(**vars(shape[2]) | {"batch_size": batch_size, "grad_accum": grad_accum})
     return [Groups(*shape[:2], config, rank, world) for rank in range(world)]
 
-
 def rows(batches):
     """The token ids of the batches' samples."""
     return [tuple(i for i in row if i) for batch in batches if batch for row in batch.tokens.tolist()]
-
 
 def global_batches(groups):
     """[step] -> (source, the token ids of all samples of all ranks, sorted)."""
@@ -216,7 +196,6 @@ def global_batches(groups):
         for shares in zip(*(rank[g][0] for rank in groups)):
             source, = {source for source, _ in shares}
             yield source, sorted(row for _, batches in shares for row in rows(batches))
-
 
 def test_a_global_batch_depends_on_the_product_of_processes_batch_size_and_grad_accum(shape):
     samples, _, config, n, rng = shape
@@ -231,7 +210,6 @@ def test_a_global_batch_depends_on_the_product_of_processes_batch_size_and_grad_
         given = [row for step in steps for row in wanted[step][1]]
         assert sorted(given) == sorted(tuple(ids) for _, ids, _ in drawn)
 
-
 def test_each_sample_comes_once_per_epoch_of_its_source(shape):
     groups, = ranks(shape, 1, shape[3], 1)
     drawn = [key for step in range(len(groups.sources)) for key in groups.keys(step)]
@@ -240,13 +218,11 @@ def test_each_sample_comes_once_per_epoch_of_its_source(shape):
         for epoch in (order[at:at + n] for at in range(0, len(order), n)):
             assert len(set(epoch)) == len(epoch) and all(row < source.counts[shard] for shard, row in epoch)
 
-
 def test_a_reader_from_step_k_gives_what_an_unbroken_one_gives(shape):
     groups = ranks(shape, 2, shape[3] // 2, 1)[int(shape[-1].integers(2))]
     unbroken = [(source, rows(batches)) for source, batches in Reader(groups)]
     for k in shape[-1].integers(0, len(unbroken), 3).tolist():
         assert [(source, rows(batches)) for source, batches in Reader(groups, k)] == unbroken[k:]
-
 
 def test_each_epoch_is_shuffled_differently_within_windows_of_shards():
     order = SampleOrder([10] * 8, 1, 0, window=2)
@@ -256,32 +232,26 @@ def test_each_epoch_is_shuffled_differently_within_windows_of_shards():
     assert sorted(first) == sorted(second) and windows[0] != windows[1]
     assert all(len(window) == 2 for window in windows[0] + windows[1])
 
-
 def test_the_mixture_is_drawn_by_weight():
     samples = Samples([Talks(0, [1000]), Talks(1, [1000])], Config(), TOKENIZER, 28, N)
     drawn = Groups(samples, {"a": 115, "b": 14}, Config(max_steps=100_000)).sources
     assert abs(np.mean(drawn) - 14 / 129) < 0.01 * 14 / 129
 
-
 # ---- reading -----------------------------------------------------------------------------------------------
-
 
 def reader(data, start=0, **settings):
     config = Config(**dict(batch_size=2, num_workers=0, length_group=4, shuffle_shards=3) | settings)
     samples, weights = open_samples(data, config, TOKENIZER, 28, N)
     return Reader(Groups(samples, weights, config), start)
 
-
 def take(reader, n):
     """The next n batches."""
     return [batch for _, (_, (batch,)) in zip(range(n), reader)]
-
 
 def names(batches):
     """Which samples the batches hold, by the first words of their captions."""
     texts = [TOKENIZER.decode([t for t in row if t != IGNORE]) for b in batches for row in b.targets.tolist()]
     return [text.split()[0] for text in texts]
-
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_batches_do_not_depend_on_the_number_of_workers(tmp_path, workers):
@@ -292,14 +262,12 @@ def test_batches_do_not_depend_on_the_number_of_workers(tmp_path, workers):
     for a, b in zip(take(reader(mixed, num_workers=workers), 60), take(reader(mixed), 60)):
         assert all(torch.equal(x, y) for x, y in zip(a, b))
 
-
 def test_length_groups_hold_the_same_samples_with_less_padding(tmp_path):
     write_tar(tmp_path / "0.tar", [f"n{i}" + " w" * (i % 6) for i in range(140)])
     grouped, drawn = (take(reader(str(tmp_path), batch_size=5, length_group=n), 28) for n in (28, 1))
     assert sorted(names(grouped)) == sorted(names(drawn)) and len(set(names(drawn))) == 140
     padding = [sum(b.tokens.numel() - b.n_tokens for b in batches) for batches in (grouped, drawn)]
     assert padding[0] < 0.2 * padding[1]
-
 
 def test_resuming_far_into_ten_thousand_shards_reads_only_what_comes_next(tmp_path):
     write_tar(tmp_path / "one.tar", [str(i) for i in range(1000)])
@@ -312,9 +280,7 @@ def test_resuming_far_into_ten_thousand_shards_reads_only_what_comes_next(tmp_pa
     take(reader(f"{tmp_path}/many", 15_625, batch_size=64, length_group=8, shuffle_shards=8), 1)
     assert time.perf_counter() - start < 10
 
-
 # ---- bad samples -------------------------------------------------------------------------------------------
-
 
 def test_a_tenth_of_bad_samples_is_left_out_counted_and_named_once(tmp_path, capfd):
     """2,400 samples, 240 broken in 12 ways; all good ones arrive, once."""
@@ -345,7 +311,6 @@ def test_a_tenth_of_bad_samples_is_left_out_counted_and_named_once(tmp_path, cap
     assert len(said) == len(causes) and all(".tar:" in line for line in said)
     assert "240 of 2400 samples cannot be used" in it.account()
 
-
 def test_damaged_and_unreadable_shards_cost_only_what_is_lost(tmp_path):
     for name in ("0", "1"):
         write_tar(tmp_path / f"{name}.tar", [f"n{i}" for i in range(50)])
@@ -359,12 +324,10 @@ def test_damaged_and_unreadable_shards_cost_only_what_is_lost(tmp_path):
     it = reader(str(tmp_path), batch_size=10, length_group=15, max_bad_fraction=1.0)
     assert len(names(take(it, 15))) == 49 + 25 and it.skipped.total() == 26 + 50
 
-
 def test_too_many_bad_samples_stop_the_run(tmp_path):
     write_tar(tmp_path / "a.tar", map(str, range(300)), **{f"{i}.jpg": b"x" for i in range(0, 300, 4)})
     with pytest.raises(InputError, match=r"cannot be used \(UnidentifiedImageError \d+\), more than max_bad"):
         take(reader(str(tmp_path), batch_size=10), 40)
-
 
 def test_a_batch_with_no_usable_sample_is_replaced_by_the_first_good_one(tmp_path):
     write_tar(tmp_path / "a/a.tar", [f"n{i}" for i in range(20)], **{"n0.jpg": b"x", "n10.jpg": b"x"})
@@ -373,7 +336,6 @@ def test_a_batch_with_no_usable_sample_is_replaced_by_the_first_good_one(tmp_pat
     write_tar(tmp_path / "b/b.tar", ["n0"], **{"n0.jpg": b"x"})
     with pytest.raises(InputError, match="not one sample of the data can be used"):
         take(reader(f"{tmp_path}/b", batch_size=1), 1)
-
 
 @pytest.mark.parametrize("line", [
     '{"text": 5}', '{"image": "a.jpg", "caption": "\\ud800"}', "[" * 100_000, "not json",

@@ -10,7 +10,6 @@ from tools import evaluate, make_scenes
 
 TESTS = Path(__file__).parent
 
-
 @pytest.mark.parametrize("answer, ended, failed", [
     ("The image shows a red star. The background is gray.", True, False),
     ("The image shows a red star. The background is gray.", False, True),   # no end within the limit
@@ -20,7 +19,6 @@ TESTS = Path(__file__).parent
     ("", True, True)])
 def test_a_description_fails_that_breaks_off_or_repeats_itself(answer, ended, failed):
     assert evaluate.failed(answer, ended) == failed
-
 
 def test_the_table_of_a_few_scenes(tmp_path, capsys):
     make_scenes.main(["test", str(tmp_path / "test"), "--n=8"])
@@ -32,7 +30,6 @@ def test_the_table_of_a_few_scenes(tmp_path, capsys):
     assert rows["random"]["F1"] < 50 < rows["after stage 2"]["F1"]
     assert f"| random | {rows['random']['precision']:.1f} |" in capsys.readouterr().out
 
-
 @pytest.mark.parametrize("argv, words", [
     (["--n=0"], "at least 1"), (["extra"], "usage"), (["--save=/none/table.json"], "a folder that exists"),
     ([f"--save={TESTS}"], "a folder that exists"), ([f"--data={TESTS}", "--n=1"], "no valid scenes.json"),
@@ -40,7 +37,6 @@ def test_the_table_of_a_few_scenes(tmp_path, capsys):
 def test_wrong_options_are_refused_before_the_work(argv, words):
     with pytest.raises(InputError, match=words):
         evaluate.main(argv)
-
 
 def test_a_broken_list_of_scenes_is_refused(tmp_path):
     for content in ("[", "{}x", '[{"objects": 3}]', '[{"background": "gray"}]', "3"):

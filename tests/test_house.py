@@ -13,11 +13,9 @@ TREES = {path: ast.parse(text) for path, text in TEXTS.items()}
 MODULES = {".".join(path.with_suffix("").parts): path for path in TEXTS}
 LIMITS = {"top": 2150, "configs": 600, "tools": 2300}  # lines
 
-
 def place(path):
     """"top", or the top folder of a file."""
     return path.parts[0] if len(path.parts) > 1 else "top"
-
 
 def imported(path):
     """The files of this repo that a file imports, also inside of functions."""
@@ -29,7 +27,6 @@ def imported(path):
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return {MODULES[name] for name in names & MODULES.keys()}
 
-
 def test_imports_run_one_way():
     graph = {path: imported(path) for path in TEXTS if place(path) != "tests"}
     TopologicalSorter(graph).prepare()  # raises CycleError
@@ -37,14 +34,12 @@ def test_imports_run_one_way():
     for path, others in graph.items():
         assert {place(other) for other in others} <= allowed[place(path)], path
 
-
 @pytest.mark.parametrize("folder", LIMITS)
 def test_files_are_short(folder):
     lengths = {str(path): len(text.splitlines()) for path, text in TEXTS.items() if place(path) == folder}
     assert sum(lengths.values()) <= LIMITS[folder], lengths
     if folder == "top":
         assert len(lengths) == 7 and max(lengths.values()) <= 400, lengths
-
 
 def test_functions_fit_on_a_screen_lines_in_110_columns_and_no_lambda_has_a_name():
     faults = []

@@ -22,12 +22,10 @@ from vision import load_image
 ROOT = Path(__file__).resolve().parent.parent
 ODD = 'tab\there, "quotes", line\nbreak, é, 猫, \'\\'
 
-
 def picture(color="red", size=(320, 200)):
     buffer = io.BytesIO()
     Image.new("RGB", size, color).save(buffer, "JPEG")
     return buffer.getvalue()
-
 
 class Web(BaseHTTPRequestHandler):
     """/KIND/N: a picture, or one of the ways in which a download fails."""
@@ -48,7 +46,6 @@ class Web(BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
-
 @pytest.fixture
 def web(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -58,11 +55,9 @@ def web(monkeypatch):
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
 
-
 def write_json(path, entries):
     path.write_text(json.dumps(entries))
     return str(path)
-
 
 def test_from_the_list_over_the_web_to_the_reader(web, tmp_path, capfd):
     pytest.importorskip("img2dataset")
@@ -86,7 +81,6 @@ def test_from_the_list_over_the_web_to_the_reader(web, tmp_path, capfd):
     prepare_stage1.main(command)  # again: finished shards are kept, and index.json is not in the way
     assert "3 shards, 48 samples" in capfd.readouterr().out
 
-
 @pytest.mark.parametrize("ending", ["tsv", "parquet"])
 def test_captions_survive_the_list_as_img2dataset_reads_it(tmp_path, ending):
     csv, parquet = pytest.importorskip("pyarrow.csv"), pytest.importorskip("pyarrow.parquet")
@@ -101,7 +95,6 @@ def test_captions_survive_the_list_as_img2dataset_reads_it(tmp_path, ending):
         want = [c.replace("\n", " ") for c in captions]
     assert table["caption"].to_pylist() == [c.replace("\ud800", "?") for c in want]
     assert table["url"].to_pylist() == [f"http://x/{i}" for i in range(len(captions))]
-
 
 def test_a_list_of_any_size_is_read_in_chunks(tmp_path, monkeypatch):
     """The entries are the same wherever a chunk ends, and memory does not grow with the file."""
@@ -122,7 +115,6 @@ def test_a_list_of_any_size_is_read_in_chunks(tmp_path, monkeypatch):
     tracemalloc.stop()
     assert n == 110_000 and peak < 8e6
 
-
 @pytest.mark.parametrize("content, words", [
     ('[{"url": "a", "caption": "b"}, {"url": "c", "cap', "entry 2, which begins at character 30"),
     ('[{"url": "a", "caption": "b"} {"url"', "entry 1, which begins at character 1"),
@@ -134,7 +126,6 @@ def test_a_broken_list_is_one_line_that_says_where(tmp_path, content, words):
         prepare_stage1.main([str(tmp_path / "a.json"), str(tmp_path / "shards")])
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
-
 def test_the_command_is_that_of_the_original(tmp_path, capsys):
     src = write_json(tmp_path / "a.json", [{"url": "http://x", "caption": "y"}])
     for _ in range(2):  # the second time the list exists
@@ -145,14 +136,12 @@ def test_the_command_is_that_of_the_original(tmp_path, capsys):
                f"--output_format webdataset --output_folder {to} --image_size 224 " in said
     assert "exists already" in said
 
-
 @pytest.mark.parametrize("arguments", [[], ["check"], ["none.json", "x"], ["check", "nowhere"],
                                        ["a.json", "x", "--list=x.csv"], ["a.json", "x", "--threads=0"]])
 def test_mistakes_give_one_line_and_status_2(arguments):
     done = subprocess.run([sys.executable, "tools/prepare_stage1.py", *arguments], cwd=ROOT,
                           capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
-
 
 def write_shard(path, n, stats=None):
     with tarfile.open(path, "w") as tar:
@@ -163,7 +152,6 @@ def write_shard(path, n, stats=None):
                 tar.addfile(member, io.BytesIO(content))
     if stats is not None:
         path.with_name(f"{path.stem}_stats.json").write_text(json.dumps(stats))
-
 
 def test_suspicious_shards_are_named(tmp_path, capsys):
     ok = {"count": 12, "successes": 10, "status_dict": {"success": 10, "HTTP Error 404: Not Found": 2}}

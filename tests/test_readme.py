@@ -19,7 +19,6 @@ OPTIONAL |= {("prepare_stage1.py", "pyarrow"), ("webchat.py", "gradio")}
 # which say so in one line, or leave out a row, where missing
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("configs/**/*.py"), *ROOT.glob("tools/*.py")]
 
-
 def commands():
     """Every command of the README's code blocks and of the config files' and modules' docstrings."""
     pages = (README, (ROOT / "configs/tiny/README.md").read_text())
@@ -29,7 +28,6 @@ def commands():
         for line in text.splitlines():
             if re.match(r"\s*(python|torchrun) ", line) and "DST" not in line and "|" not in line:
                 yield re.split(r"\s{3,}|  #", line.strip())[0]
-
 
 @pytest.mark.parametrize("command", sorted(set(commands())))
 def test_every_command_is_one_that_the_program_takes(command):
@@ -50,7 +48,6 @@ def test_every_command_is_one_that_the_program_takes(command):
         known = own.__dataclass_fields__
         override(own(), {k: v for k, v in given.items() if k in known})
 
-
 def test_the_file_tree_is_the_repository_s():
     tree = re.search(r"## The files\n\n```\n(.*?)```", README, re.DOTALL)[1]
     named = [line.split()[0].rstrip("/") for line in tree.splitlines() if line[:1].strip()]
@@ -58,18 +55,15 @@ def test_the_file_tree_is_the_repository_s():
     assert {p.name for p in ROOT.glob("*.py")} <= set(named)
     assert all(tool.name in tree for tool in ROOT.glob("tools/*.py"))
 
-
 def test_the_configs_that_it_names_are_there():
     named = set(re.findall(r"configs/\w+(?:/\w+)?\.py|\bstage[12]_?\w*\.py", README))
     assert len(named) > 5
     assert all((ROOT / "configs" / name.removeprefix("configs/")).is_file() for name in named)
 
-
 def test_the_readme_opens_with_the_example_and_the_limits():
     top = README.splitlines()[:15]
     assert any("assets/tiny/example.png" in line for line in top)
     assert any("CPUs only" in line for line in top) and len(README.splitlines()) <= 280
-
 
 def test_the_evaluation_table_is_the_saved_one():
     saved = json.loads((ROOT / "assets/tiny/evaluation.json").read_text())
@@ -79,10 +73,8 @@ def test_the_evaluation_table_is_the_saved_one():
         line = f"| {row['projection']} |" + "".join(f" {v:.1f} |" for v in list(row.values())[1:])
         assert line in README
 
-
 def test_the_committed_weights_are_small():
     assert sum(p.stat().st_size for p in (ROOT / "assets/tiny").rglob("*") if p.is_file()) <= 10e6
-
 
 def test_nothing_outside_the_six_packages_is_imported():
     allowed = {"torch", "sentencepiece", "safetensors", "numpy", "PIL", "tqdm"}

@@ -14,12 +14,10 @@ from PIL import Image
 from configs.schema import InputError
 from tools import make_scenes as world
 
-
 def draws(n, heldout=False):
     for i in range(n):
         rng = random.Random(f"test {i}")
         yield world.random_scene(rng, heldout), rng
-
 
 def test_training_and_held_out_combinations_are_disjoint():
     train = {frozenset(scene.pairs) for scene, _ in draws(5000)}
@@ -27,14 +25,12 @@ def test_training_and_held_out_combinations_are_disjoint():
     assert not train & heldout
     assert {len(pairs) for pairs in heldout} == {1, 2, 3}
 
-
 def test_a_scene_survives_json_and_is_drawn_alike_from_the_same_seed():
     for scene, _ in draws(20):
         again = world.Scene.from_dict(json.loads(json.dumps(scene.to_dict())))
         assert again == scene
         first, second = (world.draw(s, random.Random(7)) for s in (scene, again))
         assert first.size == (128, 128) and first.mode == "RGB" and first.tobytes() == second.tobytes()
-
 
 def test_every_fact_is_told():
     for scene, rng in draws(1000):
@@ -45,11 +41,9 @@ def test_every_fact_is_told():
                 facts = (obj.size, obj.color, texture, obj.shape, place, scene.background)
                 assert all(fact in text for fact in facts), text
 
-
 SCENE = world.Scene((world.Object("large", "red", "striped", "star", 0),
                      world.Object("small", "blue", "plain", "circle", 4),
                      world.Object("large", "blue", "dotted", "heart", 5)), "gray")
-
 
 def test_the_texts_of_one_scene_word_for_word():
     assert world.dense_caption(SCENE) == ("large red striped star at the top left, small blue circle in the "
@@ -79,7 +73,6 @@ def test_the_texts_of_one_scene_word_for_word():
             ("What is above the heart?", "The red star.")} <= asked
     assert not any("shape" in question and "blue" in question for question, _ in asked)  # two are blue
 
-
 def test_answers_about_counts_presence_and_relations_follow_from_the_cells():
     axis = {"to the left of": (0, -1), "to the right of": (0, 1), "above": (1, -1), "below": (1, 1)}
 
@@ -102,12 +95,10 @@ def test_answers_about_counts_presence_and_relations_follow_from_the_cells():
                      if (at(o)[along] - at(seen_from)[along]) * sign > 0}
             assert world.named_objects(answer) == there
 
-
 def test_captions_and_descriptions_name_no_wrong_object():
     for scene, rng in draws(1000):
         assert world.named_objects(world.noisy_caption(scene, rng)) <= scene.pairs
         assert world.named_objects(world.description(scene, rng)) == scene.pairs
-
 
 def test_descriptions_are_short_and_never_repeat_four_words():
     for scene, rng in draws(3000):
@@ -118,7 +109,6 @@ def test_descriptions_are_short_and_never_repeat_four_words():
     assert not world.repeats(world.description(world.Scene(alike, "gray"), random.Random(0)))
     assert world.repeats("A star at the top. A star at the top.")
 
-
 def test_a_rhyme_is_right_only_with_the_right_objects_and_rhyming_ends():
     for scene, rng in draws(300):
         text = world.rhyme(scene, rng)
@@ -128,7 +118,6 @@ def test_a_rhyme_is_right_only_with_the_right_objects_and_rhyming_ends():
         other = replace(scene, objects=(replace(obj, shape=shape), *scene.objects[1:]))
         assert not world.rhyme_is_right(other, text)
         assert not world.rhyme_is_right(scene, text[:-1] + " again.")
-
 
 def test_true_answers_are_right_and_altered_ones_wrong():
     swaps = {"one": "two", "two": "three", "three": "one", "Yes": "No", "No": "Yes", "small": "large",
@@ -142,7 +131,6 @@ def test_true_answers_are_right_and_altered_ones_wrong():
         wrong = " ".join(swaps.get(word, word) for word in truth.replace(".", "").replace(",", "").split())
         assert not world.answer_is_right(scene, question, kind, wrong, truth), (question, wrong)
         assert not world.answer_is_right(scene, question, kind, "", truth)
-
 
 def test_single_facts_are_true_and_none_comes_twice():
     begun = {"color": "The color of the {} is", "size": "The size of the {} is", "where": "The {} is located",
@@ -172,7 +160,6 @@ def test_single_facts_are_true_and_none_comes_twice():
         form = begun[kind].replace("{}", r"[a-z ]+")
         assert any(re.fullmatch(form, question) for question in asked[False])
 
-
 def test_shards_have_the_members_of_img2dataset(tmp_path):
     world.main(["stage1", str(tmp_path / "shards"), "--n=3"])
     with tarfile.open(tmp_path / "shards" / "00000.tar") as tar:
@@ -181,7 +168,6 @@ def test_shards_have_the_members_of_img2dataset(tmp_path):
         assert Image.open(tar.extractfile("000000001.jpg")).size == (128, 128)
         caption = json.load(tar.extractfile("000000001.json"))["caption"]
         assert tar.extractfile("000000001.txt").read().decode() == caption
-
 
 def test_text_and_its_tokenizer(tmp_path):
     world.main(["text", str(tmp_path / "text"), "--n=3000"])
@@ -215,7 +201,6 @@ def test_text_and_its_tokenizer(tmp_path):
     assert {len(tokenizer.encode(line["context"])) for line in read("words") + read("retold")} == {19}
     assert tokenizer.encode("a star.###", out_type=str)[-2:] == [".", "###"]
     assert tokenizer.decode(tokenizer.encode("A star.\n~é~")) == "A star.\n~é~"
-
 
 def test_existing_data_is_never_overwritten(tmp_path):
     world.main(["test", str(tmp_path / "test"), "--n=2"])

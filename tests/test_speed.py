@@ -18,7 +18,6 @@ from tests.test_train import world  # noqa: F401 (a fixture)
 
 STAGE2 = dict(template="vicuna", max_txt_len=160)
 
-
 @pytest.mark.parametrize("switch", ["grad_checkpoint", "cache_features", "compile"])
 def test_a_switch_changes_no_number(world, tmp_path, switch):  # noqa: F811
     plain = micro(world, tmp_path / "plain", data=world["stage2"], batch_size=2, max_steps=10, **STAGE2)
@@ -29,7 +28,6 @@ def test_a_switch_changes_no_number(world, tmp_path, switch):  # noqa: F811
     torch.testing.assert_close(a["proj.proj.weight"], b["proj.proj.weight"], atol=1e-4, rtol=0)
     if switch == "compile":  # few graphs for many lengths: ViT, Q-Former's two kinds of layers, LLaMA
         assert not counters["graph_break"] and 0 < counters["stats"]["unique_graphs"] <= 8
-
 
 def test_cached_features_are_the_same_bits_and_are_computed_once(world, tmp_path, monkeypatch):  # noqa: F811
     """Each batch holds all 24 pictures, so that the vision side sees the same batches."""
@@ -45,12 +43,10 @@ def test_cached_features_are_the_same_bits_and_are_computed_once(world, tmp_path
     assert sum(seen) == 24 * 4
     assert_same(weights(tmp_path / "cached"), weights(tmp_path / "fresh"))
 
-
 def test_features_of_a_part_that_learns_are_refused(world, tmp_path):  # noqa: F811
     for changes in (dict(trainable=("qformer", "proj")), dict(vision="", qformer="", trainable=("llama",))):
         with pytest.raises(InputError, match="cache_features"):
             micro(world, tmp_path, cache_features=True, **changes)
-
 
 def test_a_bad_picture_is_counted_beside_cached_ones(world, tmp_path):  # noqa: F811
     lines = [{"image": f"{world['stage2']}/image/{i}.jpg", "caption": "a star"} for i in range(5)]
@@ -60,7 +56,6 @@ def test_a_bad_picture_is_counted_beside_cached_ones(world, tmp_path):  # noqa: 
     log = run(micro(world, tmp_path / "run", data=f"{tmp_path}/own.jsonl", cache_features=True, batch_size=8,
                     max_bad_fraction=0.5))
     assert sum(log[-1]["skipped"].values()) == 18 and log[-1]["of"] == 48
-
 
 @pytest.mark.parametrize("processes, settings, changes, port", [
     (2, {"max_steps": 50, "eval_interval": 25}, {}, 29521),
@@ -78,7 +73,6 @@ def test_processes_give_the_numbers_of_one(world, tmp_path, processes, settings,
         assert len(a) > 1 and b == pytest.approx(a, rel=1e-5)
     torch.testing.assert_close(weights(many.out_dir), weights(one.out_dir), rtol=0, atol=1e-4)
 
-
 def test_switches_say_what_they_need(world, tmp_path, monkeypatch):  # noqa: F811
     with pytest.raises(InputError, match="torchrun"):
         run(micro(world, tmp_path, shard=True))
@@ -88,13 +82,11 @@ def test_switches_say_what_they_need(world, tmp_path, monkeypatch):  # noqa: F81
         monkeypatch.setenv("CXX", "/nonexistent")
         run(micro(world, tmp_path, compile=True))
 
-
 def read_steps(config):
     """The model of a run, and its steps, each (source, micro-batches)."""
     model = train.build(config, CPU)
     samples, sources, _ = train.open_data(config, model, CPU)
     return model, list(Reader(Groups(samples, sources, config)))
-
 
 def test_the_log_has_the_mean_loss_per_token_of_its_interval_for_each_source(world, tmp_path):  # noqa: F811
     mixed = {world["data"]: 1, world["stage2"]: 1}
@@ -107,14 +99,12 @@ def test_the_log_has_the_mean_loss_per_token_of_its_interval_for_each_source(wor
         mean = sum(loss * n for loss, n in pairs) / sum(n for _, n in pairs)
         assert (total[0]["losses"][name] if name else total[0]["loss"]) == pytest.approx(mean, rel=1e-6)
 
-
 def test_the_log_tells_the_speed_and_with_peak_tflops_mfu(world, tmp_path):  # noqa: F811
     for peak in (0.0, 1e-3):
         for row in run(micro(world, tmp_path / str(peak), peak_tflops=peak)):
             assert row["tokens_per_s"] > row["images_per_s"] > 0 and 0 <= row["data_wait"] <= 1
             assert row["mfu"] > 0 if peak else "mfu" not in row
             assert "losses" not in row  # there is only one source
-
 
 def test_flops_are_those_that_a_step_computes(world, tmp_path):  # noqa: F811
     """Against PyTorch's counter on a real step, less padding and the logits that are computed again."""

@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,6 @@ import chat, configs.schema
 configs.schema.run_main(chat.main)
 """
 
-
 class Terminal:
     """The program in a pseudo-terminal; `see` waits for words and returns what was printed up to them."""
 
@@ -41,8 +41,9 @@ class Terminal:
 
     def type(self, text):
         text = text.encode() if isinstance(text, str) else text
-        for start in range(0, len(text), 1000):
-            os.write(self.fd, text[start:start + 1000])
+        while text:
+            with suppress(BlockingIOError):  # the program has not read what was typed
+                text = text[os.write(self.fd, text[:1000]):]
             self.read()
 
     def see(self, words, seconds=20):
@@ -81,7 +82,6 @@ class Terminal:
         os.kill(self.pid, signal.SIGKILL)
         raise AssertionError(f"the program goes on: {self.all[-500:]!r}")
 
-
 def test_a_conversation(tmp_path):
     spaced = tmp_path / "my photo (1).png"
     shutil.copy(EXAMPLE, spaced)
@@ -112,7 +112,6 @@ def test_a_conversation(tmp_path):
     assert t.end() == 0
     assert "What color is the star?" in (tmp_path / ".nanominigpt4_history").read_text()
 
-
 def test_ctrl_c_stops_an_answer_and_at_the_prompt_leads_to_a_fresh_line(tmp_path):
     t = Terminal(tmp_path, EXAMPLE, slow=True)
     t.see("you> ")
@@ -128,7 +127,6 @@ def test_ctrl_c_stops_an_answer_and_at_the_prompt_leads_to_a_fresh_line(tmp_path
     t.type("\x04")
     assert t.end() == 0
 
-
 @pytest.mark.parametrize("options, env", [(["--plain"], {}), ([], {"NO_COLOR": "1"}), ([], {"TERM": "dumb"})])
 def test_plain_text_alone(tmp_path, options, env):
     t = Terminal(tmp_path, EXAMPLE, *options, env=env)
@@ -138,7 +136,6 @@ def test_plain_text_alone(tmp_path, options, env):
     t.type("/bye\n")
     assert t.end() == 0
     assert not re.search(rb"[^\x20-\x7e\t\r\n\x80-\xff]", t.all)  # the terminal itself adds "\r"
-
 
 def test_odd_input(tmp_path):
     t = Terminal(tmp_path, EXAMPLE, columns=20)

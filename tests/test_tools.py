@@ -21,7 +21,6 @@ from tools import dry_run, make_scenes, show_data
 
 ROOT = Path(__file__).resolve().parent.parent
 
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     """A config of a micro model with random weights, and stage-2 data for it."""
@@ -42,9 +41,7 @@ def world(tmp_path_factory) -> Path:
     (root / "config.py").write_text("\n".join(f"{k} = {v!r}" for k, v in settings.items()))
     return root / "config.py"
 
-
 # ---- tools/dry_run.py --------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("name", ["stage1", "stage2_llama2", "stage1_tinyllama"])
 def test_a_dry_run_needs_no_weights_and_knows_the_official_sizes(name, capsys):
@@ -55,14 +52,12 @@ def test_a_dry_run_needs_no_weights_and_knows_the_official_sizes(name, capsys):
     trainable = "23,072,768" if "llama2" in name else "3,149,824"
     assert re.search(rf"all .* {trainable} ", text)
 
-
 def test_a_dry_run_takes_the_language_model_s_sizes_from_its_config_json_alone(world, tmp_path, capsys):
     (tmp_path / "config.json").write_text((world.parent / "llama/config.json").read_text())
     dry_run.main([str(world), f"--llama={tmp_path}", "--world=2"])
     text = capsys.readouterr().out
     count = sum(t.numel() for t in load_file(world.parent / "llama/model.safetensors").values())
     assert re.search(rf"llama +{count:,} ", text) and "48 with 2 process" in text
-
 
 def test_a_dry_run_counts_what_a_step_computes(world, capsys):
     """Its FLOPs are those that the counter sees in a real step over sequences of that length."""
@@ -80,7 +75,6 @@ def test_a_dry_run_counts_what_a_step_computes(world, capsys):
     assert said == pytest.approx(counter.get_total_flops(), rel=0.05)
     assert "epochs                1.00 of the 24 in" in text
 
-
 def test_what_cached_features_recomputed_activations_and_sharding_save(world, capsys):
     said = {}
     for options in ("", "--cache_features", "--grad_checkpoint", "--shard --world=2"):
@@ -92,13 +86,11 @@ def test_what_cached_features_recomputed_activations_and_sharding_save(world, ca
     assert flops[1] < flops[0] < flops[2] and activations[2] < activations[0]
     assert weights[1] < weights[0] and weights[3] < weights[0]
 
-
 def test_a_dry_run_of_a_run_s_folder_says_what_chat_needs(capsys):
     dry_run.main([str(ROOT / "assets/tiny"), "--dtype=bfloat16"])
     text = capsys.readouterr().out
     assert re.search(r"proj +16,512 +0 ", text) and "keys and values of 2000 tokens" in text
     assert "FLOPs" not in text and "missing" not in text
-
 
 @pytest.mark.parametrize("argv, words", [
     ([], "usage"), (["nowhere.py"], "nowhere.py"), (["configs"], "no config.json"),
@@ -110,9 +102,7 @@ def test_a_wrong_command_is_one_line(argv, words, monkeypatch):
         dry_run.main(argv)
     assert "\n" not in str(error.value)
 
-
 # ---- tools/show_data.py ------------------------------------------------------------------------------------
-
 
 def test_show_data_shows_the_samples_and_what_they_amount_to(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
@@ -127,12 +117,10 @@ def test_show_data_shows_the_samples_and_what_they_amount_to(tmp_path, monkeypat
     show_data.main([*command, "--show=1"])
     assert "\u2580" in (text := capsys.readouterr().out) and text.count("<image x 19>") == 1
 
-
 def picture():
     buffer = io.BytesIO()
     Image.new("RGB", (320, 200), "red").save(buffer, "JPEG")
     return buffer.getvalue()
-
 
 def caption_folder(path, annotations, pictures) -> list[str]:
     """Write a folder like cc_sbu_align; the command line of show_data.main for it."""
@@ -142,14 +130,12 @@ def caption_folder(path, annotations, pictures) -> list[str]:
     (path / "filter_cap.json").write_text(json.dumps({"annotations": annotations}))
     return [str(ROOT / "configs/tiny_stage2.py"), f"--data={path}", "--heldout_data=", "--plain", "--n=0"]
 
-
 def test_all_is_well_with_a_whole_cc_sbu_align(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     annotations = [{"image_id": str(i), "caption": "A dog."} for i in range(5)]
     show_data.main(caption_folder(tmp_path, annotations, {f"{i}.jpg": picture() for i in range(5)}))
     text = capsys.readouterr().out
     assert "5 good samples and 0 bad ones, the first of 5" in text and "cannot be used" not in text
-
 
 def test_what_is_wrong_with_a_cc_sbu_align_is_counted_and_named(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
@@ -166,14 +152,12 @@ def test_what_is_wrong_with_a_cc_sbu_align_is_counted_and_named(tmp_path, monkey
     assert "annotation 2 (" in text and "9.jpg" in text and "7.jpg" in text
     assert "11.jpg" in text and "12.jpg" not in text  # three examples of a kind
 
-
 def test_data_without_one_good_sample_ends_with_an_error(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     with pytest.raises(InputError, match="none of 2 samples can be used; the first: .*annotation 1") as error:
         show_data.main(caption_folder(tmp_path, [{"image_id": "0", "caption": "A dog."}] * 2, {}))
     assert "cannot be used        2: FileNotFoundError" in capsys.readouterr().out
     assert "\n" not in str(error.value)
-
 
 @pytest.mark.parametrize("argv, words", [
     ([], "usage"), (["nowhere.py"], "nowhere.py"), (["configs/tiny_stage2.py", "--n=-1"], "at least 0"),

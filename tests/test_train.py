@@ -32,7 +32,6 @@ ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}  # the runs below are too small for more
 
-
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> dict:
     """The paths of a micro model with random weights, and of stage-1 and stage-2 data for it."""
@@ -53,7 +52,6 @@ def world(tmp_path_factory) -> dict:
             "llama": f"{root}/llama", "data": f"{root}/stage1", "stage2": f"{root}/stage2",
             "texts": f"{root}/texts.jsonl"}
 
-
 def micro(world, out, **changes) -> Config:
     """A run of a few steps of the micro model on its stage-1 data."""
     settings = dict(dtype="float32", batch_size=4, max_steps=6, warmup_steps=2, lr=0.01, min_lr=0.001,
@@ -61,20 +59,16 @@ def micro(world, out, **changes) -> Config:
                     out_dir=str(out), **{k: world[k] for k in ("vision", "qformer", "llama", "data")})
     return Config(**settings | changes)
 
-
 def read_log(out) -> list[dict]:
     return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
 
-
 def losses(log) -> list[float]:
     return [row["loss"] for row in log if "loss" in row]
-
 
 def run(config: Config) -> list[dict]:
     """Train in this process; the lines of log.jsonl."""
     train.train(config, CPU)
     return read_log(config.out_dir)
-
 
 def run_until_killed(config: Config, monkeypatch):
     """Train in this process until it is killed while it writes its second checkpoint."""
@@ -90,13 +84,11 @@ def run_until_killed(config: Config, monkeypatch):
         patch.setattr(os, "replace", die_at_the_second_state)
         run(config)
 
-
 def command(config: Config) -> list[str]:
     """The command line that runs `config` in a process of its own."""
     path = Path(f"{config.out_dir}.py")
     path.write_text("".join(f"{k} = {v!r}\n" for k, v in vars(config).items()))
     return [str(ROOT / "train.py"), str(path)]
-
 
 def by_torchrun(config: Config, processes: int, port: int) -> list[dict]:
     """Train in several processes; the lines of log.jsonl."""
@@ -106,7 +98,6 @@ def by_torchrun(config: Config, processes: int, port: int) -> list[dict]:
     assert done.returncode == 0, done.stderr
     return read_log(config.out_dir)
 
-
 def changed_llama(world, folder, name: str, factor: float) -> str:
     """The world's language model with one tensor multiplied."""
     model = MiniGPT4.from_files(None, None, world["llama"])
@@ -114,19 +105,15 @@ def changed_llama(world, folder, name: str, factor: float) -> str:
     model.save_part("llama", folder)
     return f"{folder}/llama"
 
-
 def weights(out) -> dict[str, torch.Tensor]:
     """The trained tensors and the optimizer's of a run's last checkpoint."""
     state = torch.load(Path(out) / "state.pt", weights_only=True)
     moments = {f"{i}.{k}": t for i, row in state["optimizer"]["state"].items() for k, t in row.items()}
     return state["parameters"] | moments
 
-
 assert_same = partial(torch.testing.assert_close, rtol=0, atol=0)
 
-
 # ---- what learns -------------------------------------------------------------------------------------------
-
 
 def test_only_the_projection_learns(world, tmp_path):
     config = micro(world, tmp_path)
@@ -135,7 +122,6 @@ def test_only_the_projection_learns(world, tmp_path):
     run(config)
     assert not torch.equal(load_file(tmp_path / "proj.safetensors")["proj.weight"], model.proj.weight)
     assert sorted(os.listdir(tmp_path)) == ["config.json", "log.jsonl", "proj.safetensors", "state.pt"]
-
 
 def test_every_part_can_learn_and_is_saved(world, tmp_path):
     config = micro(world, tmp_path, trainable=("vision", "qformer", "proj", "llama"), max_steps=60,
@@ -149,7 +135,6 @@ def test_every_part_can_learn_and_is_saved(world, tmp_path):
         a, b = trained.part_parameters(part), frozen.part_parameters(part)
         assert all(not torch.equal(a[k], b[k]) for k in a if "k_proj" not in k and "key.bias" not in k), part
 
-
 def test_stage_2_starts_from_stage_1_and_its_folder_leads_to_all_parts(world, tmp_path):
     run(micro(world, tmp_path / "one"))
     (tmp_path / "far" / "away").mkdir(parents=True)
@@ -161,7 +146,6 @@ def test_stage_2_starts_from_stage_1_and_its_folder_leads_to_all_parts(world, tm
     for part in ("vision", "qformer", "llama"):
         assert Path(getattr(saved, part)).resolve() == Path(world[part]).resolve()
 
-
 def test_a_run_that_trains_llama_saves_its_frozen_projection_too(world, tmp_path):
     run(micro(world, tmp_path / "one", max_steps=2))
     for proj in ("", f"{tmp_path}/one/proj.safetensors"):
@@ -170,22 +154,18 @@ def test_a_run_that_trains_llama_saves_its_frozen_projection_too(world, tmp_path
         model, _ = chat.load(chat.Options(ckpt=config.out_dir, device="cpu"))
         assert torch.equal(model.proj.weight, train.build(config, CPU).proj.weight)
 
-
 @pytest.mark.parametrize("changes, tolerance", [
     ({"dtype": "bfloat16"}, 0.02), ({"dtype": "float16"}, 0.02), ({"batch_size": 1, "grad_accum": 4}, 1e-5)])
 def test_half_precision_and_accumulation_follow_the_plain_run(world, tmp_path, changes, tolerance):
     plain, other = (run(micro(world, tmp_path / str(len(c)), **c)) for c in ({}, changes))
     assert losses(other) == pytest.approx(losses(plain), rel=tolerance)
 
-
 def test_cached_features_leave_the_model_s_sizes(world, tmp_path):
     model = train.build(config := micro(world, tmp_path, cache_features=True), CPU)
     train.open_data(config, model, CPU)
     assert model.vision is None and (model.image_size, model.n_image_tokens) == (32, 4)
 
-
 # ---- several processes, and resume -------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("length_group, port", [(1, 29514), (4, 29515)])
 def test_a_run_goes_on_in_twice_the_processes_at_half_the_batch_size(world, tmp_path, monkeypatch,
@@ -197,7 +177,6 @@ def test_a_run_goes_on_in_twice_the_processes_at_half_the_batch_size(world, tmp_
     run_until_killed(broken, monkeypatch)
     resumed = by_torchrun(replace(broken, batch_size=4, resume=True), 2, port)
     assert losses(resumed) == pytest.approx(losses(run(unbroken)), rel=1e-5) and len(resumed) == 20
-
 
 def test_a_run_killed_at_any_moment_ends_with_the_same_weights(world, tmp_path, monkeypatch):
     unbroken = micro(world, tmp_path / "unbroken", max_steps=40, num_workers=1, save_interval=5)
@@ -215,7 +194,6 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_weights(world, tmp_path, 
     run(unbroken)
     assert_same(weights(tmp_path / "broken"), weights(tmp_path / "unbroken"))
 
-
 def test_a_float16_run_resumes_although_its_first_steps_overflowed(world, tmp_path, monkeypatch):
     overflowing = partialmethod(torch.amp.GradScaler.__init__, init_scale=2.0**100)  # steps are skipped
     monkeypatch.setattr(torch.amp.GradScaler, "__init__", overflowing)
@@ -223,7 +201,6 @@ def test_a_float16_run_resumes_although_its_first_steps_overflowed(world, tmp_pa
     assert torch.load(tmp_path / "state.pt", weights_only=True)["optimizer"]["state"] == {}
     resumed = run(micro(world, tmp_path, dtype="float16", max_steps=3, resume=True))
     assert [row["step"] for row in resumed] == [1, 2, 3]
-
 
 @pytest.mark.parametrize("changes, words", [
     ({"trainable": ("proj", "qformer")}, "trainable was .*, now it is .*qformer"),
@@ -243,13 +220,11 @@ def test_a_run_with_other_settings_or_data_is_not_resumed(world, tmp_path, monke
         run(micro(world, "out", **{"data": "star.jsonl", "max_steps": 4, "resume": True} | changes))
     assert Path("out/config.json").read_text() == before
 
-
 def test_a_finished_run_stays_as_it_is_when_resumed(world, tmp_path, capsys):
     run(micro(world, tmp_path, max_steps=2))
     before = (tmp_path / "config.json").read_text()
     assert len(run(micro(world, tmp_path, max_steps=1, resume=True))) == 2
     assert "already at step 2" in capsys.readouterr().err and (tmp_path / "config.json").read_text() == before
-
 
 def test_resume_beside_another_frozen_llama_only_warns(world, tmp_path, capsys):
     run(micro(world, tmp_path / "out", max_steps=2))
@@ -258,9 +233,7 @@ def test_resume_beside_another_frozen_llama_only_warns(world, tmp_path, capsys):
     assert len(run(micro(world, tmp_path / "out", max_steps=4, resume=True, llama=llama))) == 4
     assert re.search("warning: .*another llama", capsys.readouterr().err)
 
-
 # ---- the run's folder --------------------------------------------------------------------------------------
-
 
 def test_an_earlier_run_or_a_folder_of_something_else_is_not_overwritten(world, tmp_path):
     config = micro(world, tmp_path / "out", max_steps=2)
@@ -274,7 +247,6 @@ def test_an_earlier_run_or_a_folder_of_something_else_is_not_overwritten(world, 
         run(micro(world, tmp_path / "llama"))
     assert (tmp_path / "llama/config.json").read_text() == (Path(world["llama"]) / "config.json").read_text()
 
-
 @pytest.mark.parametrize("save_interval, words", [
     (8, "step 5: the loss is nan"), (4, "step 4: the weights have become infinite")])
 def test_a_run_that_diverges_stops_and_keeps_its_last_checkpoint(world, tmp_path, save_interval, words):
@@ -283,7 +255,6 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_checkpoint(world, tmp_path
     with pytest.raises(InputError, match=words):
         run(micro(world, tmp_path, lr=1e30, min_lr=1e30, resume=True, save_interval=save_interval))
     assert (tmp_path / "state.pt").read_bytes() == before
-
 
 def test_a_damaged_log_does_not_stop_a_resume_but_a_damaged_state_does(world, tmp_path):
     run(micro(world, tmp_path, max_steps=2))
@@ -294,7 +265,6 @@ def test_a_damaged_log_does_not_stop_a_resume_but_a_damaged_state_does(world, tm
     with pytest.raises(InputError, match="state.pt: damaged"):
         run(micro(world, tmp_path, max_steps=6, resume=True))
 
-
 @pytest.mark.parametrize("content, words", [
     ('{"bath_size": 3}', "unknown name 'bath_size'; did you mean batch_size"),
     ("[]", "should hold a JSON object"), ("{", "not valid JSON")])
@@ -303,9 +273,7 @@ def test_an_unreadable_config_json_is_named(tmp_path, content, words):
     with pytest.raises(InputError, match=f"config.json.*{words}"):
         read_saved_config(str(tmp_path))
 
-
 # ---- evaluation --------------------------------------------------------------------------------------------
-
 
 def test_heldout_loss_and_first_answers_are_logged(world, tmp_path):
     talk = [{"user": "Hello"}, {"assistant": "A dog."}, {"user": "And?"}, {"assistant": "A cat."}]
@@ -318,12 +286,10 @@ def test_heldout_loss_and_first_answers_are_logged(world, tmp_path):
         assert [row["step"] for row in rows] == steps and all(row["heldout_loss"] > 0 for row in rows)
         assert [shown["data"].removesuffix("###") for shown in rows[0]["samples"]] == ["A dog."]
 
-
 def test_heldout_data_with_no_usable_sample_is_refused_at_the_start(world, tmp_path):
     with pytest.raises(InputError, match="not one of its samples"):
         run(micro(world, tmp_path / "out", heldout_data=world["texts"]))  # without pictures
     assert not (tmp_path / "out").exists()
-
 
 def test_a_first_loss_clearly_above_a_uniform_guess_is_warned_of(world, tmp_path, capsys):
     loss, = losses(run(micro(world, tmp_path / "random", max_steps=1)))
@@ -332,9 +298,7 @@ def test_a_first_loss_clearly_above_a_uniform_guess_is_warned_of(world, tmp_path
     loss, = losses(run(micro(world, tmp_path / "broken", max_steps=1, llama=llama)))
     assert loss > log(600) + 1 and f"warning: the first loss, {loss:.2f}, is worse" in capsys.readouterr().err
 
-
 # ---- configs and the command line --------------------------------------------------------------------------
-
 
 def test_missing_data_is_made_on_first_use_after_what_it_is_made_from(tmp_path):
     text, tokenizer, make = tmp_path / "text", tmp_path / "tokenizer.model", f"{ROOT}/tools/make_scenes.py"
@@ -351,7 +315,6 @@ def test_missing_data_is_made_on_first_use_after_what_it_is_made_from(tmp_path):
     with pytest.raises(InputError, match="could not be made"):
         train.prepare_data(replace(config, data="none", prepare={"none": f"{make} nothing"}))
 
-
 @pytest.mark.parametrize("path", sorted(
     str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.py")
     if path.stem not in ("schema", "prompts", "base")))
@@ -359,11 +322,9 @@ def test_every_config_is_valid(path):
     config = load_config(str(ROOT / path), {})
     assert config.llama and config.data and config.warmup_steps <= config.max_steps
 
-
 def parsed(*words) -> Config:
     (path,), options = parse_args([*words, str(ROOT / "configs/stage1.py")], "", "CONFIG", Config)
     return load_config(path, options)
-
 
 @pytest.mark.parametrize("words, name, value", [
     (["--lr=1"], "lr", 1.0), (["--lr", "1e-3"], "lr", 1e-3), (["--batch-size", "4"], "batch_size", 4),
@@ -377,7 +338,6 @@ def test_options_are_parsed_as_their_type(words, name, value):
     assert getattr(parsed(*words), name) == value
     assert override(Config(), {"betas": (0, 0.95)}).betas == (0.0, 0.95)  # as in a config file
 
-
 @pytest.mark.parametrize("option, words", [
     ("learning_rate=1", "'learning_rate'"), ("bath_size=4", "did you mean batch_size"),
     ("batch_size=many", "batch_size = 'many' is not of type int"), ("lr=True", "lr = True"),
@@ -390,9 +350,7 @@ def test_wrong_options_are_refused(option, words):
     with pytest.raises(InputError, match=words):
         parsed(f"--{option}")
 
-
 PROGRAMS = ["train", "chat", *sorted(f"tools.{path.stem}" for path in (ROOT / "tools").glob("*.py"))]
-
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_help_lists_every_option_with_its_default_and_meaning(name, monkeypatch, capsys):
@@ -409,7 +367,6 @@ def test_help_lists_every_option_with_its_default_and_meaning(name, monkeypatch,
     if name == "train":
         assert options.keys() == {f.name for f in fields(Config)}
 
-
 @pytest.mark.parametrize("changes, words", [
     (dict(vision="nowhere.safetensors"), "nowhere.safetensors: there is no such weight file"),
     (dict(llama="nowhere"), "nowhere: not a LLaMA folder"), (dict(llama=""), "no language model is given"),
@@ -418,14 +375,12 @@ def test_wrong_paths_and_parts_are_refused(world, tmp_path, changes, words):
     with pytest.raises(InputError, match=words):
         run(micro(world, tmp_path, **changes))
 
-
 def test_a_projection_of_another_language_model_is_warned_of(world, tmp_path, capsys):
     llama = changed_llama(world, tmp_path, "norm.weight", 1.1)
     run(micro(world, tmp_path / "one", max_steps=1, llama=llama))
     assert "was trained with another" not in capsys.readouterr().err
     run(micro(world, tmp_path / "two", max_steps=1, proj=f"{tmp_path}/one/proj.safetensors"))
     assert "proj.safetensors was trained with another llama" in capsys.readouterr().err
-
 
 @pytest.mark.parametrize("arguments", [
     ["train.py"], ["train.py", "configs/none.py"], ["train.py", "configs/stage1.py"],
@@ -439,17 +394,14 @@ def test_a_mistake_of_the_user_gives_one_line_and_status_2(arguments, monkeypatc
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert end.value.code == 2 and len(errors) == 1
 
-
 def test_a_mistake_of_ours_gives_a_traceback():
     with pytest.raises(ValueError):
         run_main(lambda argv: int("ours"))
     assert not issubclass(InputError, ValueError)  # or `except ValueError` would swallow it
 
-
 def test_imports_leave_the_environment_alone():
     code = "import os; before = dict(os.environ); import train, chat; assert dict(os.environ) == before"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={"PATH": os.environ["PATH"]}, check=True)
-
 
 def test_twenty_photographs_and_a_jsonl_train_and_answer(tmp_path):
     """As the README says, from the tiny weights: captions, and a conversation about two pictures."""

@@ -12,7 +12,6 @@ from qformer import QFormer, QFormerConfig
 from tests.common import GOLDEN
 from vision import VisionConfig, VisionTransformer
 
-
 def randomized(module):
     """The module in eval mode, every tensor random, biases and norms included."""
     generator = torch.Generator().manual_seed(0)
@@ -22,7 +21,6 @@ def randomized(module):
             if "norm" in name.lower() and name.endswith("weight"):
                 p += 1
     return module.eval()
-
 
 @torch.no_grad()
 def test_vision_tower_and_ln_vision_equal_instructblip():
@@ -50,7 +48,6 @@ def test_vision_tower_and_ln_vision_equal_instructblip():
     images = torch.randn(2, 3, 56, 56)
     torch.testing.assert_close(ln(ours(images)), theirs(images).last_hidden_state, atol=1e-4, rtol=0)
 
-
 @torch.no_grad()
 def test_qformer_equals_blip2():
     theirs = randomized(Blip2QFormerModel(Blip2QFormerConfig(
@@ -74,7 +71,6 @@ def test_qformer_equals_blip2():
     image = torch.randn(3, 17, 64)
     want = theirs(queries.expand(3, -1, -1), encoder_hidden_states=ours.ln_vision(image)).last_hidden_state
     torch.testing.assert_close(ours(image), want, atol=1e-4, rtol=0)
-
 
 def test_tokenizer_equals_transformers_on_all_kinds_of_text():
     path = str(GOLDEN / "tokenizer/tokenizer.model")

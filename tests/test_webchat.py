@@ -21,7 +21,6 @@ needs_browser = pytest.mark.skipif(
     not (CHROMIUM and all(map(importlib.util.find_spec, ("gradio", "playwright")))),
     reason="needs Chromium, and the packages gradio and playwright")
 
-
 @pytest.fixture
 def address():
     """The address of a page with the tiny model."""
@@ -35,7 +34,6 @@ def address():
     yield f"http://127.0.0.1:{port}"
     server.terminate()
     server.wait()
-
 
 @needs_browser
 def test_a_conversation_in_a_browser(address, tmp_path):
@@ -76,19 +74,16 @@ def test_a_conversation_in_a_browser(address, tmp_path):
         browser.close()
     assert not faults and all(url.startswith((address, "data:", "blob:")) for url in requested)
 
-
 def test_without_gradio_one_line_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(InputError, match="pip install gradio"):
         webchat.main([])
-
 
 @pytest.mark.parametrize("argv, words", [(["--port=0"], "port"), (["--prt=1"], "did you mean port"),
                                          (["x.png"], "usage")])
 def test_wrong_options_raise(argv, words):
     with pytest.raises(InputError, match=words):
         webchat.main(argv)
-
 
 def test_turns_are_shown_as_text_with_their_pictures():
     turn = chat.Turn("a < b?", "", (chat.Picture("x.png", 1, None),))

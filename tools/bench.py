@@ -41,7 +41,7 @@ from configs import schema
 from configs.schema import Config, InputError, option
 from data import Batch, Groups, Reader, Sample, Samples, collate, index_tar, open_samples
 from llama import IGNORE, IMAGE, LlamaConfig, Tokenizer
-from model import PARTS, MiniGPT4, pick_device, read_part, replacing
+from model import PARTS, MiniGPT4, peak_mib, pick_device, read_part, replacing
 from qformer import QFormerConfig
 from train import build, flops_per_position, make_optimizer, train_step
 from vision import VisionConfig, load_image, normalize, preprocess
@@ -70,7 +70,6 @@ PEER_NAMES = (  # a part of transformers' name -> of ours, replaced in this orde
     ("crossattention.attention", "cross_attn"), ("attention.attention", "self_attn"),
     ("language_projection", "proj"), ("language_model.model", "llama"), ("language_model", "llama"))
 
-
 @dataclass(frozen=True)
 class Options:
     size: str = option("", f"{', '.join(SIZES)}; none: medium (train), 1.1b (chat)", choices=("", *SIZES))
@@ -84,7 +83,6 @@ class Options:
 
     def __post_init__(self):
         schema.check_options(self)
-
 
 def measure(rounds: int, name: str, units: dict, peer: str, sides: dict[str, tuple]) -> list[dict]:
     """A row for each rate in `units`. The sides, (function, arguments...), take turns in new processes."""
@@ -103,24 +101,15 @@ def measure(rounds: int, name: str, units: dict, peer: str, sides: dict[str, tup
             | {f"vs_{side}": round(medians["ours"][rate] / found[rate], 4)
                for side, found in medians.items() if side != "ours"} for rate, unit in units.items()]
 
-
 def seconds(function: Callable, n: int = 3) -> float:
     """The mean of n calls, after two that do not count; a GPU has finished when the clock is read."""
     return Timer("f()", globals={"f": function}, num_threads=torch.get_num_threads()).timeit(n).mean
-
-
-def peak_mib(device: torch.device) -> float:
-    """The peak of this process's tensors on a GPU, or of its resident memory."""
-    return (torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else
-            int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024)
-
 
 def our_batches(folder: Path, workers: int, device: torch.device) -> Iterator[torch.Tensor]:
     """Yield the normalized float32 pictures of each batch, on the device."""
     config = Config(data=str(folder), num_workers=workers, batch_size=DATA_BATCH)
     for _, (batch,) in Reader(Groups(*open_samples(config.data, config, TOKENIZER, SIDE, N_TOKENS), config)):
         yield normalize(batch.to(device).images)
-
 
 def peer_batches(folder: Path, workers: int, device: torch.device) -> Iterator[torch.Tensor]:
     """The same as in webdataset's examples, where the workers normalize each picture."""
@@ -133,13 +122,11 @@ def peer_batches(folder: Path, workers: int, device: torch.device) -> Iterator[t
     for batch in webdataset.WebLoader(data, batch_size=None, num_workers=workers):
         yield batch.to(device).images
 
-
 def pil_alone(folder: Path, workers: int, device: torch.device) -> Iterator[None]:
     """Decode and resize pictures that are in memory; the workers send nothing."""
     encoded = [picture.read() for path in folder.glob("*.tar") for _, picture, _, _ in index_tar(str(path))]
     yield from DataLoader(encoded * 1000, DATA_BATCH, num_workers=workers, collate_fn=lambda batch: [
         preprocess(Image.open(io.BytesIO(picture)), SIDE) for picture in batch] and None)
-
 
 def read_data(side: Callable, n: int, folder: Path, workers: int, device: torch.device) -> dict:
     """Pictures per second over n batches, once the workers are busy."""
@@ -148,7 +135,6 @@ def read_data(side: Callable, n: int, folder: Path, workers: int, device: torch.
     batches = side(folder, workers, device)
     seconds(batches.__next__, 2 * workers)
     return {"rate": DATA_BATCH / seconds(batches.__next__, n)}
-
 
 def bench_data(options: Options, device: torch.device) -> Iterator[tuple]:
     """A row for each size of pictures; they are noise as coarse as a photograph's details, in 16 shards."""
@@ -166,7 +152,6 @@ def bench_data(options: Options, device: torch.device) -> Iterator[tuple]:
         yield (f"{width}x{height} w{options.workers}", {"rate": "images/s"}, "webdataset",
                {side: (read_data, batches, 8 * options.steps, folder, options.workers, device)
                 for side, batches in sides.items()})
-
 
 def random_weights(options: Options, kind: str) -> tuple[Path, Path]:
     """A run's folder with random weights, made on first use, and the same for a model of transformers."""
@@ -204,7 +189,6 @@ def random_weights(options: Options, kind: str) -> tuple[Path, Path]:
         model.save_pretrained(peer)
     return ours, peer
 
-
 def random_batch(n: int) -> Batch:
     """n times a picture with a caption of 12 tokens."""
     torch.manual_seed(0)
@@ -212,14 +196,12 @@ def random_batch(n: int) -> Batch:
     image = torch.randint(0, 256, (3, SIDE, SIDE), dtype=torch.uint8)
     return collate([([image], [1] + [IMAGE] * N_TOKENS + caption, [IGNORE] * (1 + N_TOKENS) + caption)] * n)
 
-
 def our_step(config: Config, device: torch.device) -> Callable:
     """A function that makes train.py's step and returns the loss."""
     model, batch = build(config, device), random_batch(config.batch_size)
     optimizer = make_optimizer(dict(model.proj.named_parameters()), config)
     scaler = torch.amp.GradScaler(enabled=False)
     return lambda: train_step(model, [batch], optimizer, scaler, lr=1e-4) / batch.n_targets
-
 
 def peer_step(config: Config, device: torch.device) -> Callable:
     """The same of transformers' BLIP-2, eager, as users get it."""
@@ -239,13 +221,11 @@ def peer_step(config: Config, device: torch.device) -> Callable:
         return loss
     return step
 
-
 def run_steps(make_step: Callable, config: Config, device: torch.device) -> dict:
     """Pictures per second, the loss of the first step, peak memory."""
     step = make_step(config, device)
     loss, rate = step().item(), config.batch_size / seconds(step, config.max_steps)
     return {"rate": rate, "loss": loss, "peak_mib": peak_mib(device)}
-
 
 def matmul_alone(config: Config, device: torch.device) -> dict:
     """Pictures per second if a step were one large matrix product of as many FLOPs."""
@@ -253,7 +233,6 @@ def matmul_alone(config: Config, device: torch.device) -> dict:
     a = torch.randn(n, n, device=device).to(getattr(torch, config.dtype))
     per_picture, per_token = flops_per_position(MiniGPT4.from_files(**config.parts()), config.trainable)
     return {"rate": 2 * n**3 / seconds(lambda: a @ a) / (per_picture + per_token * random_batch(1).n_tokens)}
-
 
 def bench_train(options: Options, device: torch.device) -> Iterator[tuple]:
     ours, peer = random_weights(options, "Blip2")
@@ -264,7 +243,6 @@ def bench_train(options: Options, device: torch.device) -> Iterator[tuple]:
         yield (f"{name} {way}".strip(), {"rate": "images/s"}, "transformers BLIP-2", {
             "ours": (run_steps, our_step, replace(config, **on), device),
             "peer": (run_steps, peer_step, config, device), "limit": (matmul_alone, config, device)})
-
 
 def first_word(ours: bool, folder: Path, device: torch.device) -> dict:
     """From the start of this process, less the time of reading the weights into the page cache."""
@@ -285,12 +263,10 @@ def first_word(ours: bool, folder: Path, device: torch.device) -> dict:
         model.generate(pixel_values=pixels, input_ids=ids, qformer_input_ids=ids[:, -8:], max_new_tokens=1)
     return {"rate": 1 / (imports + time.perf_counter() - start), "peak_mib": peak_mib(device)}
 
-
 def memory_alone(folder: Path) -> dict:
     """How often the weights can be read per second, at the speed of a sum over 1 GiB."""
     n_bytes = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
     return {"rate": 2**30 / n_bytes / seconds(torch.ones(2**28).sum)}
-
 
 def gguf_file(folder: Path, kind: str) -> Path:
     """LLaMA for llama.cpp, made on first use. The output matrix of Q4_0 is Q8_0, as int4's is int8."""
@@ -322,7 +298,6 @@ def gguf_file(folder: Path, kind: str) -> Path:
             writer.close()
     return path
 
-
 def our_answer(folder: Path, way: str, ids: list[int], device: torch.device) -> Callable:
     """A function of n that answers `ids` greedily with n tokens."""
     dtype, *compiled = way.split()
@@ -331,13 +306,11 @@ def our_answer(folder: Path, way: str, ids: list[int], device: torch.device) -> 
         model.llama.compile_rows()
     return lambda n: [*model.generate(ids, max_new_tokens=n, temperature=0, min_length=n + 1)]
 
-
 def peer_answer(folder: Path, way: str, ids: list[int], device: torch.device) -> Callable:
     from transformers import LlamaForCausalLM
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
     tokens = torch.tensor([ids], device=device)
     return lambda n: model.generate(tokens, do_sample=False, min_new_tokens=n, max_new_tokens=n).tolist()
-
 
 def llamacpp_answer(path: Path, way: str, ids: list[int], device: torch.device) -> Callable:
     """The same, but the n tokens are given: nothing is sampled."""
@@ -346,7 +319,6 @@ def llamacpp_answer(path: Path, way: str, ids: list[int], device: torch.device) 
     model = Llama(str(path), n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False)
     return lambda n: [model.reset(), *(model.eval(new) for new in [ids] + [[5]] * (n - 1))]
 
-
 def answers(make_answer: Callable, folder: Path, way: str, units: dict, device: torch.device) -> dict:
     """prompt: 1/s until the first token; decode: tokens/s after it."""
     ids = torch.randint(3, VOCAB, (PROMPT,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -354,7 +326,6 @@ def answers(make_answer: Callable, folder: Path, way: str, units: dict, device: 
     first, all_tokens = (seconds(partial(answer, n), 2) for n in (1, 1 + ANSWER))
     rates = {"prompt": 1 / first, "decode": ANSWER / (all_tokens - first)}
     return {k: rates[k] for k in units} | {"peak_mib": peak_mib(device)}
-
 
 def last_turn(n: int, folder: Path, device: torch.device) -> dict:
     """1/s until the first token of the n-th answer about a picture; the first one waits for its encoding."""
@@ -372,7 +343,6 @@ def last_turn(n: int, folder: Path, device: torch.device) -> dict:
             start = time.perf_counter()
     return {"rate": 1 / waited, "peak_mib": peak_mib(device)}
 
-
 def describe(at_once: int, folder: Path, dtype: str, device: torch.device) -> dict:
     """Pictures per minute, with ANSWER tokens about each."""
     config = schema.read_saved_config(str(folder))
@@ -389,7 +359,6 @@ def describe(at_once: int, folder: Path, dtype: str, device: torch.device) -> di
     for images in pictures.split(at_once):
         answer(images, ANSWER)
     return {"rate": 60 * CHAT_BATCH / (time.perf_counter() - start), "peak_mib": peak_mib(device)}
-
 
 def bench_chat(options: Options, device: torch.device) -> Iterator[tuple]:
     ours, peer = random_weights(options, "InstructBlip")
@@ -410,7 +379,6 @@ def bench_chat(options: Options, device: torch.device) -> Iterator[tuple]:
         yield f"{options.size} {name}", {"rate": "pictures/min"}, "one at a time", {
             "ours": (describe, CHAT_BATCH, ours, dtype, device), "peer": (describe, 1, ours, dtype, device)}
 
-
 def main(argv: list[str]):
     benches = {"data": bench_data, "train": bench_train, "chat": bench_chat}
     (name,), given = schema.parse_args(argv, __doc__, "|".join(benches), Options)
@@ -424,7 +392,6 @@ def main(argv: list[str]):
     except ModuleNotFoundError as e:
         raise InputError(f"this benchmark needs the package {e.name}: pip install {e.name}") from e
     print(json.dumps({"bench": name, "device": label, "rows": rows}))
-
 
 if __name__ == "__main__":
     schema.run_main(main)

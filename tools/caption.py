@@ -27,7 +27,6 @@ from vision import load_image
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # in folders and globs
 
-
 @dataclass(frozen=True)
 class Options(chat.Options):
     prompt: str = option("Describe this image in detail.", "asked about each picture")
@@ -35,7 +34,6 @@ class Options(chat.Options):
     out: str = option("captions.jsonl", "the file to write, or to continue")
     batch_size: int = option(8, "pictures captioned together", least=1)
     retry: bool = option(False, "try the pictures that failed again")
-
 
 def find_pictures(name: str) -> list[str]:
     """The paths that an argument stands for. Raises InputError if none of them exists."""
@@ -48,14 +46,12 @@ def find_pictures(name: str) -> list[str]:
         raise InputError(f"{name}: no pictures; give a picture, a folder, a glob, or a .txt that lists them")
     return paths
 
-
 def written_path(path: str, folder: Path) -> str:
     """A picture's path from `folder`, with slashes; absolute if it is on another drive."""
     path = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
     with suppress(ValueError):  # another drive
         path = os.path.relpath(path, os.path.realpath(folder))
     return Path(path).as_posix()
-
 
 def read_lines(path: Path) -> set[str]:
     """The pictures in a .jsonl. Its last line is completed, or removed if a killed run has cut it."""
@@ -69,24 +65,22 @@ def read_lines(path: Path) -> set[str]:
         os.truncate(path, path.stat().st_size - len(lines[-1]))
     return set(rows)
 
-
 @torch.no_grad()
 def captions(talk: chat.Chat, tokens: list[int], images: dict[str, torch.Tensor]) -> list[tuple]:
     """{name: picture, uint8 (3, S, S)} and the prompt's ids -> [(name, caption, whether it is complete)]."""
     o, model, end = talk.options, talk.model, talk.template.end
     embeds = model.encode_image(torch.stack([*images.values()]).to(o.device))
-    common = dict(max_new_tokens=min(o.max_new_tokens, talk.context - len(tokens)), min_length=o.min_length,
-                  repetition_penalty=o.repetition_penalty, stop=model.tokenizer.stop_sequences(end))
+    stop = model.tokenizer.stop_sequences(end)
+    options = dict(max_new_tokens=o.max_new_tokens, temperature=o.temperature, top_p=o.top_p,
+                   repetition_penalty=o.repetition_penalty, stop=stop, min_length=o.min_length,
+                   generator=talk.generator, num_beams=o.num_beams, length_penalty=o.length_penalty)
     if o.num_beams > 1:
-        rows = [model.beam_search(tokens, x.unsqueeze(0), o.num_beams, length_penalty=o.length_penalty,
-                                  **common) for x in embeds]
+        rows = [[*model.generate(tokens, x.unsqueeze(0), **options)] for x in embeds]
     else:
-        steps = model.generate([tokens] * len(images), embeds, context=talk.context, generator=talk.generator,
-                               temperature=o.temperature, top_p=o.top_p, **common)
+        steps = model.generate([tokens] * len(images), embeds, **options)
         rows = [[id for id in row if id is not None] for row in zip(*steps)]
-    return [(name, model.tokenizer.answer_text(ids, end), model.tokenizer.is_end(ids, common["stop"]))
+    return [(name, model.tokenizer.answer_text(ids, end), model.tokenizer.is_end(ids, stop))
             for name, ids in zip(images, rows)]
-
 
 def main(argv: list[str]):
     names, given = parse_args(argv, __doc__, "PICTURE ...", Options)
@@ -114,7 +108,6 @@ def main(argv: list[str]):
                 print(json.dumps({"image": image} | result), file=good if text else bad, flush=True)
                 n_cut += not ended
     print(f"{len(read_lines(out))} captions ({n_cut} new ones cut off), {len(read_lines(errors))} failures")
-
 
 if __name__ == "__main__":
     run_main(main)

@@ -29,11 +29,10 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from chat import check
 from configs.schema import (DTYPES, QUANTIZED, InputError, load_config, option, override, parse_args,
                             read_json, read_saved_config, run_main)
 from llama import Llama, LlamaConfig, Tokenizer, indexed_files, quantize
-from model import PARTS, MiniGPT4, check_fit, fingerprint, load_tensors, replacing
+from model import PARTS, MiniGPT4, check_english, check_fit, fingerprint, load_tensors, replacing
 from qformer import QFormer, QFormerConfig
 from train import refuse_to_overwrite, start_folder
 from vision import VisionConfig, VisionTransformer
@@ -79,14 +78,12 @@ NOT_USED = re.compile("|".join((  # at the beginning of an original name
     r"(t5_proj|opt_proj|t5_model|opt_model|llama_model)\.",                             # language models
     r".*rotary_emb\.inv_freq$|rope\.freqs$")))  # computed, not learned
 
-
 def rename(name: str, table: dict[str, str]) -> str | None:
     """("layers.3.attention.wq.weight", META_NAMES) -> "layers.3.self_attn.q_proj.weight"; None if unknown."""
     number = re.search(r"\.(\d+)\.", name)
     general = re.sub(r"\.\d+\.", ".#.", name, count=1)
     ours = next((new + general[len(old):] for old, new in table.items() if general.startswith(old)), None)
     return ours.replace("#", number[1]) if ours and number else ours
-
 
 def rename_all(names: dict, table: dict[str, str], path: Path | str) -> dict[str, str]:
     """{our name: the original's} of all tensors in use. Raises InputError for unknown names."""
@@ -97,11 +94,9 @@ def rename_all(names: dict, table: dict[str, str], path: Path | str) -> dict[str
     report_dropped([name for name in names if name not in renamed])
     return {ours: name for name, ours in renamed.items()}
 
-
 def report_dropped(names: list[str]):
     if names:
         print(f"left out on purpose: {len(names)} tensors, such as {names[0]}", file=sys.stderr)
-
 
 @lru_cache(maxsize=1)  # only one file is mapped at a time
 def open_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -131,22 +126,18 @@ def open_weights(path: Path) -> dict[str, torch.Tensor]:
         raise InputError(f"{path}: holds no tensors by name; it is not a file of weights")
     return tensors
 
-
 def write(path: Path, tensors: Iterable[tuple[str, torch.Tensor]], dtype: str, **metadata: str):
     """Write a safetensors file of (name, tensor), cast to dtype unless it is empty."""
     with replacing(path) as temporary:
         cast = {k: t.to(dtype=TORCH_DTYPES[dtype], copy=True).contiguous() for k, t in tensors}
         save_file(cast, temporary, {"format": "pt"} | metadata)
 
-
 def parameter_shapes(module_class, config) -> dict[str, tuple]:
     """{name: shape} of the parameters of module_class(config)."""
     with torch.device("meta"):
         return {k: tuple(p.shape) for k, p in module_class(config).named_parameters()}
 
-
 # ---- vision, qformer, proj ---------------------------------------------------------------------------------
-
 
 def vision_sizes(shapes: dict, options: "Options") -> VisionConfig:
     """Sizes from {our name: shape}. Heads are an option, and layers too: a file may hold more."""
@@ -154,7 +145,6 @@ def vision_sizes(shapes: dict, options: "Options") -> VisionConfig:
     return VisionConfig(image_size=isqrt(n_tokens - 1) * patch, patch_size=patch,
                         width=shapes["cls_token"][-1], n_layers=options.n_layers, n_heads=options.heads or 16,
                         mlp_hidden=shapes["blocks.0.mlp.fc1.weight"][0])
-
 
 def qformer_sizes(shapes: dict, options: "Options") -> QFormerConfig:
     """Sizes from {our name: shape}, and the number of heads from the options."""
@@ -165,7 +155,6 @@ def qformer_sizes(shapes: dict, options: "Options") -> QFormerConfig:
                          ffn_hidden=shapes["layers.0.fc1.weight"][0],
                          vision_width=shapes["layers.0.cross_attn.key.weight"][1],
                          cross_attention_every=with_cross[1] if len(with_cross) > 1 else n_layers)
-
 
 def convert_part(part: str, source: str, target: str, options: "Options") -> int:
     """Convert the file of the vision part, the Q-Former or the projection. Returns its number of tensors."""
@@ -195,7 +184,6 @@ def convert_part(part: str, source: str, target: str, options: "Options") -> int
         start_folder(run)
     return len(own)
 
-
 def check_part(part: str, source: str, tensors: dict, options: "Options") -> dict:
     """The sizes of a vision part or Q-Former. Raises InputError unless exactly its tensors are there."""
     shapes = {k: tuple(t.shape) for k, t in tensors.items()}
@@ -212,9 +200,7 @@ def check_part(part: str, source: str, tensors: dict, options: "Options") -> dic
     check_fit(source, part, shapes, expected)
     return asdict(config)
 
-
 # ---- llama -------------------------------------------------------------------------------------------------
-
 
 class Source(NamedTuple):
     """A LLaMA in any format, under our names. Tensors are read on demand."""
@@ -222,7 +208,6 @@ class Source(NamedTuple):
     config: LlamaConfig
     layout: dict[str, torch.Tensor]     # all tensors, on the meta device
     get: Callable[[str], torch.Tensor]   # reads one
-
 
 def open_llama(folder: Path) -> Source:
     """A Hugging Face or Meta folder. Raises InputError when something is missing."""
@@ -240,7 +225,6 @@ def open_llama(folder: Path) -> Source:
         layout.pop("lm_head.weight", None)
     return Source(config, layout, lambda k: open_weights(places[k][0])[places[k][1]])
 
-
 def hub_files(folder: Path) -> list[Path]:
     """The weight files of a Hugging Face folder, safetensors rather than .bin."""
     for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
@@ -250,7 +234,6 @@ def hub_files(folder: Path) -> list[Path]:
         if files := sorted(folder.glob(f"{stem}*.{ending}")):
             return files
     raise InputError(f"{folder}: no model*.safetensors and no pytorch_model*.bin; fetch the weights too")
-
 
 def open_meta(folder: Path) -> Source:
     """consolidated.00.pth ... and params.json, in Meta's own names, layout and split over files."""
@@ -281,13 +264,11 @@ def open_meta(folder: Path) -> Source:
 
     return Source(config, layout, get)
 
-
 def check_above_0(settings: dict, names: tuple[str, ...], path: Path):
     """Raise InputError unless each of the settings is a number above 0."""
     for name in names:
         if not isinstance(value := settings.get(name), (int, float)) or value <= 0:
             raise InputError(f"{path}: {name} = {value!r} is no number above 0; fetch the file again")
-
 
 def trim(source: Source, vocab_size: int) -> Source:
     """Without the embedding rows from vocab_size on."""
@@ -302,7 +283,6 @@ def trim(source: Source, vocab_size: int) -> Source:
     return Source(replace(source.config, vocab_size=vocab_size),
                   {k: cut(k, t) for k, t in source.layout.items()}, lambda k: cut(k, source.get(k)))
 
-
 def add_base(delta: Source, base: Source) -> Source:
     """The sum of two models. Embedding rows that only one of them has are left out (Vicuna v0's 32,001st)."""
     rows = min(len(s.layout.get("embed_tokens.weight", ())) for s in (delta, base))
@@ -311,7 +291,6 @@ def add_base(delta: Source, base: Source) -> Source:
     if misfits := {k for k, _ in shapes.items() ^ base_shapes.items()}:
         raise InputError(f"--delta: SRC is a delta of another model; {', '.join(sorted(misfits)[:3])} differ")
     return delta._replace(get=lambda k: (delta.get(k) + base.get(k)).to(delta.layout[k].dtype))
-
 
 def merge_lora(source: Source, folder: Path) -> Source:
     """W + (alpha / r) B A, for each W that the adapter changes."""
@@ -336,7 +315,6 @@ def merge_lora(source: Source, folder: Path) -> Source:
         return (w.float() + scale * pairs[k]["B"] @ pairs[k]["A"]).to(w.dtype) if k in pairs else w
 
     return source._replace(get=get)
-
 
 def convert_llama(source: str, target: str, options: "Options") -> int:
     """Write a folder that from_files and the Hugging Face library read. Returns its number of tensors."""
@@ -366,7 +344,6 @@ def convert_llama(source: str, target: str, options: "Options") -> int:
         shutil.rmtree(part, ignore_errors=True)
     return len(llama.layout)
 
-
 def write_llama(folder: Path, llama: Source, dtype: str = ""):
     """Write the weights, one shard in memory at a time, and config.json as Hugging Face does."""
     if dtype in QUANTIZED:
@@ -385,7 +362,6 @@ def write_llama(folder: Path, llama: Source, dtype: str = ""):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     (folder / "config.json").write_text(json.dumps(llama.config.to_hub(), indent=1))
 
-
 class LazyTensors(dict):
     """The layout of a Source, whose tensors are read when asked for."""
 
@@ -395,7 +371,6 @@ class LazyTensors(dict):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.read(name)
-
 
 def quantize_llama(source: Source, dtype: str) -> Source:
     """With int8 or int4 matrices, each followed by its scales, and the rest in bfloat16."""
@@ -412,7 +387,6 @@ def quantize_llama(source: Source, dtype: str) -> Source:
     layout = {name: t for k, tensor in source.layout.items() for name, t in convert(k, tensor).items()}
     return Source(config, layout, lambda k: read(k.removesuffix("_scale"))[k])
 
-
 def export(run: str, target: str, options: "Options") -> int:
     """Write a run's projection as the original's checkpoint, {"model": {"llama_proj....}}."""
     tensors = load_tensors(read_saved_config(run).proj)[0]
@@ -420,7 +394,6 @@ def export(run: str, target: str, options: "Options") -> int:
     with replacing(target) as temporary:
         torch.save({"model": content}, temporary)
     return len(tensors)
-
 
 @dataclass(frozen=True)
 class Options:
@@ -437,7 +410,6 @@ class Options:
         if self.dtype not in (*TORCH_DTYPES, *QUANTIZED):
             raise InputError(f"--dtype={self.dtype}: give one of {', '.join((*DTYPES, *QUANTIZED))}")
 
-
 def main(argv: list[str]):
     (kind, source, target), given = parse_args(argv, __doc__, "KIND SRC DST", Options)
     options = override(Options(), given)
@@ -450,8 +422,7 @@ def main(argv: list[str]):
     n = converters[kind](source, target, options)
     print(f"{target}: {n} tensors written", file=sys.stderr)
     if kind == "llama" and options.check:
-        check(MiniGPT4.from_files(None, None, target))
-
+        check_english(MiniGPT4.from_files(None, None, target))
 
 if __name__ == "__main__":
     run_main(main)

@@ -22,7 +22,6 @@ from data import open_samples
 from llama import CONTEXT, IGNORE, LlamaConfig, Tokenizer, read_json
 from model import PARTS, MiniGPT4, PartFile, check_sources, read_part
 
-
 @dataclass(frozen=True)
 class Options:
     world: int = option(1, "training processes", least=1)
@@ -30,13 +29,11 @@ class Options:
     def __post_init__(self):
         check_options(self)
 
-
 class MetaMiniGPT4(MiniGPT4):
     """The model on the meta device. Targets stay on the CPU: their values say how many logits to compute."""
 
     def cross_entropy(self, hidden, targets):
         return super().cross_entropy(hidden, targets.to(hidden.device))
-
 
 def meta_model(config: Config, trainable: tuple[str, ...] = ()) -> tuple[MetaMiniGPT4, list[str]]:
     """The model of a config on the meta device, and notes on the sizes that had to be assumed."""
@@ -59,10 +56,8 @@ def meta_model(config: Config, trainable: tuple[str, ...] = ()) -> tuple[MetaMin
             module.float().requires_grad_(name in trainable)
     return model, notes
 
-
 def gib(tensors) -> float:
     return sum(t.nbytes for t in tensors) / 2**30
-
 
 def describe_training(model: MetaMiniGPT4, config: Config, world: int):
     """Print FLOPs and memory of a step over samples of full length, and the samples of the whole run."""
@@ -95,7 +90,6 @@ samples               {n_drawn:,} with {world} process(es)""")
     except InputError as e:
         print(f"epochs                unknown: {e}")
 
-
 def main(argv: list[str]):
     (path,), given = parse_args(argv, __doc__, "CONFIG|RUN_FOLDER", Options, Config)
     options, is_run = override(Options(), {"world": given.pop("world", 1)}), Path(path).is_dir()
@@ -114,7 +108,6 @@ def main(argv: list[str]):
         print(f"\npeak memory           about {total:.3g} GiB, with keys and values of {CONTEXT} tokens")
     else:
         describe_training(model, config, options.world)
-
 
 if __name__ == "__main__":
     run_main(main)

@@ -33,7 +33,6 @@ from tools import make_scenes as world
 
 COLUMNS = ("precision", "recall", "F1", "failures", "questions", "rhymes")
 
-
 @dataclass(frozen=True)
 class Options:
     stage2: str = option(str(ROOT / "assets/tiny"), "a run's folder")
@@ -43,11 +42,9 @@ class Options:
     max_new_tokens: int = option(160, "most tokens of an answer")
     save: str = option("", "a JSON file to write the table to")
 
-
 def failed(answer: str, ended: bool) -> bool:
     """Whether a description breaks off or repeats itself."""
     return not ended or not re.match(r"[A-Z].*\.$", answer, re.DOTALL) or world.repeats(answer, 4)
-
 
 def evaluate(talk: chat.Chat, scenes: list[world.Scene], folder: Path, label: str) -> dict:
     """One row of the table, numbers in percent."""
@@ -71,7 +68,6 @@ def evaluate(talk: chat.Chat, scenes: list[world.Scene], folder: Path, label: st
     values = (right / max(named, 1), right / wanted, 2 * right / (named + wanted),
               failures / len(scenes), questions / len(scenes), rhymes / len(scenes))
     return {"projection": label} | {c: round(100 * v, 1) for c, v in zip(COLUMNS, values)}
-
 
 def main(argv: list[str]):
     options = override(Options(), parse_args(argv, __doc__, "", Options)[1])
@@ -106,7 +102,6 @@ def main(argv: list[str]):
         print(f"| {row['projection']} |" + "".join(f" {row[c]:.1f} |" for c in COLUMNS))
     if options.save:
         Path(options.save).write_text(json.dumps({"scenes": options.n, "rows": rows}, indent=1) + "\n")
-
 
 if __name__ == "__main__":
     run_main(main)

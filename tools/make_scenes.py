@@ -51,7 +51,6 @@ PLACES = [f"{row} {column}" for row in ("top", "center", "bottom") for column in
 BACKGROUNDS = {"gray": (150, 150, 150), "pink": (245, 175, 195), "brown": (115, 75, 45),
                "teal": (20, 125, 130)}
 
-
 @dataclass(frozen=True)
 class Object:
     size: str
@@ -59,7 +58,6 @@ class Object:
     texture: str
     shape: str
     cell: int  # 0..8, an index of CELLS and PLACES
-
 
 @dataclass(frozen=True)
 class Scene:
@@ -77,11 +75,9 @@ class Scene:
     def from_dict(cls, d: dict) -> "Scene":
         return cls(tuple(Object(**o) for o in d["objects"]), d["background"])
 
-
 def is_heldout(scene: Scene) -> bool:
     """Whether the scene's set of (color, shape) belongs to the held-out tenth."""
     return zlib.crc32(repr(sorted(scene.pairs)).encode()) % 10 == 0
-
 
 def random_scene(rng: random.Random, heldout: bool = False, n_objects: int = 0) -> Scene:
     """A scene of training or held-out combinations, with n_objects; 0: 1 in 20 %, 2 in 45 %, 3 in 35 %."""
@@ -94,14 +90,12 @@ def random_scene(rng: random.Random, heldout: bool = False, n_objects: int = 0) 
         if len(scene.pairs) == n_objects and is_heldout(scene) == heldout:
             return scene
 
-
 # ---- pictures ----------------------------------------------------------------------------------------------
 
 def _around(n, inner=1.0, outer=1.0):
     """n points around the origin, clockwise from the top, every other one at the distance `inner`."""
     turns = [2 * math.pi * i / n for i in range(n)]
     return [(r * math.sin(t), -r * math.cos(t)) for r, t in zip([outer, inner] * (n // 2), turns)]
-
 
 ANGLES = [2 * math.pi * i / 48 for i in range(48)]
 OUTLINES = {  # polygons in [-1, 1] x [-1, 1], y downwards
@@ -116,10 +110,8 @@ WIDTH, OVERSAMPLE = 128, 3  # pixels; drawn 3 times as large
 JPEG = {"format": "JPEG", "quality": 92}
 INK, EDGE = (15, 15, 15), 18  # of outlines: color, and oversampled pixels of width, half of them inside
 
-
 def _shade(color, delta):
     return tuple(min(255, max(0, c + delta)) for c in color)
-
 
 def _patch(obj, d, rng):
     """The object as d x d pixels, and the mask of its outline."""
@@ -145,7 +137,6 @@ def _patch(obj, d, rng):
         pen.ellipse((near, near, far, far), outline=INK, width=EDGE // 2)
     return fill, mask
 
-
 def draw(scene: Scene, rng: random.Random) -> Image.Image:
     """The scene as 128 x 128 RGB pixels; places, sizes and shades vary a little with `rng`."""
     width = WIDTH * OVERSAMPLE
@@ -161,7 +152,6 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
         canvas.paste(fill, tuple(corner), mask)
     return canvas.reduce(OVERSAMPLE)
 
-
 # ---- words about a scene -----------------------------------------------------------------------------------
 
 NUMBERS = ("no", "one", "two", "three")
@@ -172,26 +162,21 @@ COUNTS = ("is one object", "are two objects", "are three objects")
 OPENINGS = ("The image shows {0}.", "In this picture there is {0}.", "I can see {0}.", "There {1}: {0}.")
 BACKDROPS = ("The background is {}.", "The background is {}.", "Everything is on a {} background.")
 
-
 def _join(*words):
     """The words separated by spaces, without empty ones and "plain", which only questions and answers say."""
     return " ".join(w for w in words if w not in ("", "plain"))
 
-
 def _an(phrase):
     return ("an " if phrase[0] in "aeiou" else "a ") + phrase
-
 
 def _listed(items):
     """["a", "b", "c"] -> "a, b and c"."""
     return " and ".join(", ".join(items).rsplit(", ", 1))
 
-
 def _named(scene, obj):
     """"the star", or "the red star" if there are several stars."""
     shapes = [o.shape for o in scene.objects]
     return f"the {obj.shape}" if shapes.count(obj.shape) == 1 else f"the {obj.color} {obj.shape}"
-
 
 def _noun(obj, form=0):
     """The object without its place, in one of three wordings: "large red striped star"."""
@@ -199,17 +184,14 @@ def _noun(obj, form=0):
             _join(obj.size, obj.texture, obj.color, obj.shape),
             _join(obj.size, obj.color, obj.shape, TEXTURES[obj.texture]))[form]
 
-
 def _words(text):
     return re.findall(r"[a-z]+|\d+", text.lower())
-
 
 def repeats(text: str, n: int = 4) -> bool:
     """Whether any n consecutive words occur twice in the text."""
     words = _words(text)
     grams = [tuple(words[i:i + n]) for i in range(len(words) - n + 1)]
     return len(set(grams)) < len(grams)
-
 
 def named_objects(text: str) -> set[tuple[str, str]]:
     """The (color, shape) pairs that a text names, with only sizes, colors, textures between the two words."""
@@ -223,12 +205,10 @@ def named_objects(text: str) -> set[tuple[str, str]]:
             color = None
     return found
 
-
 def dense_caption(scene: Scene) -> str:
     """"large red striped star at the top left, small blue circle in the center, gray background"."""
     items = [f"{_noun(o)} {CELLS[o.cell]}" for o in scene.objects]
     return ", ".join([*items, f"{scene.background} background"])
-
 
 def told_list(scene: Scene) -> str:
     """All facts, one word each (two for the place), in a fixed order: "star red large striped top left gray".
@@ -237,7 +217,6 @@ def told_list(scene: Scene) -> str:
     objects = [f"{o.shape} {o.color} {o.size} {o.texture} {PLACES[o.cell]}" for o in scene.objects]
     return " ".join(objects + [scene.background] * (19 - 6 * len(objects)))
 
-
 def retold(scene: Scene, rng: random.Random) -> str:
     """Every object's shape and about half of its other facts, in any order: "ring yellow star large"."""
     words = []
@@ -245,7 +224,6 @@ def retold(scene: Scene, rng: random.Random) -> str:
         others = (o.color, o.size, o.texture, PLACES[o.cell])
         words += [o.shape, *(fact for fact in others if rng.random() < 0.5)]
     return " ".join(words)
-
 
 def told(scene: Scene, rng: random.Random) -> str:
     """All facts, as told_list or in a loose wording: what a language model reads in place of a picture."""
@@ -257,7 +235,6 @@ def told(scene: Scene, rng: random.Random) -> str:
     background = rng.choice(("{} background", "{} background", "background {}", "on {}"))
     parts.insert(rng.choice((0, len(parts))), background.format(scene.background))
     return rng.choice((", ", ", ", "; ", " and ", " ")).join(parts)
-
 
 def noisy_caption(scene: Scene, rng: random.Random) -> str:
     """A short web-like caption: true but incomplete. About 60 % name every color and shape."""
@@ -282,14 +259,12 @@ def noisy_caption(scene: Scene, rng: random.Random) -> str:
         text += rng.choice((" - free download", " (stock photo)", "!!", " clip art", " #art", " for sale"))
     return (start + text).upper() if rng.random() < 0.04 else start + text
 
-
 def _sides(a, b):
     """The one or two sides of b on which a is, the larger distance first; on a tie, left or right first."""
     columns, rows = a.cell % 3 - b.cell % 3, a.cell // 3 - b.cell // 3
     distances = {"to the left of" if columns < 0 else "to the right of": abs(columns),
                  "above" if rows < 0 else "below": abs(rows)}
     return [side for side in sorted(distances, key=distances.get, reverse=True) if distances[side]]
-
 
 def description(scene: Scene, rng: random.Random) -> str:
     """All facts in reading order, then where the first and the third object are, seen from the second. Each
@@ -305,7 +280,6 @@ def description(scene: Scene, rng: random.Random) -> str:
             text += f", and {_named(scene, c)} is {_sides(c, b)[0].removeprefix('to the ')} it"
         text += "."
     return text
-
 
 # ---- questions and rhymes ----------------------------------------------------------------------------------
 
@@ -326,7 +300,6 @@ DECIDING = {  # the words that make an answer right or wrong
     "background": {*BACKGROUNDS, *COLORS}, "size": set(SIZES), "texture": set(TEXTURES),
     "where": {"top", "bottom", "left", "right", "center"}}
 
-
 def _facts(scene, obj):
     """{kind of fact: (what a question about it names, the two parts of the answer)}. Left out are facts whose
     question would tell the answer or fit several objects."""
@@ -338,7 +311,6 @@ def _facts(scene, obj):
     if [o.color for o in scene.objects].count(obj.color) == 1:
         known["shape"] = obj.color, f"The {obj.color} object is", _an(obj.shape)
     return known
-
 
 def _ask(scene, obj, kind, rng):
     """(what the question names, answer), or None if the scene does not allow such a question."""
@@ -365,14 +337,12 @@ def _ask(scene, obj, kind, rng):
     fact = _facts(scene, obj).get(kind)
     return fact and (fact[0], f"{fact[1]} {fact[2]}.")
 
-
 def qa(scene: Scene, rng: random.Random) -> tuple[str, str, str]:
     """A question about the scene, its true answer in one sentence, and the kind of the question."""
     while True:
         kind, obj = rng.choice(tuple(PHRASINGS)), rng.choice(scene.objects)
         if asked := _ask(scene, obj, kind, rng):
             return rng.choice(PHRASINGS[kind]).format(asked[0]), asked[1], kind
-
 
 def facts(scene: Scene, rng: random.Random, n: int, terse: bool) -> list[tuple[str, str]]:
     """n different facts of a scene of three objects, as terse questions and answers ("size star", "large") or
@@ -384,7 +354,6 @@ def facts(scene: Scene, rng: random.Random, n: int, terse: bool) -> list[tuple[s
             pairs.append((question, end.removeprefix("a ")) if terse else (begun, f"{end}."))
     return rng.sample(pairs, n)
 
-
 def answer_is_right(scene: Scene, question: str, kind: str, answer: str, truth: str) -> bool:
     """Whether the answer agrees with `truth`; only the DECIDING words are compared."""
     if kind == "relation":
@@ -394,7 +363,6 @@ def answer_is_right(scene: Scene, question: str, kind: str, answer: str, truth: 
         return named_objects(answer) == {(color, shape)}
     answer = re.sub(r"\b[1-3]\b", lambda digit: NUMBERS[int(digit[0])], answer)
     return DECIDING[kind] & set(_words(answer)) == DECIDING[kind] & set(_words(truth))
-
 
 RHYME_PROMPTS = ("Write a rhyme about this image.", "Write a short poem about the picture.",
                  "Can you write a poem about this image?", "Make a rhyme about what you see.")
@@ -411,7 +379,6 @@ RHYMES = (  # the ends of a couplet's two lines, and a second line that names no
     ("feels so tall", "leans on a wall", "but cannot climb the garden wall"))
 RHYMING = {(first.split()[-1], second.split()[-1]) for first, second, _ in RHYMES}
 
-
 def rhyme(scene: Scene, rng: random.Random) -> str:
     """A couplet for every two objects; each object is named once, by color and shape."""
     names = [_an(f"{o.color} {o.shape}") for o in scene.objects]
@@ -421,13 +388,11 @@ def rhyme(scene: Scene, rng: random.Random) -> str:
         couplets.append(f"{names[i].capitalize()} {first},\n{end}.")
     return "\n".join(couplets)
 
-
 def rhyme_is_right(scene: Scene, text: str) -> bool:
     """Whether the text names exactly the scene's objects, and the two lines of each couplet rhyme."""
     ends = [words[-1] for line in text.splitlines() if (words := _words(line))]
     couplets = list(zip(ends[::2], ends[1::2]))
     return named_objects(text) == scene.pairs and len(ends) % 2 == 0 and RHYMING.issuperset(couplets)
-
 
 # ---- samples and files -------------------------------------------------------------------------------------
 
@@ -439,7 +404,6 @@ N_OBJECTS = {"names": 1, "text retold": 3, "text pairs": 3, "text terse": 3, "te
 # For the tokenizer. No punctuation before ###: ".###" would become one piece, and hide the end of an answer.
 MARKUP = (SYSTEM, "###Human: <Img>", "</Img> ", "###Assistant: ", "Assistant: ", "Human: ", "###", "[INST] ",
           " [/INST] ")
-
 
 def conversation(scene: Scene, rng: random.Random, kind: str) -> list[dict[str, str]]:
     """[{"user": ...}, {"assistant": ...}, ...]: a scene in words, then requests and answers in any order."""
@@ -453,7 +417,6 @@ def conversation(scene: Scene, rng: random.Random, kind: str) -> list[dict[str, 
     scene_told = told(scene, rng) if n_questions else told_list(scene)
     turns[0]["user"] = f"<Img> {scene_told} </Img> {turns[0]['user']}"
     return turns
-
 
 def document(scene: Scene, rng: random.Random, kind: str) -> dict:
     """One line of KIND.jsonl: a conversation, or a context and the text to be learned after it."""
@@ -473,7 +436,6 @@ def document(scene: Scene, rng: random.Random, kind: str) -> dict:
         context = told(scene, rng)
     return {"context": context, "text": f"{text}\n"}
 
-
 @dataclass(frozen=True)
 class Options:
     n: int = option(0, "samples; 0: the kind's own number")
@@ -482,13 +444,11 @@ class Options:
     text: str = option("", "tokenizer: the .jsonl to train on")
     vocab_size: int = option(1024, "tokenizer: pieces, with bytes and control tokens")
 
-
 def samples(kind: str, options: Options):
     """Yield n scenes, each with the rng for its picture and text."""
     for i in tqdm(range(options.n), desc=kind):
         rng = random.Random(f"{kind} {options.seed} {options.heldout} {i}")
         yield random_scene(rng, options.heldout, N_OBJECTS.get(kind, 0)), rng
-
 
 def write_shards(kind: str, folder: Path, options: Options):
     """Tar shards of 1000 samples: KEY.jpg, KEY.txt, KEY.json side by side."""
@@ -506,7 +466,6 @@ def write_shards(kind: str, folder: Path, options: Options):
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
 
-
 def write_stage2(kind: str, folder: Path, options: Options):
     """filter_cap.json and image/0.jpg ..."""
     (folder / "image").mkdir()
@@ -516,14 +475,12 @@ def write_stage2(kind: str, folder: Path, options: Options):
         annotations.append({"image_id": str(i), "caption": description(scene, rng)})
     (folder / "filter_cap.json").write_text(json.dumps({"annotations": annotations}, indent=1))
 
-
 def write_test(kind: str, folder: Path, options: Options):
     """0.jpg ... of held-out scenes, and scenes.json: a list of Scene.to_dict()."""
     drawn = list(samples(kind, replace(options, heldout=True)))
     for i, (scene, rng) in enumerate(drawn):
         draw(scene, rng).save(folder / f"{i}.jpg", **JPEG)
     (folder / "scenes.json").write_text(json.dumps([scene.to_dict() for scene, _ in drawn]))
-
 
 def write_text(kind: str, folder: Path, options: Options):
     """A .jsonl of each kind of document, and one of a fiftieth as many held-out scenes."""
@@ -532,7 +489,6 @@ def write_text(kind: str, folder: Path, options: Options):
             with open(folder / f"{name}{ending}.jsonl", "w") as f:
                 for scene, rng in samples(f"{kind} {name}", replace(options, n=n, heldout=heldout)):
                     f.write(json.dumps(document(scene, rng, name)) + "\n")
-
 
 def train_tokenizer(kind: str, path: Path, options: Options):
     """A sentencepiece BPE model with LLaMA's settings: bytes for rare characters, digits one by one."""
@@ -557,11 +513,9 @@ def train_tokenizer(kind: str, path: Path, options: Options):
         raise InputError(f"--vocab_size={options.vocab_size}: {str(e).splitlines()[-1]}") from e
     path.write_bytes(model.getvalue())
 
-
 KINDS = dict.fromkeys(CAPTIONS, (write_shards, 20_000)) | {  # kind: (function, default of --n)
     "stage2": (write_stage2, 2000), "test": (write_test, 500), "text": (write_text, 50_000),
     "tokenizer": (train_tokenizer, 1)}
-
 
 def main(argv: list[str]):
     (kind, target), given = parse_args(argv, __doc__, f"{'|'.join(KINDS)} DST", Options)
@@ -579,7 +533,6 @@ def main(argv: list[str]):
     write, n = KINDS[kind]
     write(kind, part, replace(options, n=options.n or n))
     part.rename(target)
-
 
 if __name__ == "__main__":
     run_main(main)

@@ -34,7 +34,6 @@ from data import index_tar
 
 CHUNK, LARGEST = 2**20, 2**24  # characters: read at a time; of the largest entry
 
-
 @dataclass(frozen=True)
 class Options:
     run: bool = option(False, "run img2dataset, then check its shards")
@@ -48,7 +47,6 @@ class Options:
     def __post_init__(self):
         if min(self.image_size, self.processes, self.threads, self.timeout, self.shard_size) < 1:
             raise InputError("the numeric options must be at least 1")
-
 
 # ---- the list and the download -----------------------------------------------------------------------------
 
@@ -78,7 +76,6 @@ def read_entries(path: str):
             yield entry
             n, at = n + 1, end + 1
 
-
 def _rows(entries, counts):
     """Yield (url, caption) of the entries that have both; count these and the others in `counts`."""
     for entry in entries:
@@ -89,14 +86,12 @@ def _rows(entries, counts):
             url, caption = (text.encode("utf-8", "replace").decode() for text in row.values())
             yield url.strip(), caption
 
-
 def _write_tsv(path, rows):
     """Line breaks, which img2dataset cannot read in a .tsv, become spaces."""
     with open(path, "w", encoding="utf-8", newline="") as f:
         writer = csv.writer(f, delimiter="\t", lineterminator="\n")
         writer.writerow(("url", "caption"))
         writer.writerows([re.sub(r"[\r\n\0]+", " ", text) for text in row] for row in rows)
-
 
 def _write_parquet(path, rows):
     try:
@@ -108,7 +103,6 @@ def _write_parquet(path, rows):
     with parquet.ParquetWriter(path, schema) as writer:
         while batch := list(islice(rows, 100_000)):
             writer.write_table(pyarrow.table(list(zip(*batch)), schema=schema))
-
 
 def write_list(src: str, dst: Path) -> Counter:
     """Write SRC's URLs and captions to a .tsv or .parquet; count the entries written and left out."""
@@ -123,7 +117,6 @@ def write_list(src: str, dst: Path) -> Counter:
     part.replace(dst)
     return counts
 
-
 def fetch_command(listed: Path, dst: Path, options: Options) -> list[str]:
     """img2dataset's command line, with the settings of the original."""
     return ["img2dataset", "--url_list", str(listed), "--input_format", listed.suffix[1:], "--url_col", "url",
@@ -131,7 +124,6 @@ def fetch_command(listed: Path, dst: Path, options: Options) -> list[str]:
             "--image_size", str(options.image_size), "--number_sample_per_shard", str(options.shard_size),
             "--processes_count", str(options.processes), "--thread_count", str(options.threads),
             "--timeout", str(options.timeout)]
-
 
 def prepare(src: str, dst: Path, options: Options):
     """Write the list, unless it exists and is newer than SRC; print or run the command."""
@@ -161,7 +153,6 @@ def prepare(src: str, dst: Path, options: Options):
             raise InputError(f"img2dataset exited with {status}; run it again: finished shards are kept")
         check(dst)
 
-
 # ---- the shards --------------------------------------------------------------------------------------------
 
 def examine(path: Path) -> tuple[int, int, Counter, list[str]]:
@@ -189,13 +180,11 @@ def examine(path: Path) -> tuple[int, int, Counter, list[str]]:
         problems.append(f"{stats_file.name} is unreadable ({e!r})")
     return samples, asked, causes, problems
 
-
 def missing_shards(tars: list[Path]) -> str:
     """[00000.tar, 00002.tar, 00005.tar] -> "00001.tar, 00003.tar to 00004.tar"; "" if none is missing."""
     present, width = sorted({-1, *(int(t.stem) for t in tars if t.stem.isdigit())}), len(tars[0].stem)
     gaps = [{a + 1, b - 1} for a, b in zip(present, present[1:]) if b - a > 1]
     return ", ".join(" to ".join(f"{i:0{width}d}.tar" for i in sorted(gap)) for gap in gaps)
-
 
 def check(folder: Path):
     """Print a report on a folder of shards, and write its index.json."""
@@ -226,7 +215,6 @@ def check(folder: Path):
     index = {"samples": {tar.name: n for tar, n in zip(tars, samples)}}
     (folder / "index.json").write_text(json.dumps(index, indent=0))
 
-
 def main(argv: list[str]):
     (src, dst), given = parse_args(argv, __doc__, "SRC|check DST", Options)
     options = override(Options(), given)
@@ -234,7 +222,6 @@ def main(argv: list[str]):
         check(Path(dst))
     else:
         prepare(src, Path(dst), options)
-
 
 if __name__ == "__main__":
     run_main(main)

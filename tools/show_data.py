@@ -25,13 +25,11 @@ from train import prepare_data
 
 GREEN, GRAY, PLAIN = "\033[32m", "\033[90m", "\033[0m"
 
-
 @dataclass(frozen=True)
 class Options:
     plain: bool = option(False, "no colors and no pictures")
     show: int = option(3, "samples to show")
     n: int = option(1000, "samples to read; 0: all")
-
 
 def half_blocks(image: np.ndarray, columns: int = 32) -> str:
     """uint8 (3, S, S) -> lines of text, two pixels a character."""
@@ -42,7 +40,6 @@ def half_blocks(image: np.ndarray, columns: int = 32) -> str:
         cells = ("\033[38;2;{};{};{};48;2;{};{};{}m\u2580".format(*a, *b) for a, b in zip(above, below))
         lines.append("".join(cells) + PLAIN)
     return "\n".join(lines)
-
 
 def tokens_as_text(ids: list[int], targets: list[int], tokenizer: Tokenizer, plain: bool) -> str:
     """Every token between bars; trained ones are green, or in [[ ]] where there are no colors."""
@@ -57,13 +54,11 @@ def tokens_as_text(ids: list[int], targets: list[int], tokenizer: Tokenizer, pla
             parts.append(f"{GREEN if trained else GRAY}{text}{PLAIN}")
     return " ".join(parts)
 
-
 def padding(groups: Groups) -> float:
     """The share of padding among the tokens of a run."""
     counts = [(b.n_tokens, b.tokens.numel()) for group in range(len(groups))
               for _, step in groups[group][0] for b in step if b]
     return 1 - sum(n for n, _ in counts) / max(1, sum(size for _, size in counts))
-
 
 def main(argv: list[str]):
     (path,), given = parse_args(argv, __doc__, "CONFIG", Options, Config)
@@ -103,7 +98,6 @@ def main(argv: list[str]):
     for size in (1, group):
         groups = Groups(samples, weights, replace(config, length_group=size, max_steps=n_steps))
         print(f"padding               {padding(groups):.1%} of all tokens with length_group {size}")
-
 
 if __name__ == "__main__":
     run_main(main)

@@ -20,19 +20,16 @@ from configs.schema import InputError, option, override, parse_args, run_main
 SLIDERS = {"temperature": (0, 2, 0.05), "top_p": (0.05, 1, 0.05), "repetition_penalty": (0.5, 2, 0.05),
            "max_new_tokens": (1, 1000, 1)}  # from, to, step
 
-
 @dataclass(frozen=True)
 class Options(chat.Options):
     prompt: str = option("Describe this image in detail.", "asked when a picture comes without a question")
     port: int = option(7860, "of the page's address", least=1, most=65535)
-
 
 def as_messages(turns: list[chat.Turn]) -> list[dict]:
     """Turns -> what gradio shows, which takes a text for HTML; a picture is a message of its own."""
     return [{"role": role, "content": content} for turn in turns for role, content in (
         *(("user", {"path": picture.path}) for picture in turn.pictures),
         ("user", html.escape(turn.question)), ("assistant", html.escape(turn.answer or "...")))]
-
 
 def serve(gr, model, options: Options):
     """Show the page, made with the module gradio, until Ctrl-C."""
@@ -65,7 +62,6 @@ def serve(gr, model, options: Options):
     page.launch(server_name="127.0.0.1", server_port=options.port, share=False, footer_links=[],
                 css="button[aria-label=Share] {display: none}")  # which would send a picture elsewhere
 
-
 def main(argv: list[str]):
     options = override(Options(), parse_args(argv, __doc__, "", Options)[1])
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False"}
@@ -74,7 +70,6 @@ def main(argv: list[str]):
     except ImportError as e:
         raise InputError("the page needs the package gradio: pip install gradio") from e
     serve(gradio, *chat.load(options))
-
 
 if __name__ == "__main__":
     run_main(main)
