@@ -64,8 +64,7 @@ def load(options: Options) -> tuple[MiniGPT4, Options]:
     if not (template := options.template or saved.template):
         print(f"note: {run} was trained without a template; --template=vicuna is used", file=sys.stderr)
     template = template or "vicuna"
-    end = options.answer_end or (saved.answer_end if template == saved.template and not options.template
-                                 else TEMPLATES[template].end)
+    end = options.answer_end or (saved.answer_end if template == saved.template else TEMPLATES[template].end)
     if options.check:
         check_english(model)
     return model, replace(options, device=device, dtype=dtype, template=template, answer_end=end)
@@ -249,7 +248,7 @@ def run_command(talk: Chat, command: str, argument: str):
 def save(talk: Chat, path: str):
     """Write the conversation as JSON, or else as Markdown."""
     rows = [turn._asdict() | {"pictures": [p.path for p in turn.pictures]} for turn in talk.turns]
-    text = "\n".join("".join(f"![]({p})\n\n" for p in row["pictures"]) +
+    text = "\n".join("".join(f"![](<{p}>)\n\n" for p in row["pictures"]) +
                      f"**{row['question']}**\n\n{row['answer']}\n" for row in rows)
     with replacing(path or "/save wants a file name") as temporary:
         temporary.write_text(json.dumps(rows, indent=1) if path.endswith(".json") else text, "utf-8")

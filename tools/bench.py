@@ -48,7 +48,7 @@ from vision import VisionConfig, load_image, normalize, preprocess
 
 TOKENIZER = Tokenizer(str(ROOT / "assets/tiny/llama/tokenizer.model"))
 SIDE, N_TOKENS, VOCAB, DATA_BATCH = 224, 32, 32_000, 64
-PROMPT, ANSWER, CHAT_BATCH = 80, 32, 8  # tokens of chat's prompts and answers; pictures at a time
+PROMPT, ANSWER, CAPTION, CHAT_BATCH = 80, 32, 80, 8  # tokens, of chat's texts; pictures at a time
 PICTURE, QUESTION = str(ROOT / "assets/tiny/example.png"), "What is in this picture?"
 WAYS = {"bfloat16": "BF16", "bfloat16 compiled": "BF16", "int8": "Q8_0", "int4": "Q4_0"}  # llama.cpp's types
 HUB_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
@@ -344,7 +344,7 @@ def last_turn(n: int, folder: Path, device: torch.device) -> dict:
     return {"rate": 1 / waited, "peak_mib": peak_mib(device)}
 
 def describe(at_once: int, folder: Path, dtype: str, device: torch.device) -> dict:
-    """Pictures per minute, with ANSWER tokens about each."""
+    """Pictures per minute, with CAPTION tokens about each."""
     config = schema.read_saved_config(str(folder))
     model = MiniGPT4.from_files(**config.parts(), dtype=dtype, device=device.type)
     pictures = random_batch(CHAT_BATCH).images.to(device)
@@ -357,7 +357,7 @@ def describe(at_once: int, folder: Path, dtype: str, device: torch.device) -> di
     answer(pictures[:at_once], 2)
     start = time.perf_counter()
     for images in pictures.split(at_once):
-        answer(images, ANSWER)
+        answer(images, CAPTION)
     return {"rate": 60 * CHAT_BATCH / (time.perf_counter() - start), "peak_mib": peak_mib(device)}
 
 def bench_chat(options: Options, device: torch.device) -> Iterator[tuple]:

@@ -54,7 +54,9 @@ def written_path(path: str, folder: Path) -> str:
     return Path(path).as_posix()
 
 def read_lines(path: Path) -> set[str]:
-    """The pictures in a .jsonl. Its last line is completed, or removed if a killed run has cut it."""
+    """The pictures in a .jsonl, if there is one. Its last line is completed, or removed if it was cut."""
+    if not path.is_file():
+        return set()
     lines, rows = path.read_bytes().split(b"\n"), {}
     for line in lines:
         with suppress(ValueError, KeyError, TypeError):
@@ -89,11 +91,13 @@ def main(argv: list[str]):
     pictures = {written_path(path, out.parent): path for name in names for path in find_pictures(name)}
     if not pictures or out.suffix != ".jsonl":
         raise InputError(f"{len(pictures)} pictures, --out={o.out}: give pictures, and a .jsonl to write to")
+    new = sorted(pictures.keys() - read_lines(out) - (set() if o.retry else read_lines(errors)))
+    if not new:
+        return print(f"{out}: all {len(pictures)} pictures are done")
+    talk = chat.Chat(*chat.load(o))
+    if talk.model.vision is None:
+        raise InputError(f"{o.ckpt}: this run sees no pictures; give one with vision")
     with open(out, "a") as good, open(errors, "w" if o.retry else "a") as bad:
-        new = sorted(pictures.keys() - read_lines(out) - read_lines(errors))
-        talk = chat.Chat(*chat.load(o))
-        if talk.model.vision is None:
-            raise InputError(f"{o.ckpt}: this run sees no pictures; give one with vision")
         question = o.prompt.encode("utf-8", "replace").decode()  # a terminal may send what is no text
         tokens, _ = talk.prompt(chat.Turn(question, pictures=(chat.Picture("", 1, torch.zeros(0)),)))
         for start in tqdm(range(0, len(new), o.batch_size), f"{len(new):,} pictures", unit="batch"):
@@ -103,7 +107,11 @@ def main(argv: list[str]):
                     loaded[image] = load_image(pictures[image], talk.model.image_size, smallest=2)
                 except InputError as e:
                     print(json.dumps({"image": image, "error": str(e)}), file=bad, flush=True)
-            for image, text, ended in captions(talk, tokens, loaded) if loaded else ():
+            try:
+                answers = captions(talk, tokens, loaded) if loaded else ()
+            except torch.OutOfMemoryError as e:
+                raise InputError(f"--batch_size={o.batch_size}: too much for the GPU; lower it") from e
+            for image, text, ended in answers:
                 result = {"caption": text} if text else {"error": "the answer is empty"}
                 print(json.dumps({"image": image} | result), file=good if text else bad, flush=True)
                 n_cut += not ended
