@@ -279,6 +279,7 @@ class Llama(nn.Module):
 
         for linear in self.modules():
             if isinstance(linear, nn.Linear):
+                linear.weight.data = linear.weight.clone()  # from the mapped file to huge pages: faster
                 linear.forward = partial(forward, linear.weight)
 
     def reset_parameters(self):

@@ -215,9 +215,10 @@ class MiniGPT4(nn.Module):
                   for k, t in tensors.items() if not k.endswith(".weight_scale")}
         check_fit(file.path, name, shapes, {k: tuple(p.shape) for k, p in self.part_parameters(name).items()})
         if name == "llama" and (kind := self.llama.config.quantization):
-            for prefix, module in tqdm([*self.llama.named_modules()], kind, delay=2):
+            modules = [pair for pair in self.llama.named_modules() if getattr(pair[1], "quantized", {})]
+            for prefix, module in tqdm(modules, f"quantizing to {kind}", delay=1, leave=False):
                 mapped = read_part("llama", file.path).tensors  # anew, to free the pages read
-                for new_name, linears in getattr(module, "quantized", {}).items():
+                for new_name, linears in module.quantized.items():
                     names = [f"{prefix}.{linear}.weight".lstrip(".") for linear in linears]
                     matrices = [(mapped[w], mapped[f"{w}_scale"]) if f"{w}_scale" in mapped else
                                 quantize(mapped[w], "int8" if w == "lm_head.weight" else kind) for w in names]
@@ -225,7 +226,10 @@ class MiniGPT4(nn.Module):
                         setattr(module, linear, None)
                     setattr(module, new_name, QuantizedLinear(matrices, device))
         for prefix, module in self.part_modules(name):
-            own = {k: tensors[prefix + k].to(device, dtype) for k, _ in module.named_parameters()}
+            own = {}
+            for k, _ in tqdm([*module.named_parameters()], f"loading {name}", delay=1, leave=False):
+                own[k] = tensors[prefix + k].to(device, dtype)
+                own[k].flatten()[::2048].sum()  # touches each page of a mapped file, which is read here
             module.load_state_dict(own, assign=True)
 
     def init_part(self, name: str, device):

@@ -259,8 +259,8 @@ def test_beam_search(golden, template):
     for name, run in runs.items():
         model.tokenizer = copy.copy(golden.tokenizer)
         model.tokenizer.eos = run.get("eos_token_id", golden.tokenizer.eos)
-        got = model.generate(chat.ids[1], model.encode_image(golden.images[:1]), 20, num_beams=3, min_length=1,
-                             repetition_penalty=float(name.split("_rp")[1].split("_")[0]),
+        got = model.generate(chat.ids[1], model.encode_image(golden.images[:1]), 20, num_beams=3,
+                             min_length=1, repetition_penalty=float(name.split("_rp")[1].split("_")[0]),
                              length_penalty=run.get("length_penalty", 1.0))
         assert [golden.tokenizer.bos, *got] == [id for id in run["all3_sequences"][0] if id], name
 

@@ -91,6 +91,8 @@ def main(argv: list[str]):
     pictures = {written_path(path, out.parent): path for name in names for path in find_pictures(name)}
     if not pictures or out.suffix != ".jsonl":
         raise InputError(f"{len(pictures)} pictures, --out={o.out}: give pictures, and a .jsonl to write to")
+    if not out.parent.is_dir():
+        raise InputError(f"{out.parent}: there is no such folder for --out; make it")
     new = sorted(pictures.keys() - read_lines(out) - (set() if o.retry else read_lines(errors)))
     if not new:
         return print(f"{out}: all {len(pictures)} pictures are done")
