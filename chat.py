@@ -21,17 +21,15 @@ from contextlib import suppress
 from dataclasses import replace
 from glob import escape, glob
 from pathlib import Path
-from urllib.parse import unquote
 
 import torch
 
 from configs.prompts import IMAGE, TEMPLATES, chat_segments, user_message
-from configs.schema import ChatOptions as Options
-from configs.schema import (InputError, check_name, override, parse_args, printable, read_saved_config,
-                            run_main)
+from configs.schema import (ChatOptions as Options, InputError, check_name, override, parse_args, printable,
+                            read_saved_config, run_main)
 from llama import KVCache
 from model import MiniGPT4, check_english, peak_mib, pick_device, replacing
-from vision import half_blocks, load_image
+from vision import find_pictures, half_blocks, load_image
 
 HELP = """\
 /image PATH          show a picture, as a path in a message does
@@ -44,8 +42,6 @@ HELP = """\
 COMMANDS = [*re.findall(r"(?<!\S)/\w+", HELP), "/reset", "/quit", "/exit", "/help", "/?"]
 SETTINGS = ("temperature", "top_p", "repetition_penalty", "num_beams", "min_length", "length_penalty",
             "max_new_tokens", "seed", "stats")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-WORD = re.compile(r"""(?<!\S)(?:"([^"]+)"|'([^']+)'|((?:\\.|\S)+))""")  # quoted, or with its spaces escaped
 
 def load(options: Options) -> tuple[MiniGPT4, Options]:
     """The model of a run's folder, checked if asked for, and the options with the gaps filled in from it."""
@@ -91,13 +87,14 @@ class Chat:
         self.stats: dict[str, float] = {}            # of the last answer: tokens, and seconds
 
     @torch.no_grad()
-    def add_image(self, path: str, encoded: bytes = b""):
+    def add_image(self, path: str, encoded: bytes | None = None):
         """Show a picture; it stands before the next question. Raises InputError when it cannot be read."""
         if self.model.vision is None:
             raise InputError(f"{self.options.ckpt}: this run sees no pictures; give one with vision")
-        image = load_image(encoded or path, self.model.image_size).unsqueeze(0).to(self.options.device)
+        image = load_image(path if encoded is None else encoded, self.model.image_size)
+        embeds = self.model.encode_image(image.unsqueeze(0).to(self.options.device))
         self.n_pictures += 1
-        self.new_pictures += (Picture(path, self.n_pictures, self.model.encode_image(image)),)
+        self.new_pictures += (Picture(path, self.n_pictures, embeds),)
 
     def undo(self) -> Turn:
         """Forget the last turn and return it; its pictures stand before the next question."""
@@ -150,11 +147,10 @@ class Chat:
                 pictures.pop(0)
             else:
                 raise InputError(f"the question takes {len(tokens)} tokens of the {limit} that the model has "
-                                 "room for; shorten it, or show fewer pictures")
-        if n_dropped > self.n_dropped:
-            self.n_dropped = n_dropped
-            print(f"note: the model's context of {self.context} tokens is full; the oldest turns, "
-                  f"{n_dropped}, are left out from now on", file=sys.stderr)
+                                 "room for; shorten it, or take pictures back with /undo")
+        if n_dropped > self.n_dropped == 0:
+            print(f"note: the context of {self.context} tokens is full: the oldest turns go", file=sys.stderr)
+        self.n_dropped = n_dropped
         numbers = iter([-p.number for p in pictures for _ in range(self.model.n_image_tokens)])
         keys = [next(numbers) if id == IMAGE else id for id in tokens]
         same = [a == b for a, b in zip(keys, self.cached)] + [False]
@@ -170,26 +166,12 @@ class Chat:
         segments = chat_segments(zip(messages, [turn.answer for turn in turns]), self.template)
         return self.model.tokenizer.encode_segments(segments, self.model.n_image_tokens)
 
-def find_pictures(message: str) -> tuple[str, list[str]]:
-    """A message without the paths of pictures in it, as a terminal inserts them, and these paths."""
-    if message.lower().endswith(SUFFIXES) and os.path.isfile(message):  # with spaces, not escaped
-        return "", [message]
-    paths, rest = [], message
-    for word in WORD.finditer(message):
-        path = word[1] or word[2] or re.sub(r"\\(.)", r"\1", word[3])
-        path = unquote(path[7:]) if path.startswith("file://") else os.path.expanduser(path)
-        spellings = path, path.rstrip("?!.,;:)"), word[0]
-        if found := [p for p in spellings if p.lower().endswith(SUFFIXES) and os.path.isfile(p)]:
-            paths.append(found[0])
-            rest = rest.replace(word[0], "", 1)
-    return re.sub(" {2,}", " ", rest).strip() if paths else message, paths
-
-def show(talk: Chat, path: str, encoded: bytes = b""):
+def show(talk: Chat, path: str, encoded: bytes | None = None):
     """Show a picture to the model and, in half-blocks, to the user."""
     talk.add_image(path, encoded)
     if not talk.options.plain:
-        width = min(40, shutil.get_terminal_size().columns // 2 * 2)
-        print(half_blocks(load_image(encoded or path, width)), file=sys.stderr)
+        width = max(2, min(40, shutil.get_terminal_size().columns // 2 * 2))
+        print(half_blocks(load_image(path if encoded is None else encoded, width)), file=sys.stderr)
 
 def say(talk: Chat, question: str, is_script: bool = False):
     """Show the pictures that a question names, and print the answer as it comes; Ctrl-C stops it."""
@@ -215,19 +197,23 @@ def say(talk: Chat, question: str, is_script: bool = False):
     if not turn.ended:
         print(f"({reason})", file=sys.stderr)
     if o.stats and "seconds" in s:
-        rate = (s["answer_tokens"] - 1) / max(s["seconds"] - s["first_word_s"], 1e-9)
+        rate = s["answer_tokens"] / max(s["seconds"] - s["first_word_s"] * (o.num_beams == 1), 1e-9)
         print(f"({rate:.1f} tokens/s, first word after {s['first_word_s']:.2f} s, {s['cached_tokens']} of "
               f"{s['prompt_tokens']} prompt tokens cached, {peak_mib(o.device):,.0f} MiB)", file=sys.stderr)
 
 def run_command(talk: Chat, command: str, argument: str):
     """Carry out what HELP lists, but /bye."""
     if command == "/image":
-        for path in find_pictures(argument)[1] or [argument or "/image wants a path"]:
+        rest, paths = find_pictures(argument)
+        for path in [*paths, *[rest.strip("'\"")] * (rest > "" or not paths)]:
             show(talk, path)
             print(f"{printable(path)}: seen. What would you like to know?")
     elif command in ("/clear", "/reset"):
         talk.reset()
         print("A new conversation begins, without a picture.")
+    elif command == "/undo" and talk.new_pictures:
+        print(f"Forgotten: {printable(talk.new_pictures[-1].path)}")
+        talk.new_pictures = talk.new_pictures[:-1]
     elif command in ("/undo", "/regenerate") and not talk.turns:
         print("There is no question yet.")
     elif command == "/undo":
@@ -235,9 +221,10 @@ def run_command(talk: Chat, command: str, argument: str):
     elif command == "/regenerate":
         say(talk, talk.undo().question)
     elif command == "/set" and argument:
-        name, _, value = argument.partition(" ")
+        name, _, value = argument.replace("=", " ", 1).partition(" ")
         talk.options = override(talk.options, {check_name(name, SETTINGS, "/set"): value.strip()}, "/set")
-        talk.generator.manual_seed(talk.options.seed)
+        if name == "seed":
+            talk.generator.manual_seed(talk.options.seed)
     elif command in ("/set", "/show"):
         print("\n".join(f"{name:20}{getattr(talk.options, name)}" for name in SETTINGS))
     elif command == "/save":
@@ -250,7 +237,7 @@ def save(talk: Chat, path: str):
     rows = [turn._asdict() | {"pictures": [p.path for p in turn.pictures]} for turn in talk.turns]
     text = "\n".join("".join(f"![](<{p}>)\n\n" for p in row["pictures"]) +
                      f"**{row['question']}**\n\n{row['answer']}\n" for row in rows)
-    with replacing(path or "/save wants a file name") as temporary:
+    with replacing(path := os.path.expanduser(path.strip("'\""))) as temporary:
         temporary.write_text(json.dumps(rows, indent=1) if path.endswith(".json") else text, "utf-8")
     print(f"{printable(path)}: {len(rows)} answers written")
 
@@ -258,7 +245,7 @@ def set_up_readline():
     """Arrow keys, a history that is kept, and Tab for commands and paths, where the system has readline."""
     import atexit
     import readline
-    history = Path.home() / ".nanominigpt4_history"
+    history = Path(os.path.expanduser("~/.nanominigpt4_history"))
     with suppress(OSError):  # no folder to write to
         history.touch()
         readline.read_history_file(history)
@@ -279,7 +266,7 @@ def read_message() -> str:
     message = input(you)
     while (is_long := message.lstrip().startswith('"""')) and message.count('"""') < 2:
         message += "\n" + input(more)
-    return (message.split('"""')[1] if is_long else message).strip()
+    return (message.split('"""')[1] if is_long else message).replace("\0", "").strip()
 
 def converse(talk: Chat):
     """Read messages and commands until /bye or the end of stdin."""
@@ -287,6 +274,7 @@ def converse(talk: Chat):
         with suppress(ImportError):  # on Windows
             set_up_readline()
     while True:
+        before = talk.turns[:], talk.new_pictures
         try:
             message = read_message()
             command, *argument = message.split(maxsplit=1)[:2] or [""]
@@ -303,7 +291,8 @@ def converse(talk: Chat):
             if not sys.stdin.isatty():
                 raise
             print("\n(/bye or Ctrl-D leaves)", file=sys.stderr)
-        except InputError as e:
+        except (InputError, OSError) as e:
+            talk.turns, talk.new_pictures = before  # a message that fails leaves nothing behind
             print("error:", printable(str(e)), file=sys.stderr)
 
 def main(argv: list[str]):
@@ -314,17 +303,18 @@ def main(argv: list[str]):
     os.environ["TQDM_DISABLE"] = str(int(options.plain))
     talk = Chat(*load(options))
     for path in pictures:
-        show(talk, path, sys.stdin.buffer.read() if path == "-" else b"")
+        show(talk, path, sys.stdin.buffer.read() if path == "-" else None)
     text = ""
     with suppress(OSError):  # it cannot be read
-        text = "" if sys.stdin.isatty() or "-" in pictures else sys.stdin.read()
-    if options.prompt or text.strip() and not re.search("^/", text, re.MULTILINE):
+        text = "" if sys.stdin.isatty() or "-" in pictures else sys.stdin.read().replace("\0", "")
+    if options.prompt or text.strip() and not {*re.findall(r"^/\S+", text, re.MULTILINE)} & {*COMMANDS}:
         return say(talk, "\n".join(filter(None, (text.strip(), options.prompt))), is_script=True)
     sys.stdin = io.StringIO(text) if text else sys.stdin
     print(f"{len(pictures)} picture(s) shown. /help lists what can be typed.", file=sys.stderr)
     converse(talk)
 
 if __name__ == "__main__":
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal may lack some characters
+    for name in ("stdin", "stdout", "stderr"):
+        setattr(sys, name, getattr(sys, name) or open(os.devnull, "r+"))  # it may be closed
+        getattr(sys, name).reconfigure(errors="replace")  # a terminal may lack some characters
     run_main(main)

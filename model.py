@@ -148,7 +148,7 @@ class MiniGPT4(nn.Module):
         files = {k: read_part(k, path) for k, path in sources.items() if isinstance(path, str) and path}
         if "llama" in files and (kind := files["llama"].sizes.quantization or dtype) in QUANTIZED:
             if dtype in QUANTIZED and dtype != kind or trainable:
-                raise InputError(f"{llama}: {kind} as it is; take the original for {dtype}, or to train")
+                raise InputError(f"{llama}: already {kind}; take the original for {dtype}, or to train")
             files["llama"] = files["llama"]._replace(sizes=replace(files["llama"].sizes, quantization=kind))
             dtype = "bfloat16"
         trainable = (("proj",) if vision else ()) if trainable is None else trainable
@@ -274,9 +274,8 @@ def peak_mib(device: torch.device | str) -> float:
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     with suppress(ImportError):
-        import resource
-        unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes, else KiB
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+        from resource import RUSAGE_SELF, getrusage
+        return getrusage(RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     return float("nan")
 
 def pick_device(name: str = "", index: int = 0) -> torch.device:
@@ -294,7 +293,7 @@ def pick_device(name: str = "", index: int = 0) -> torch.device:
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary name beside `path` to write to; it replaces `path` at the end, in one move."""
-    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
+    temporary = Path(path).parent / f".{Path(path).name}.tmp"
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
@@ -304,9 +303,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as e:
-        raise InputError(f"{path}: cannot be written ({e}); what was there before is kept") from e
+        raise InputError(f"{path or '?'}: cannot be written ({e}); what was there before is kept") from e
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 # sizes: a LlamaConfig, or a dict; of a projection, the fingerprints of the parts that it was trained with
 PartFile = namedtuple("PartFile", "path tensors sizes")

@@ -89,12 +89,6 @@ def evaluate(model: MiniGPT4, samples: Samples, config: Config, device) -> tuple
                       "data": model.tokenizer.decode(targets[start:end])})
     return loss_sum / sum(batch.n_targets for batch in batches), shown
 
-def warn_of_broken_llama(loss: float, vocab_size: int):
-    """Warn when the first loss of a frozen language model is clearly above that of a uniform guess."""
-    if loss > log(vocab_size) + 1:
-        print(f"warning: the first loss, {loss:.2f}, is worse than a uniform guess: LLaMA's weights or "
-              "tokenizer are probably wrong; try python chat.py --ckpt=OUT_DIR --check", file=sys.stderr)
-
 def saved_parts(config: Config) -> dict[str, str]:
     """{part: its file in out_dir}: the trained ones, and the projection, which identifies them."""
     names = (*config.trainable, "proj") if config.vision else config.trainable
@@ -243,14 +237,11 @@ def build(config: Config, device) -> MiniGPT4:
     if config.compile:
         if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
             raise InputError("compile = True: on a CPU it needs a C++ compiler; install g++ or switch it off")
-        compile_blocks(model)
+        vision, bridge = getattr(model.vision, "blocks", ()), getattr(model.bridge, "layers", ())
+        for blocks in (vision, bridge, model.llama.layers):
+            for block in blocks:
+                block.compile(dynamic=True)  # one graph for all blocks of a kind and any number of tokens
     return model
-
-def compile_blocks(model: MiniGPT4):
-    """torch.compile each block by itself: one graph for all blocks of a kind and any number of tokens."""
-    blocks = (*getattr(model.vision, "blocks", ()), *getattr(model.bridge, "layers", ()), *model.llama.layers)
-    for block in blocks:
-        block.compile(dynamic=True)
 
 @torch.no_grad()
 def cache_features(model: MiniGPT4, samples: Samples, config: Config, device):
@@ -316,7 +307,10 @@ def train(config: Config, device, rank: int = 0, world: int = 1):
         meter.add(source, loss_sum, batches)
         if step == 1 and rank == 0 and "llama" not in config.trainable:
             first_loss = loss_sum.item() / sum(batch.n_targets for batch in batches)
-            warn_of_broken_llama(first_loss, model.llama.config.vocab_size)
+            if first_loss > log(model.llama.config.vocab_size) + 1:
+                print(f"warning: the first loss, {first_loss:.2f}, is worse than a uniform guess: LLaMA's "
+                      "weights or tokenizer are probably wrong; try python chat.py --ckpt=OUT_DIR --check",
+                      file=sys.stderr)
         if last or step % config.log_interval == 0:
             report = meter.report()
             if rank == 0:

@@ -8,7 +8,10 @@ Quirks kept: queries and values have a bias, keys have none; pictures are resize
 
 import io
 import math
+import os
+import re
 from dataclasses import dataclass
+from urllib.parse import unquote
 
 import numpy as np
 import torch
@@ -20,6 +23,9 @@ from configs.schema import InputError
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+# a word, quoted or with its spaces escaped, as terminals insert paths: 'it'\''s a.png', it\'s\ a.png
+WORD = re.compile(r"""(?<!\S)(?:"([^"]+)"|'((?:[^']|'\\'')+)'|((?:\\.|\S)+))""")
 
 def load_image(source: str | bytes, image_size: int, smallest: int = 1) -> torch.Tensor:
     """A picture's path or bytes -> uint8 (3, image_size, image_size), RGB; turned as EXIF says, transparent
@@ -66,6 +72,23 @@ def half_blocks(image: torch.Tensor) -> str:
     rows, cell = image.permute(1, 2, 0).tolist(), "\x1b[38;2;{};{};{};48;2;{};{};{}m\u2580"
     lines = ("".join(cell.format(*a, *b) for a, b in zip(*pair)) for pair in zip(rows[::2], rows[1::2]))
     return "\x1b[0m\n".join(lines) + "\x1b[0m"
+
+def find_pictures(message: str) -> tuple[str, list[str]]:
+    """A message without the paths of pictures in it, as a terminal inserts them, and these paths."""
+    paths = []
+
+    def take(word: re.Match) -> str:
+        path = word[1] or (word[2] or "").replace("'\\''", "'") or re.sub(r"\\(.)", r"\1", word[3])
+        path = unquote(re.sub("^file://(localhost)?", "", path)) if path.startswith("file://") else path
+        for each in map(os.path.expanduser, (path, path.strip("?!.,;:()<>`"), word[0])):
+            if each.lower().endswith(SUFFIXES) and os.path.isfile(each):
+                return paths.append(each) or ""
+        return word[0]
+
+    if (whole := os.path.expanduser(message)).lower().endswith(SUFFIXES) and os.path.isfile(whole):
+        return "", [whole]  # with spaces that are not escaped
+    rest = WORD.sub(take, message)
+    return re.sub(" {2,}", " ", rest).strip() if paths else message, paths
 
 @dataclass(frozen=True)
 class VisionConfig:

@@ -69,7 +69,7 @@ def test_bad_pictures_are_kept_out_and_tried_again_when_asked(folder, capsys):
     caption.main(["photos"])
     assert len(lines()) == 6
     caption.main(["photos", "--retry"])
-    assert len(lines()) == 7 and len(lines("captions.errors.jsonl")) == 1
+    assert len(lines()) == 7 and len(lines("captions.errors.jsonl")) == 2
     assert "\033" not in "".join(capsys.readouterr())
 
 def test_training_reads_them(folder, capsys, monkeypatch):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import torch
 import chat
 from chat import Chat, Options
 from llama import Llama, LlamaConfig
-from vision import half_blocks
+from vision import find_pictures, half_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = str(ROOT / "assets/tiny/example.png")
@@ -34,8 +35,8 @@ def run(monkeypatch, capsys):
 def test_stdin_is_the_prompt_or_stands_before_it(run):
     alone = run(EXAMPLE, stdin=f"{STAR}\n").out
     assert "red" in alone and len(alone.splitlines()) == 1
-    both = json.loads(run(EXAMPLE, "--json", "--prompt=of the star?", stdin="What color is the ring?\nAnd\n").out)
-    assert both["prompt"] == "What color is the ring?\nAnd\nof the star?"
+    both = json.loads(run(EXAMPLE, "--json", "--prompt=of the star?", stdin="What color is\nthis\n").out)
+    assert both["prompt"] == "What color is\nthis\nof the star?"
     assert "\ufffd" in json.loads(run("--json", stdin=b"caf\xe9?").out)["prompt"]
 
 def test_a_command_on_stdin_makes_a_conversation(run):
@@ -57,14 +58,42 @@ def test_a_picture_in_the_prompt_is_shown_and_none_is_noted(run):
     assert "no picture has been shown" in run("--prompt=Hello").err
 
 def test_save_and_stats(run, tmp_path):
-    commands = f"/image {EXAMPLE}\n/set stats on\n{STAR}\n/save {tmp_path}/a.json\n/save {tmp_path}/a.md\n/show\n"
-    out, err = run(stdin=commands)
+    files = f"/save {tmp_path}/a.json\n/save '{tmp_path}/a.md'\n"
+    out, err = run(stdin=f"/image {EXAMPLE}\n/set stats on\n{STAR}\n{files}/show\n")
     assert "tokens/s, first word after" in err and "MiB" in err and "stats               True" in out
     (row,) = json.loads((tmp_path / "a.json").read_text())
-    assert (row["question"], row["pictures"], row["ended"]) == (STAR, [EXAMPLE], True) and row["answer"] in out
+    assert (row["question"], row["pictures"], row["ended"]) == (STAR, [EXAMPLE], True)
+    assert row["answer"] in out
     text = (tmp_path / "a.md").read_text()
     assert f"![](<{EXAMPLE}>)\n\n**{STAR}**\n\n{row['answer']}\n" == text
-    assert "cannot be written" in run(stdin="/save nowhere/a.md\n").err
+
+@pytest.mark.parametrize("path", ["", ".", "/", "nowhere/a.md", "README.md/x", "x" * 300, "a\0/b"])
+def test_a_conversation_that_cannot_be_saved_goes_on(run, path):
+    out, err = run(EXAMPLE, stdin=f"{STAR}\n/save {path}\n/regenerate\n")
+    assert "cannot be written" in err and out.count("red") == 2
+
+def test_a_message_that_fails_leaves_nothing_behind(run, tmp_path):
+    (tmp_path / "no.png").write_text("no picture")
+    lines = [STAR, f"'{EXAMPLE}' {tmp_path}/no.png How many?", "/save a.json", "/regenerate",
+             *[f"/image {EXAMPLE}"] * 9, "/regenerate", *["/undo"] * 9, "And of the ring?"]
+    out, err = run(EXAMPLE, stdin="\n".join(lines).replace("a.json", f"{tmp_path}/a.json"))
+    assert "no.png: cannot be read" in err and "room for; shorten it" in err
+    assert [row["question"] for row in json.loads((tmp_path / "a.json").read_text())] == [STAR]
+    assert out.count("red") == 2 and out.count("seen.") == out.count("Forgotten") == 9 and "yellow" in out
+
+@pytest.mark.parametrize("spelling", [
+    "'{}'", '"{}"', "{}", "file://localhost{}", "({})", "`{}`,", "<{}>?"])
+def test_pictures_are_found_in_messages(tmp_path, spelling):
+    path = tmp_path / "it's (a) b.PNG"
+    path.write_text("")
+    (tmp_path / "a.png").write_text("")
+    quoted = str(path).replace("'", "'\\''") if spelling[0] == "'" else str(path)
+    if spelling[0] not in "'\"":
+        quoted = re.sub(r"([ ()'])", r"\\\1", quoted)
+    if spelling.startswith("file"):
+        quoted = str(path).replace(" ", "%20").replace("'", "%27")
+    message = f"Compare {tmp_path}/data.png {spelling.format(quoted)} {tmp_path}/a.png please"
+    assert find_pictures(message) == (f"Compare {tmp_path}/data.png please", [str(path), f"{tmp_path}/a.png"])
 
 def test_ctrl_c_ends_a_script_with_130_and_a_mistake_with_2():
     code = ("import sys, time, model, chat, configs.schema\n"

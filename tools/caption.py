@@ -6,7 +6,7 @@
 PICTURE is a picture, a folder (the pictures directly inside), a glob (** takes subfolders) or a .txt that
 lists pictures, one path a line. A line of --out is {"image": path from the folder of --out, "caption": ...}.
 A stopped run continues: pictures with a line are skipped. To start over, remove the file. Failures go, as
-{"image": ..., "error": ...}, to captions.errors.jsonl beside it; --retry empties that file and tries again.
+{"image": ..., "error": ...}, to captions.errors.jsonl beside it; --retry tries these pictures again.
 """
 
 import glob
@@ -23,9 +23,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import chat
 from configs.schema import InputError, option, override, parse_args, run_main
-from vision import load_image
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # in folders and globs
+from vision import SUFFIXES, load_image
 
 @dataclass(frozen=True)
 class Options(chat.Options):
@@ -63,6 +61,8 @@ def read_lines(path: Path) -> set[str]:
             rows[str(json.loads(line)["image"])] = line
     if lines[-1] in rows.values():
         path.open("ab").write(b"\n")
+    elif lines[-1].rstrip().endswith(b"}"):
+        raise InputError(f"{path}: its last line is not JSON; mend it")
     else:
         os.truncate(path, path.stat().st_size - len(lines[-1]))
     return set(rows)
@@ -95,11 +95,15 @@ def main(argv: list[str]):
         raise InputError(f"{out.parent}: there is no such folder for --out; make it")
     new = sorted(pictures.keys() - read_lines(out) - (set() if o.retry else read_lines(errors)))
     if not new:
-        return print(f"{out}: all {len(pictures)} pictures are done")
+        n_failed = len(pictures.keys() & read_lines(errors))
+        return print(f"{out}: nothing is left to do; {n_failed} have failed, --retry tries them again")
     talk = chat.Chat(*chat.load(o))
     if talk.model.vision is None:
         raise InputError(f"{o.ckpt}: this run sees no pictures; give one with vision")
-    with open(out, "a") as good, open(errors, "w" if o.retry else "a") as bad:
+    if o.retry and errors.is_file():  # the failures of other pictures stay
+        kept = [line for line in errors.read_text().splitlines() if json.loads(line)["image"] not in pictures]
+        errors.write_text("".join(f"{line}\n" for line in kept))
+    with open(out, "a") as good, open(errors, "a") as bad:
         question = o.prompt.encode("utf-8", "replace").decode()  # a terminal may send what is no text
         tokens, _ = talk.prompt(chat.Turn(question, pictures=(chat.Picture("", 1, torch.zeros(0)),)))
         for start in tqdm(range(0, len(new), o.batch_size), f"{len(new):,} pictures", unit="batch"):

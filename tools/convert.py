@@ -331,6 +331,8 @@ def convert_llama(source: str, target: str, options: "Options") -> int:
     if tokenizer is None:
         raise InputError(f"{folder}: it has no tokenizer.model of sentencepiece; fetch it too")
     llama = trim(llama, Tokenizer(str(tokenizer)).vocab_size)
+    if llama.config.quantization:
+        raise InputError(f"{source}: its matrices are {llama.config.quantization} already; take the original")
     check_fit(source, "llama", {k: tuple(t.shape) for k, t in llama.layout.items()},
               parameter_shapes(Llama, llama.config))
     part = out.with_name(out.name + ".part")

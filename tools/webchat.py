@@ -59,8 +59,11 @@ def serve(gr, model, options: Options):
         asked = box.submit(answer, [box, talk, *sliders], [box, talk, log], concurrency_limit=1)
         stop.click(None, cancels=[asked])
         gr.on([clear.click, log.clear], lambda: (None, None, []), None, [box, talk, log], cancels=[asked])
-    page.launch(server_name="127.0.0.1", server_port=options.port, share=False, footer_links=[],
-                css="button[aria-label=Share] {display: none}")  # which would send a picture elsewhere
+    try:
+        page.launch(server_name="127.0.0.1", server_port=options.port, share=False, footer_links=[],
+                    css="button[aria-label=Share] {display: none}")  # which would send a picture elsewhere
+    except OSError as e:
+        raise InputError(f"port {options.port} is not free; give another --port") from e
 
 def main(argv: list[str]):
     options = override(Options(), parse_args(argv, __doc__, "", Options)[1])
