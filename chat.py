@@ -205,7 +205,7 @@ def run_command(talk: Chat, command: str, argument: str):
     """Carry out what HELP lists, but /bye."""
     if command == "/image":
         rest, paths = find_pictures(argument)
-        for path in [*paths, *[rest.strip("'\"")] * (rest > "" or not paths)]:
+        for path in paths + [rest.strip("'\"")] * bool(rest or not paths):
             show(talk, path)
             print(f"{printable(path)}: seen. What would you like to know?")
     elif command in ("/clear", "/reset"):
@@ -291,7 +291,7 @@ def converse(talk: Chat):
             if not sys.stdin.isatty():
                 raise
             print("\n(/bye or Ctrl-D leaves)", file=sys.stderr)
-        except (InputError, OSError) as e:
+        except InputError as e:
             talk.turns, talk.new_pictures = before  # a message that fails leaves nothing behind
             print("error:", printable(str(e)), file=sys.stderr)
 

@@ -44,6 +44,7 @@ def test_files_are_short(folder):
 def test_functions_fit_on_a_screen_lines_in_110_columns_and_no_lambda_has_a_name():
     faults = []
     for path, tree in TREES.items():
+        faults += [f"{path}: two blank lines in a row"] * ("\n\n\n" in TEXTS[path])
         for number, line in enumerate(TEXTS[path].splitlines(), 1):
             faults += [f"{path}:{number}: {len(line)} columns"] * (len(line) > 110)
         for node in ast.walk(tree):
