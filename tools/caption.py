@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import chat
-from configs.schema import InputError, option, override, parse_args, run_main
+from configs.schema import InputError, option, override, parse_args, printable, run_main
 from vision import SUFFIXES, load_image
 
 @dataclass(frozen=True)
@@ -96,7 +96,8 @@ def main(argv: list[str]):
     new = sorted(pictures.keys() - read_lines(out) - (set() if o.retry else read_lines(errors)))
     if not new:
         n_failed = len(pictures.keys() & read_lines(errors))
-        return print(f"{out}: nothing is left to do; {n_failed} have failed, --retry tries them again")
+        done = f"{out}: nothing is left to do; {n_failed} have failed, --retry tries them again"
+        return print(printable(done))
     talk = chat.Chat(*chat.load(o))
     if talk.model.vision is None:
         raise InputError(f"{o.ckpt}: this run sees no pictures; give one with vision")
