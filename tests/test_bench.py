@@ -15,26 +15,36 @@ from tools.bench import TOKENIZER, WAYS, gguf_file
 
 ROOT = Path(__file__).resolve().parent.parent
 
-def run_bench(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, "tools/bench.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+def start(*arguments) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "tools/bench.py", *arguments], cwd=ROOT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
 
-def bench(folder, *arguments) -> list[dict]:
-    """The rows that the benchmark prints last."""
-    done = run_bench(*arguments, "--rounds=1", f"--folder={folder}", "--device=cpu")
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert result["bench"] == arguments[0] and result["device"] == "cpu"
-    for row in result["rows"]:
-        others = [k for k in ("peer", "limit", "llamacpp") if k in row]
-        assert row["ours"] > 0 and "peer" in others
-        for k in others:
-            assert row[k] > 0 and row[f"vs_{k}"] == pytest.approx(row["ours"] / row[k], rel=1e-3, abs=1e-4)
-    return result["rows"]
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    """A function of a benchmark's name: the rows that it prints last. All of them run side by side."""
+    options = {"chat": ["--size=small"], "data": ["--steps=1"],
+               "train": ["--size=small", "--steps=1", "--batch_size=2"]}
+    common = ("--rounds=1", "--device=cpu")
+    running = {name: start(name, *own, *common, f"--folder={tmp_path_factory.mktemp(name)}")
+               for name, own in options.items()}
 
-def test_chat_beside_transformers_and_llamacpp(tmp_path):
-    rows = bench(tmp_path, "chat", "--size=small")
+    def rows(name: str) -> list[dict]:
+        out, err = running[name].communicate(timeout=600)
+        assert running[name].returncode == 0, err
+        result = json.loads(out.splitlines()[-1])
+        assert result["bench"] == name and result["device"] == "cpu"
+        for row in result["rows"]:
+            others = [k for k in ("peer", "limit", "llamacpp") if k in row]
+            assert row["ours"] > 0 and "peer" in others
+            for k in others:
+                assert row[k] > 0
+                assert row[f"vs_{k}"] == pytest.approx(row["ours"] / row[k], rel=1e-3, abs=1e-4)
+        return result["rows"]
+    return rows
+
+def test_chat_beside_transformers_and_llamacpp(bench):
+    rows = bench("chat")
     assert {row["name"].removeprefix("small "): (row["unit"], row["peer_name"]) for row in rows} == {
         "first word": ("1/s", "transformers InstructBLIP"),
         **{f"{way.replace('loat', '')} decode": ("tokens/s", "transformers bf16") for way in WAYS},
@@ -63,20 +73,21 @@ def test_llamacpp_has_the_same_weights(tmp_path, kind, least):
         logits = model.llama.logits(model.llama(model.embed(torch.tensor([tokens]), None)))[0]
     assert torch.cosine_similarity(logits, torch.tensor(peer.scores[:40]), dim=1).mean() > least
 
-def test_train_beside_transformers_with_the_same_loss(tmp_path):
-    eager, compiled, checkpointed = bench(tmp_path, "train", "--size=small", "--steps=1", "--batch_size=2")
+def test_train_beside_transformers_with_the_same_loss(bench):
+    eager, compiled, checkpointed = bench("train")
     assert eager["name"] == "small bf16 b2" and compiled["name"].endswith("compiled")
     for row in (eager, compiled, checkpointed):
         assert row["loss"] == pytest.approx(row["peer_loss"], abs=0.01)
         assert min(row["peak_mib"], row["peer_peak_mib"]) > 0
 
-def test_data_beside_webdataset(tmp_path):
+def test_data_beside_webdataset(bench):
     pytest.importorskip("webdataset")
-    small, large = bench(tmp_path, "data", "--steps=1")
+    small, large = bench("data")
     assert small["name"] == "224x224 w2" and large["name"] == "640x480 w2"
 
 @pytest.mark.parametrize("arguments, hint", [(["trian"], "train"), (["train", "--size=smal"], "small"),
                                              (["chat", "--rounds=0"], "at least 1")])
 def test_a_wrong_argument_is_one_line(arguments, hint):
-    done = run_bench(*arguments)
-    assert done.returncode == 2 and hint in done.stderr and done.stderr.count("\n") == 1
+    program = start(*arguments)
+    _, err = program.communicate(timeout=60)
+    assert program.returncode == 2 and hint in err and err.count("\n") == 1

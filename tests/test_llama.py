@@ -127,7 +127,7 @@ def test_quantized_matrices_are_close_and_the_same_from_a_converted_folder(tmp_p
     assert 0 < (logits(model).float() - logits(plain)).abs().mean() < error * logits(plain).std()
     other = "int8" if dtype == "int4" else "int4"
     for options in ({"dtype": other}, {"dtype": "bfloat16", "trainable": ("llama",)}):
-        with pytest.raises(InputError, match=f"{dtype} as it is"):
+        with pytest.raises(InputError, match=f"already {dtype}"):
             MiniGPT4.from_files(None, None, small, **options)
     with pytest.raises(InputError, match="not for trained"):
         load(hub, dtype, trainable=("llama",))
