@@ -147,7 +147,7 @@ class QuantizedLinear(nn.Module):
         weights, scales = zip(*matrices)
         self.sizes, self.is_int8 = [len(w) for w in weights], weights[0].dtype == torch.int8
         w, self.scale = torch.cat(weights).to(device), torch.cat(scales, -2 + self.is_int8).to(device)
-        if self.is_int8 and w.is_cpu:  # laid out for this CPU's instructions
+        if self.is_int8 and w.is_cpu:  # in the layout of this CPU's kernels
             with warnings.catch_warnings(action="ignore"):  # quantized tensors are deprecated, but fastest
                 zeros = torch.zeros(len(w), dtype=torch.long)
                 w = torch._make_per_channel_quantized_tensor(w, self.scale.double(), zeros, 0)

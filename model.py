@@ -217,7 +217,7 @@ class MiniGPT4(nn.Module):
         if name == "llama" and (kind := self.llama.config.quantization):
             modules = [pair for pair in self.llama.named_modules() if getattr(pair[1], "quantized", {})]
             for prefix, module in tqdm(modules, f"quantizing to {kind}", delay=1, leave=False):
-                mapped = read_part("llama", file.path).tensors  # anew, to free the pages read
+                mapped = read_part("llama", file.path).tensors  # mapped again, to free pages that were read
                 for new_name, linears in module.quantized.items():
                     names = [f"{prefix}.{linear}.weight".lstrip(".") for linear in linears]
                     matrices = [(mapped[w], mapped[f"{w}_scale"]) if f"{w}_scale" in mapped else

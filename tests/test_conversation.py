@@ -47,7 +47,7 @@ def test_without_remembering_the_last_answer_is_computed_with_the_next_question(
     _, n_computed = ask(talk, QUESTIONS[1])
     assert n_computed < first["answer_tokens"] + 20 < first["prompt_tokens"] + first["answer_tokens"]
 
-def test_another_picture_in_the_same_place_is_computed_anew(tiny, tmp_path):
+def test_another_picture_in_the_same_place_is_computed_again(tiny, tmp_path):
     from PIL import Image
     Image.new("RGB", (48, 48), "blue").save(tmp_path / "blue.png")
     talk, fresh = talk_with(tiny), talk_with(tiny)
