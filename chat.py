@@ -205,7 +205,7 @@ def run_command(talk: Chat, command: str, argument: str):
     """Carry out what HELP lists, but /bye."""
     if command == "/image":
         rest, paths = find_pictures(argument)
-        for path in paths + [rest.strip("'\"")] * bool(rest or not paths):
+        for path in paths + [rest.strip("'\"") or "/image wants a path"] * bool(rest or not paths):
             show(talk, path)
             print(f"{printable(path)}: seen. What would you like to know?")
     elif command in ("/clear", "/reset"):
