@@ -100,7 +100,7 @@ class Chat:
         """Forget the last turn and return it; its pictures stand before the next question."""
         turn = self.turns.pop()
         self.new_pictures = turn.pictures + self.new_pictures
-        self.n_dropped = min(self.n_dropped, len(self.turns))
+        self.n_dropped = 0  # there may be room again
         return turn
 
     def ask(self, text: str) -> Iterator[str]:
@@ -197,7 +197,7 @@ def say(talk: Chat, question: str, is_script: bool = False):
     if not turn.ended:
         print(f"({reason})", file=sys.stderr)
     if o.stats and "seconds" in s:
-        rate = s["answer_tokens"] / max(s["seconds"] - s["first_word_s"] * (o.num_beams == 1), 1e-9)
+        rate = (s["answer_tokens"] - 1) / (s["seconds"] - s["first_word_s"] * (o.num_beams == 1) or 1)
         print(f"({rate:.1f} tokens/s, first word after {s['first_word_s']:.2f} s, {s['cached_tokens']} of "
               f"{s['prompt_tokens']} prompt tokens cached, {peak_mib(o.device):,.0f} MiB)", file=sys.stderr)
 
@@ -237,8 +237,8 @@ def save(talk: Chat, path: str):
     rows = [turn._asdict() | {"pictures": [p.path for p in turn.pictures]} for turn in talk.turns]
     text = "\n".join("".join(f"![](<{p}>)\n\n" for p in row["pictures"]) +
                      f"**{row['question']}**\n\n{row['answer']}\n" for row in rows)
-    with replacing(path := os.path.expanduser(path.strip("'\""))) as temporary:
-        temporary.write_text(json.dumps(rows, indent=1) if path.endswith(".json") else text, "utf-8")
+    with replacing(path := os.path.expanduser(path.strip("'\""))) as file:
+        file.write_text(json.dumps(rows, indent=1) if path.endswith(".json") else text, "utf-8", "replace")
     print(f"{printable(path)}: {len(rows)} answers written")
 
 def set_up_readline():

@@ -299,7 +299,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         mode = temporary.stat().st_mode
         yield temporary
         temporary.chmod(mode)  # safetensors makes its files private to their owner
-        with open(temporary, "rb") as f:
+        with open(temporary, "rb+") as f:  # Windows flushes only what it may write to
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as e:

@@ -113,3 +113,13 @@ def test_beam_search_answers_in_the_chat(tiny):
     talk.add_image(EXAMPLE)
     assert "red" in ask(talk, QUESTIONS[1])[0] and talk.turns[-1].ended
     assert "two" in ask(talk, QUESTIONS[2])[0]
+
+def test_turns_that_a_long_question_pushed_out_return_when_it_is_taken_back(tiny):
+    talk = talk_with(tiny)
+    talk.add_image(EXAMPLE)
+    before = [ask(talk, question)[0] for question in QUESTIONS[1:3]]
+    n_before = len(talk.prompt(None)[0])
+    ask(talk, "star " * 120)
+    assert talk.n_dropped
+    talk.undo()
+    assert len(talk.prompt(None)[0]) == n_before and [turn.answer for turn in talk.turns] == before

@@ -101,8 +101,9 @@ def main(argv: list[str]):
     talk = chat.Chat(*chat.load(o))
     if talk.model.vision is None:
         raise InputError(f"{o.ckpt}: this run sees no pictures; give one with vision")
-    if o.retry and errors.is_file():  # the failures of other pictures stay
-        kept = [line for line in errors.read_text().splitlines() if json.loads(line)["image"] not in pictures]
+    if o.retry and read_lines(errors):  # completes its last line; the failures of other pictures stay
+        kept = [line for line in filter(str.strip, errors.read_text().splitlines())
+                if json.loads(line)["image"] not in pictures]
         errors.write_text("".join(f"{line}\n" for line in kept))
     with open(out, "a") as good, open(errors, "a") as bad:
         question = o.prompt.encode("utf-8", "replace").decode()  # a terminal may send what is no text
