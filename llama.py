@@ -156,7 +156,7 @@ class QuantizedLinear(nn.Module):
             columns = torch.stack((w >> 4, w & 15), 2).flatten(1)
             w = torch.ops.aten._convert_weight_to_int4pack_for_cpu(columns.int(), 1)
         elif not self.is_int8:
-            w = torch.ops.aten._convert_weight_to_int4pack(w, 8)
+            w = torch.ops.aten._convert_weight_to_int4pack(w, 4 if w.shape[1] % 64 else 8)  # tiles of 16
         self.weight = w
 
     def forward(self, x):
