@@ -267,8 +267,9 @@ class Llama(nn.Module):
 
     def compile_rows(self):
         """Compile the product with a single token: twice as fast as PyTorch's own in bfloat16 on a CPU."""
-        if self.norm.weight.is_cpu and not shutil.which(os.environ.get("CXX", "g++")):
-            return print("note: compiling needs a C++ compiler; it goes on without", file=sys.stderr)
+        if not self.norm.weight.is_cpu or not shutil.which(os.environ.get("CXX", "g++")):
+            lack = "compiling needs a C++ compiler" if self.norm.weight.is_cpu else "compile is for CPUs"
+            return print(f"note: {lack}; it goes on without", file=sys.stderr)
 
         @torch.compile(dynamic=False)
         def row_product(w, x):

@@ -311,10 +311,21 @@ def replacing(path: str | Path) -> Iterator[Path]:
 # sizes: a LlamaConfig, or a dict; of a projection, the fingerprints of the parts that it was trained with
 PartFile = namedtuple("PartFile", "path tensors sizes")
 
-def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A safetensors file -> its tensors, memory-mapped, and metadata. Raises InputError if unreadable."""
+def start_of(path: str | Path) -> bytes:
+    """A weight file's first bytes. Raises InputError if it is missing, or something saved in its place."""
     if not Path(path).is_file():
         raise InputError(f"{path}: there is no such weight file")
+    with open(path, "rb") as f:
+        start = f.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        raise InputError(f"{path}: a Git LFS pointer, not the weights; run `git lfs pull` in its folder")
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        raise InputError(f"{path}: a saved web page, no PyTorch file or other weights; download again")
+    return start
+
+def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A safetensors file -> its tensors, memory-mapped, and metadata. Raises InputError if unreadable."""
+    start_of(path)
     try:
         with safe_open(path, framework="pt") as f:
             return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from configs.schema import InputError
 from llama import LlamaConfig, Tokenizer
-from model import MiniGPT4
-from qformer import QFormerConfig
+from model import MiniGPT4, fingerprint, read_part
+from qformer import QFormer, QFormerConfig
 from tests import random_weights
 from tests.common import GOLDEN, Golden
 from tools import convert
-from vision import VisionConfig
+from vision import VisionConfig, VisionTransformer
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = dict(vocab_size=600, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -407,3 +407,95 @@ def test_random_weights_are_converted_and_make_a_model(tmp_path, monkeypatch, fo
     model = MiniGPT4.from_files(**files, llama=str(ours / "llama"), dtype="float32")
     assert model.encode_image(torch.zeros(1, 3, 224, 224)).shape == (1, 32, 32)
     assert len(model.vision.blocks) == 39 and model.bridge.config.cross_attention_every == 2
+
+# ---- Hugging Face's BLIP-2 ---------------------------------------------------------------------------------
+
+TO_HUB = {theirs: hub for hub, theirs in convert.BLIP2_NAMES.items()}
+BLIP2 = {"model_type": "blip-2", "text_config": {"model_type": "t5", "d_model": 32},
+         "vision_config": {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2},
+         "qformer_config": {"num_attention_heads": 2}}
+
+def official_tensors():
+    """Random tensors of a small vision part and Q-Former, under the original names."""
+    shapes = {f"vision.{k}": s for k, s in convert.parameter_shapes(
+        VisionTransformer, VisionConfig(28, 14, 16, 2, 2, 24)).items()}
+    shapes |= {f"qformer.{k}": s for k, s in convert.parameter_shapes(
+        QFormer, QFormerConfig(4, 16, 3, 2, 24, 16, 2)).items()}
+    generator = torch.Generator().manual_seed(0)
+    return {convert.rename(k, random_weights.OFFICIAL): torch.randn(shape, generator=generator)
+            for k, shape in shapes.items()}
+
+def blip2_folder(folder, tensors, config=BLIP2, key_bias=0.0):
+    """The same as the hub has it: under its names, one file for each kind of tensors."""
+    hub, files = {}, {}
+    for name, t in tensors.items():
+        if name.endswith("q_bias"):
+            bias = (t, torch.full_like(t, key_bias), tensors[name.replace("q_bias", "v_bias")])
+            hub[convert.rename(name.replace("q_bias", "qkv.bias"), TO_HUB)] = torch.cat(bias)
+        elif not name.endswith("v_bias"):
+            hub[convert.rename(name, TO_HUB)] = t
+    hub |= {"language_model.shared.weight": torch.ones(3, 32), "language_projection.bias": torch.ones(32)}
+    folder.mkdir()
+    for name, t in hub.items():
+        kind = "ln_vision" if "post_layernorm" in name else name.split(".")[0]
+        files.setdefault(f"model-{kind}.safetensors", {})[name] = t
+    for file, own in files.items():
+        save_file(own, folder / file)
+    weight_map = {name: file for file, own in files.items() for name in own}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+def test_official_files_and_the_hub_s_blip2_give_the_same_fingerprints(tmp_path, capsys):
+    tensors = official_tensors()
+    folder = blip2_folder(tmp_path / "hub", tensors)
+    torch.save({k.removeprefix("visual_encoder."): t for k, t in tensors.items() if "visual" in k},
+               tmp_path / "eva.pth")
+    torch.save({"model": {k: t for k, t in tensors.items() if "visual" not in k}}, tmp_path / "blip2.pth")
+    for part, official in (("vision", "eva.pth"), ("qformer", "blip2.pth")):
+        convert.main([part, str(tmp_path / official), f"{tmp_path}/a_{part}", "--heads=2", "--n_layers=2"])
+        convert.main([part, str(folder), f"{tmp_path}/b_{part}"])
+        ours, hub = (read_part(part, f"{tmp_path}/{x}_{part}") for x in "ab")
+        assert ours.sizes == hub.sizes and fingerprint(ours.tensors) == fingerprint(hub.tensors)
+        assert not any(k.startswith("ln_vision") for k in hub.tensors) == (part == "vision")
+    assert "(language_model 1, language_projection 1, qformer 70, query_tokens 1, vision_model 2)" in \
+        capsys.readouterr().err  # of the hub's vision part
+
+def test_only_the_shards_of_a_part_are_opened(tmp_path):
+    folder = blip2_folder(tmp_path / "hub", official_tensors())
+    for file in folder.glob("model-language*"):
+        file.write_text("not opened")
+    shutil.move(folder / "model-qformer.safetensors", tmp_path)
+    convert.main(["vision", str(folder), f"{tmp_path}/vision"])
+    assert "model-qformer.safetensors: there is no such" in fails("qformer", folder, tmp_path / "qformer")
+
+def test_biases_of_keys_are_no_eva_vit(tmp_path):
+    folder = blip2_folder(tmp_path / "hub", official_tensors(), key_bias=1e-3)
+    message = fails("vision", folder, tmp_path / "vision")
+    assert "layers.0.self_attn.qkv.bias: its keys have biases" in message
+
+@pytest.mark.parametrize("changes, words", [
+    ({"model_type": "instructblip"}, "instructblip's reads text too"),
+    ({"text_config": {"model_type": "opt", "hidden_size": 2560}}, "trained for opt, width 2560"),
+    ({"text_config": {"model_type": "t5", "d_model": 2048}}, "trained for t5, width 2048"),
+    ({"text_config": {"model_type": "t5", "d_model": 32, "_name_or_path": "google/flan-t5-xl"}}, "for t5"),
+    ({"vision_config": {}}, "trained for t5, width 32"), ({"text_config": None}, "trained for opt")])
+def test_another_q_former_is_refused_but_its_vision_part_is_taken(tmp_path, changes, words):
+    folder = blip2_folder(tmp_path / "hub", official_tensors(), BLIP2 | changes)
+    message = fails("qformer", folder, tmp_path / "qformer")
+    assert words in message and "gives nonsense" in message and "blip2-flan-t5-xxl" in message
+    convert.main(["vision", str(folder), f"{tmp_path}/vision", "--heads=2", "--n_layers=2"])
+
+def test_a_folder_without_config_and_one_of_something_else_are_refused(tmp_path):
+    assert "has no config.json" in fails("vision", tmp_path, tmp_path / "v")
+    save_file({"model.norm.weight": torch.ones(3)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    assert "no tensors of the vision part" in fails("vision", tmp_path, tmp_path / "v")
+
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
+@pytest.mark.parametrize("content, words", [
+    ("<!DOCTYPE html><html>", "a saved web page"), ("\n <HTML lang=en>", "a saved web page"),
+    ("version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer")])
+def test_what_was_saved_in_place_of_the_weights_is_named(tmp_path, name, content, words):
+    (tmp_path / name).write_text(content)
+    assert words in fails("proj", tmp_path / name, tmp_path / "proj.safetensors")

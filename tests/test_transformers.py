@@ -1,76 +1,47 @@
-"""The vision tower, the Q-Former and the tokenizer against Hugging Face's InstructBLIP, BLIP-2 and LLaMA."""
+"""The vision tower, the Q-Former and the tokenizer against Hugging Face's BLIP-2 and LLaMA."""
 
 import itertools
+from pathlib import Path
 
 import torch
-from transformers import (Blip2QFormerConfig, Blip2QFormerModel, InstructBlipVisionConfig,
-                          InstructBlipVisionModel)
+from transformers import Blip2Config, Blip2ForConditionalGeneration, T5Config
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from llama import Tokenizer
-from qformer import QFormer, QFormerConfig
+from model import MiniGPT4
 from tests.common import GOLDEN
-from vision import VisionConfig, VisionTransformer
+from tools import convert
 
-def randomized(module):
-    """The module in eval mode, every tensor random, biases and norms included."""
+ROOT = Path(__file__).resolve().parent.parent
+
+@torch.no_grad()
+def test_converted_vision_and_qformer_equal_blip2(tmp_path):
+    theirs = Blip2ForConditionalGeneration(Blip2Config(
+        vision_config=dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=96,
+                           image_size=56, patch_size=14),
+        qformer_config=dict(hidden_size=48, num_hidden_layers=4, num_attention_heads=4, intermediate_size=96,
+                            encoder_hidden_size=64, vocab_size=50),
+        text_config=T5Config(d_model=32, d_ff=64, num_layers=1, num_heads=2, d_kv=16).to_dict(),
+        num_query_tokens=8)).eval()
     generator = torch.Generator().manual_seed(0)
-    for name, p in module.named_parameters():
-        with torch.no_grad():
-            p.normal_(std=0.1, generator=generator)
-            if "norm" in name.lower() and name.endswith("weight"):
-                p += 1
-    return module.eval()
-
-@torch.no_grad()
-def test_vision_tower_and_ln_vision_equal_instructblip():
-    sizes = VisionConfig(image_size=56, patch_size=14, width=64, n_layers=3, n_heads=4, mlp_hidden=96)
-    theirs = randomized(InstructBlipVisionModel(InstructBlipVisionConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, image_size=56,
-        patch_size=14, layer_norm_eps=1e-6, qkv_bias=True)))
-    tensors = {}
-    for k, t in theirs.state_dict().items():
-        k = k.removeprefix("embeddings.").replace("encoder.layers.", "blocks.")
-        if k.endswith("qkv.bias"):  # theirs has a bias for the keys, zero in converted files
-            t[64:128] = 0
-            at = k.replace("self_attn.qkv.bias", "attn.")
-            tensors |= {f"{at}q_bias": t[:64], f"{at}v_bias": t[128:]}
-            continue
-        for a, b in {"class_embedding": "cls_token", "position_embedding": "pos_embed", "layer_norm": "norm",
-                     "patch_embedding": "patch_embed.proj", "self_attn.projection": "attn.proj",
-                     "self_attn.qkv": "attn.qkv", "post_layernorm": "ln"}.items():
-            k = k.replace(a, b)
-        tensors[k] = t
-    ln = torch.nn.LayerNorm(64, eps=1e-5)
-    ln.load_state_dict({k: tensors.pop(f"ln.{k}") for k in ("weight", "bias")})
-    ours = VisionTransformer(sizes)
-    ours.load_state_dict(tensors)
-    images = torch.randn(2, 3, 56, 56)
-    torch.testing.assert_close(ln(ours(images)), theirs(images).last_hidden_state, atol=1e-4, rtol=0)
-
-@torch.no_grad()
-def test_qformer_equals_blip2():
-    theirs = randomized(Blip2QFormerModel(Blip2QFormerConfig(
-        hidden_size=48, num_hidden_layers=4, num_attention_heads=4, intermediate_size=96,
-        cross_attention_frequency=2, encoder_hidden_size=64, layer_norm_eps=1e-12)))
-    ours = QFormer(QFormerConfig(n_queries=8, width=48, n_layers=4, n_heads=4, ffn_hidden=96,
-                                 vision_width=64))
-    queries = torch.randn(1, 8, 48)
-    tensors = {"query_tokens": queries}
-    for k, t in theirs.state_dict().items():
-        for a, b in {"encoder.layer.": "layers.", "crossattention.attention": "cross_attn",
-                     "crossattention.output.dense": "cross_attn.out",
-                     "crossattention.output.LayerNorm": "cross_attn.norm",
-                     "attention.attention": "self_attn", "attention.output.dense": "self_attn.out",
-                     "attention.output.LayerNorm": "self_attn.norm", "intermediate_query.dense": "fc1",
-                     "output_query.dense": "fc2", "output_query.LayerNorm": "norm",
-                     "layernorm": "norm"}.items():
-            k = k.replace(a, b)
-        tensors[k] = t
-    ours.load_state_dict(tensors | {f"ln_vision.{k}": torch.rand(64) for k in ("weight", "bias")})
-    image = torch.randn(3, 17, 64)
-    want = theirs(queries.expand(3, -1, -1), encoder_hidden_states=ours.ln_vision(image)).last_hidden_state
-    torch.testing.assert_close(ours(image), want, atol=1e-4, rtol=0)
+    for name, p in theirs.named_parameters():
+        p.normal_(std=0.1, generator=generator)
+        if "norm" in name.lower() and name.endswith("weight"):
+            p += 1
+        elif name.endswith("qkv.bias"):
+            p.chunk(3)[1].zero_()  # EVA-ViT's keys have no bias
+    theirs.save_pretrained(tmp_path / "hub", max_shard_size="100KB")
+    assert len([*(tmp_path / "hub").glob("*.safetensors")]) > 5
+    for part in ("vision", "qformer"):
+        convert.main([part, str(tmp_path / "hub"), f"{tmp_path}/{part}"])
+    files = (f"{tmp_path}/vision", f"{tmp_path}/qformer", str(ROOT / "assets/tiny/llama"))
+    ours = MiniGPT4.from_files(*files, dtype="float32")
+    theirs.vision_model.post_layernorm.eps = 1e-5  # the original's, whatever the hub's config says
+    images = torch.randn(2, 3, 56, 56, generator=generator)
+    seen = theirs.vision_model(images).last_hidden_state
+    torch.testing.assert_close(ours.bridge.ln_vision(ours.vision(images)), seen, atol=1e-5, rtol=0)
+    want = theirs.qformer(query_embeds=theirs.query_tokens.expand(2, -1, -1), encoder_hidden_states=seen)
+    torch.testing.assert_close(ours.image_features(images), want.last_hidden_state, atol=1e-5, rtol=0)
 
 def test_tokenizer_equals_transformers_on_all_kinds_of_text():
     path = str(GOLDEN / "tokenizer/tokenizer.model")

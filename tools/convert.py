@@ -2,13 +2,16 @@
 
     python tools/convert.py vision eva_vit_g.pth weights/eva_vit_g.safetensors [--n_layers=39] [--heads=16]
     python tools/convert.py qformer blip2_pretrained_flant5xxl.pth weights/qformer.safetensors [--heads=12]
+    python tools/convert.py qformer BLIP2_FOLDER weights/qformer.safetensors; the same for vision
     python tools/convert.py llama SRC_FOLDER weights/vicuna-7b [--delta=BASE_FOLDER] [--lora=ADAPTER_FOLDER]
     python tools/convert.py proj prerained_minigpt4_7b.pth out/official/proj.safetensors [--config=CONFIG]
     python tools/convert.py export out/stage2 minigpt4.pth
 
-`llama` takes Hugging Face's .bin or .safetensors files (the latter need no conversion) or Meta's *.pth.
---delta adds SRC to a base model (Vicuna v0); --lora merges an adapter. With a training config, `proj` also
-writes the config.json that chat.py --ckpt needs. Nothing in a .pth or .bin file is executed.
+BLIP2_FOLDER is Salesforce/blip2-flan-t5-xxl from the Hugging Face hub, or as much of it as is needed:
+config.json, model.safetensors.index.json and the shards that hold the part. `llama` takes Hugging Face's
+.bin or .safetensors files (the latter need no conversion) or Meta's *.pth. --delta adds SRC to a base model
+(Vicuna v0); --lora merges an adapter. With a training config, `proj` also writes the config.json that chat.py
+--ckpt needs. Nothing in a .pth or .bin file is executed.
 """
 
 import json
@@ -16,6 +19,7 @@ import pickle
 import re
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
@@ -32,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configs.schema import (DTYPES, QUANTIZED, InputError, load_config, option, override, parse_args,
                             read_json, read_saved_config, run_main)
 from llama import Llama, LlamaConfig, Tokenizer, indexed_files, quantize
-from model import PARTS, MiniGPT4, check_english, check_fit, fingerprint, load_tensors, replacing
+from model import PARTS, MiniGPT4, check_english, check_fit, fingerprint, load_tensors, replacing, start_of
 from qformer import QFormer, QFormerConfig
 from train import refuse_to_overwrite, start_folder
 from vision import VisionConfig, VisionTransformer
@@ -59,6 +63,23 @@ NAMES = {
     LAYER + "output_query.LayerNorm.": "qformer.layers.#.norm.",
     "llama_proj.": "proj.proj.",
 }
+BLIP2_NAMES = {  # Hugging Face's BLIP-2 -> the original names
+    "vision_model.embeddings.class_embedding": "visual_encoder.cls_token",
+    "vision_model.embeddings.position_embedding": "visual_encoder.pos_embed",
+    "vision_model.embeddings.patch_embedding.": "visual_encoder.patch_embed.proj.",
+    "vision_model.encoder.layers.#.layer_norm": "visual_encoder.blocks.#.norm",
+    "vision_model.encoder.layers.#.self_attn.projection.": "visual_encoder.blocks.#.attn.proj.",
+    "vision_model.encoder.layers.#.self_attn.": "visual_encoder.blocks.#.attn.",
+    "vision_model.encoder.layers.#.mlp.": "visual_encoder.blocks.#.mlp.",
+    "vision_model.post_layernorm.": "ln_vision.",
+    "query_tokens": "query_tokens",
+    "qformer.layernorm.": "Qformer.bert.embeddings.LayerNorm.",
+    "qformer.encoder.layer.#.attention.attention.": LAYER + "attention.self.",
+    "qformer.encoder.layer.#.crossattention.attention.": LAYER + "crossattention.self.",
+    "qformer.": "Qformer.bert.",
+}
+OF_BLIP2 = {"vision": r"vision_model\.(?!post_layernorm)",  # which of these names belong to a part
+            "qformer": r"qformer\.|query_tokens|vision_model\.post_layernorm"}
 HUB_NAMES = {"model.": "", "lm_head.": "lm_head."}  # Hugging Face's LLaMA
 META_NAMES = {
     "tok_embeddings.": "embed_tokens.",
@@ -85,8 +106,9 @@ def rename(name: str, table: dict[str, str]) -> str | None:
     ours = next((new + general[len(old):] for old, new in table.items() if general.startswith(old)), None)
     return ours.replace("#", number[1]) if ours and number else ours
 
-def rename_all(names: dict, table: dict[str, str], path: Path | str) -> dict[str, str]:
+def rename_all(names: Iterable[str], table: dict[str, str], path: Path | str) -> dict[str, str]:
     """{our name: the original's} of all tensors in use. Raises InputError for unknown names."""
+    names = list(names)
     renamed = {name: rename(name, table) for name in names if not NOT_USED.match(name)}
     if unknown := [name for name, ours in renamed.items() if ours is None]:
         raise InputError(f"{path}: {len(unknown)} unexpected tensors ({', '.join(unknown[:3])}); this file "
@@ -95,24 +117,22 @@ def rename_all(names: dict, table: dict[str, str], path: Path | str) -> dict[str
     return {ours: name for name, ours in renamed.items()}
 
 def report_dropped(names: list[str]):
+    kinds = Counter(name.split(".")[0] for name in names)
+    counts = f" ({', '.join(f'{k} {n}' for k, n in sorted(kinds.items()))})" if len(kinds) > 1 else ""
     if names:
-        print(f"left out on purpose: {len(names)} tensors, such as {names[0]}", file=sys.stderr)
+        print(f"left out on purpose: {len(names)} tensors, such as {names[0]}{counts}", file=sys.stderr)
 
 @lru_cache(maxsize=1)  # only one file is mapped at a time
 def open_weights(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a .pth, .bin or .safetensors file, memory-mapped where the format allows it. Raises
-    InputError for a file that is missing, broken, a Git LFS pointer, or holds more than plain data."""
-    if not path.is_file():
-        raise InputError(f"{path}: there is no such weight file")
-    with open(path, "rb") as f:
-        start = f.read(40)
-    if start.startswith(b"version https://git-lfs"):
-        raise InputError(f"{path}: a Git LFS pointer, not the weights; run `git lfs pull` in its folder")
+    InputError for a file that is missing, broken, or holds more than plain data."""
     if path.suffix == ".safetensors":
         return load_tensors(path)[0]
     try:
-        is_zip = start.startswith(b"PK")  # older files, from before PyTorch 1.6, cannot be memory-mapped
+        is_zip = start_of(path).startswith(b"PK")  # files from before PyTorch 1.6 cannot be memory-mapped
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except InputError:
+        raise
     except pickle.UnpicklingError as e:
         raise InputError(f"{path}: refused: no PyTorch file, or one that holds more than tensors and could "
                          "run code; get it from its official source") from e
@@ -156,6 +176,46 @@ def qformer_sizes(shapes: dict, options: "Options") -> QFormerConfig:
                          vision_width=shapes["layers.0.cross_attn.key.weight"][1],
                          cross_attention_every=with_cross[1] if len(with_cross) > 1 else n_layers)
 
+def open_blip2(folder: Path, part: str, options: "Options") -> tuple[dict[str, torch.Tensor], "Options"]:
+    """A part of the hub's BLIP-2 under the original names, and the options with the config's sizes."""
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder}: it has no config.json; give the hub's BLIP-2, or the official file")
+    config, index = read_json(folder / "config.json"), folder / "model.safetensors.index.json"
+    if part == "qformer":
+        refuse_other_qformers(folder, config)
+    sizes = config.get(f"{part}_config") or {}
+    options = replace(options, heads=options.heads or sizes.get("num_attention_heads", 0),
+                      n_layers=min(options.n_layers, sizes.get("num_hidden_layers", options.n_layers)))
+    if index.is_file():
+        files = read_json(index).get("weight_map") or {}
+    else:
+        files = dict.fromkeys(open_weights(folder / "model.safetensors"), "model.safetensors")
+    wanted = {name: bool(re.match(OF_BLIP2[part], name)) for name in files}
+    report_dropped([name for name in files if not wanted[name]])
+    names = rename_all(filter(wanted.get, files), BLIP2_NAMES, folder)
+    tensors = {k: open_weights(folder / files[names[k]])[names[k]]
+               for k in sorted(names, key=lambda k: files[names[k]])}
+    for k in [k for k in tensors if k.endswith("attn.qkv.bias")]:
+        q_bias, k_bias, v_bias = tensors.pop(k).chunk(3)
+        if k_bias.any():
+            raise InputError(f"{folder}: {names[k]}: its keys have biases, as EVA-ViT's never have; it is of "
+                             "another model")
+        tensors |= {k.replace("qkv.bias", "q_bias"): q_bias, k.replace("qkv.bias", "v_bias"): v_bias}
+    return tensors, options
+
+def refuse_other_qformers(folder: Path, config: dict):
+    """Raise InputError for a Q-Former that MiniGPT-4's projections were not trained with."""
+    text, vision = (config.get(f"{name}_config") or {} for name in ("text", "vision"))
+    kind, width = text.get("model_type", "opt"), text.get("d_model", text.get("hidden_size", 512))
+    real = vision.get("hidden_size", 1408) == 1408  # not a small one, of a test
+    name = f"{config.get('_name_or_path')} {text.get('_name_or_path')}"
+    other = kind != "t5" or width == 2048 or real and width != 4096 or re.search(r"t5-(?!xxl)", name)
+    model, why = config.get("model_type"), f"it was trained for {kind}, width {width}"
+    if model != "blip-2" or other:
+        why = why if model == "blip-2" else f"{model}'s reads text too"
+        raise InputError(f"{folder}: not the Q-Former of MiniGPT-4 ({why}): with its projections this one "
+                         "gives nonsense; take Salesforce/blip2-flan-t5-xxl (the vision parts are the same)")
+
 def convert_part(part: str, source: str, target: str, options: "Options") -> int:
     """Convert the file of the vision part, the Q-Former or the projection. Returns its number of tensors."""
     run = None
@@ -164,7 +224,10 @@ def convert_part(part: str, source: str, target: str, options: "Options") -> int
         if Path(target).name != "proj.safetensors":
             raise InputError(f"{target}: with --config, name it proj.safetensors, as chat.py expects")
         refuse_to_overwrite(run)
-    tensors = open_weights(Path(source))
+    if part in OF_BLIP2 and Path(source).is_dir():
+        tensors, options = open_blip2(Path(source), part, options)
+    else:
+        tensors = open_weights(Path(source))
     if part == "vision" and not any(k.startswith("visual_encoder.") for k in tensors):
         tensors = {f"visual_encoder.{k}": t for k, t in tensors.items()}
     renamed = rename_all(tensors, NAMES, source)
