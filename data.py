@@ -13,7 +13,7 @@ import re
 import sys
 import tarfile
 from collections import Counter, namedtuple
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import lru_cache
 from itertools import islice
@@ -25,7 +25,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from configs.prompts import BOS, IMAGE, INSTRUCTIONS, training_segments
+from configs.prompts import BOS, IMAGE, INSTRUCTIONS, placed_message, training_segments
 from configs.schema import Config, InputError
 from llama import IGNORE, Tokenizer
 from vision import load_image
@@ -52,7 +52,7 @@ class Sample(NamedTuple):
     """What a source holds: a caption of pictures, a conversation (perhaps about pictures), or plain text."""
     images: list[str | Member] = []
     caption: str | None = None
-    turns: list[tuple[str, str]] | None = None    # (user, assistant)
+    turns: list[tuple] | None = None              # (user: a text, or segments with pictures; assistant)
     text: str | None = None
     context: str = ""                             # before the text; read, but not predicted
 
@@ -106,9 +106,10 @@ def index_tar(path: str) -> list[tuple[str, Member | None, Member | None, bool]]
              files.get("json") or files.get("txt"), "json" in files) for key, files in samples.items()]
 
 class Rows:
-    """A .jsonl's lines, or a cc_sbu_align's annotations: {"image_id": "2", "caption": ...} for image/2.jpg,
-    {"image": path, "caption": ...}, {"conversation": [{"user": ...}, {"assistant": ...}, ...]} with or
-    without "image": path or paths, or {"text": ..., "context": ...}, to predict the text."""
+    """A .jsonl's lines, LLaVA's .json, or a cc_sbu_align's annotations: {"image_id": "2", "caption": ...} for
+    image/2.jpg, {"image": path, "caption": ...}, {"conversation": [{"user": ...}, {"assistant": ...}, ...]}
+    or LLaVA's {"conversations": [{"from": "human", "value": "<image>\\nWhat?"}, {"from": "gpt", ...}, ...]}
+    with or without "image": path or paths, or {"text": ..., "context": ...}, to predict the text."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -117,10 +118,12 @@ class Rows:
             self.rows = [(f"line {i}", line) for i, line in enumerate(lines, 1) if line.strip()]
         else:
             try:
-                annotations = json.loads(path.read_text())["annotations"][:]
-            except (ValueError, KeyError, TypeError) as e:
-                raise InputError(f"{path}: no JSON with `annotations` ({e}); fetch it again") from e
-            self.rows = [(f"annotation {i}", row) for i, row in enumerate(annotations, 1)]
+                rows = json.loads(path.read_bytes())
+                is_llava = path.name != "filter_cap.json" and isinstance(rows, list)
+                rows = map(json.dumps, rows) if is_llava else rows["annotations"][:]
+            except (ValueError, KeyError, TypeError, RecursionError) as e:
+                raise InputError(f"{path}: no JSON list or `annotations` ({e}); fetch it again") from e
+            self.rows = [(f"annotation {i}", row) for i, row in enumerate(rows, 1)]
         self.counts, self.content = [len(self.rows)], self.rows
 
     def describe(self, shard: int, row: int) -> str:
@@ -130,20 +133,36 @@ class Rows:
         row = self.rows[place[1]][1]
         row = json.loads(row) if isinstance(row, str) else row
         images = f"image/{row['image_id']}.jpg" if "image_id" in row else row.get("image", [])
-        images = [str(self.path.parent / p) for p in ([images] if isinstance(images, str) else images)]
+        folder, images = self.path.parent, [images] if isinstance(images, str) else images or []
+        if "conversations" in row:  # LLaVA's, whose pictures are in an image folder beside the file
+            paths = [[str(folder / place / p) for place in ("images", "image", "")] for p in images]
+            images = [next(filter(os.path.exists, places), places[0]) for places in paths]
+            roles = {"human": "user", "gpt": "assistant"}
+            turns = pair_turns((roles.get(turn["from"]), turn["value"]) for turn in row["conversations"])
+            if images and not any("<image>" in user for user, _ in turns):
+                turns[0] = (f"<image>{turns[0][0]}", turns[0][1])
+            turns = [(placed_message(user), answer) for user, answer in turns]
+            if sum(user.count(IMAGE) for user, _ in turns) != len(images):
+                raise BadSample("not as many <image> as pictures")
+            return Sample(images, turns[0][1] if images and len(turns) == 1 else None, turns)
+        images = [str(folder / p) for p in images]
         if "conversation" in row:
-            roles, texts = zip(*(next(iter(turn.items())) for turn in row["conversation"]))
-            if list(roles) != ["user", "assistant"] * (len(roles) // 2):
-                raise BadSample("user and assistant do not alternate, the assistant last")
-            return Sample(images, turns=list(zip(texts[::2], texts[1::2])))
+            return Sample(images, turns=pair_turns(next(iter(turn.items())) for turn in row["conversation"]))
         if row.get("text") is not None and (images or type(row.get("context", "")) is not str):
             raise BadSample("a text with a picture (name it caption), or a context that is no text")
         return Sample(images, row.get("caption"), text=row.get("text"), context=row.get("context", ""))
 
+def pair_turns(spoken: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """[("user", "Hi"), ("assistant", "Hello")] -> [("Hi", "Hello")]."""
+    roles, texts = zip(*spoken)
+    if list(roles) != ["user", "assistant"] * (len(roles) // 2):
+        raise BadSample("user and assistant do not alternate, the assistant last")
+    return list(zip(texts[::2], texts[1::2]))
+
 def open_source(path: str) -> Shards | Rows:
     """The source at a path of the config's `data`."""
     file, braces = Path(path), re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", path)
-    rows = file if file.suffix == ".jsonl" else file / "filter_cap.json"
+    rows = file if file.suffix in (".jsonl", ".json") else file / "filter_cap.json"
     if rows.is_file():
         source = Rows(rows)
     else:
@@ -161,7 +180,7 @@ def open_source(path: str) -> Shards | Rows:
         source = Shards([shard for shard in shards if shard not in missing])
     if sum(source.counts) == 0:
         raise InputError(f"data {path}: no samples; give *.tar, a .txt or folder of them, a folder with "
-                         "filter_cap.json, or a .jsonl")
+                         "filter_cap.json, a .jsonl, or LLaVA's .json")
     return source
 
 Key = namedtuple("Key", "source shard row draw")  # `draw` seeds what is random about a sample
@@ -214,7 +233,7 @@ class Samples(Dataset):
         template, end, turns = self.config.template, self.config.answer_end, sample.turns
         if sample.text is not None:
             template, end, turns = "", "", [(sample.context, sample.text)]
-        elif turns is None:
+        elif turns is None or sample.caption is not None and not template:
             if not isinstance(sample.caption, str):
                 raise BadSample("caption is not a text")
             if not sample.images or not sample.caption.strip():
@@ -227,7 +246,7 @@ class Samples(Dataset):
             prompts = training_segments(turns, len(sample.images), template, end,
                                         as_chat=rng.random() < self.config.chat_share)
         else:  # stage 1, where a picture is all the prompt; or what a language model learns before it chats
-            prompts = [[text] for text, _ in turns]
+            prompts = [text if isinstance(text, list) else [text] for text, _ in turns]
             prompts[0][:0] = [BOS, *[IMAGE] * len(sample.images)]
         ids, targets = [], []
         for prompt, (_, answer) in zip(prompts, turns):

@@ -1,5 +1,4 @@
-"""Your own pictures: stage 2 from an existing projection, on a .jsonl of captions or conversations.
-
+"""Your own pictures: stage 2 from an existing projection, on LLaVA's .json, or a .jsonl like this:
     {"image": "photos/cat.jpg", "caption": "A gray cat sleeps on a red sofa."}
     {"image": ["a.jpg", "b.jpg"], "conversation": [{"user": "What changed?"}, {"assistant": "The cat left."}]}
 
@@ -9,7 +8,6 @@ python train.py configs/finetune_own.py --data=own/data.jsonl
 Paths are relative to the file. For a real model, import configs.stage2 and give its proj.
 """
 from configs.tiny_stage2 import *
-
 proj = "assets/tiny/proj.safetensors"
 data = "own/data.jsonl"
 heldout_data = ""

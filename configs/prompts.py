@@ -4,6 +4,7 @@ A prompt is a list of segments: a text, IMAGE (the tokens of one picture) or BOS
 Training and chat both build theirs from here. A new template is one more entry of TEMPLATES.
 """
 
+import re
 from dataclasses import dataclass
 
 IMAGE = -1  # one image token; in token ids it is repeated once for each token of a picture
@@ -19,7 +20,6 @@ INSTRUCTIONS = ("Describe this image in detail.",  # stage 2 draws one per sampl
 @dataclass(frozen=True)
 class Template:
     """How a conversation is written down, in training (without system text) and in chat."""
-
     training: tuple[str, str]         # before and after the user's message
     system: tuple[str | int, ...]     # chat: before the first message
     user: tuple[str | int, ...]       # chat: before each message of the user
@@ -33,9 +33,16 @@ TEMPLATES = {
                        user=(BOS, "[INST] "), assistant=" [/INST] ", end="</s>"),
 }
 
-def user_message(text: str, n_images: int) -> list[str | int]:
-    """("Hi", 1) -> ["<Img>", IMAGE, "</Img> ", "Hi"]."""
-    return ["<Img>", IMAGE, "</Img> "] * n_images + [text]
+def user_message(text: str | list, n_images: int) -> list[str | int]:
+    """("Hi", 1) -> ["<Img>", IMAGE, "</Img> ", "Hi"]; a list is of segments, with its pictures."""
+    return text if isinstance(text, list) else ["<Img>", IMAGE, "</Img> "] * n_images + [text]
+
+def placed_message(text: str) -> list[str | int]:
+    """"Look:\\n<image>" -> ["Look:", " ", "<Img>", IMAGE, "</Img>"], as LLaVA's data marks pictures."""
+    segments = []
+    for part in filter(None, re.split(r"\s*(<image>)\s*", text)):
+        segments += [" "] * bool(segments) + (["<Img>", IMAGE, "</Img>"] if part == "<image>" else [part])
+    return segments
 
 def chat_segments(turns: list[tuple[list[str | int], str | None]], template: Template) -> list[str | int]:
     """Turns of (user_message, answer), the last answer None, -> the segments of a chat prompt."""
@@ -49,7 +56,6 @@ def chat_segments(turns: list[tuple[list[str | int], str | None]], template: Tem
 def training_segments(turns: list[tuple[str, str]], n_images: int, template: str, end: str,
                       as_chat: bool = False) -> list[list[str | int]]:
     """The prompt segments before each answer of a training conversation, its pictures in the first message.
-
     `end` ended the answer before. `as_chat` writes the conversation as chat does, with the system text."""
     template = TEMPLATES[template]
     before, after = template.training

@@ -22,8 +22,6 @@ from typing import get_args, get_origin
 from configs.prompts import TEMPLATES
 
 DTYPES, QUANTIZED = ("float32", "bfloat16", "float16"), ("int8", "int4")  # the latter: LLaMA's matrices
-DATA = ("a path, a list of paths, or {path: weight}: tar shards (a glob, {00000..00099}.tar, a folder, a "
-        ".txt that lists them), a folder with filter_cap.json, or a .jsonl")
 
 class InputError(Exception):
     """A mistake of the user. The message is one line: what is wrong, where, and what to do."""
@@ -50,7 +48,6 @@ def check_options(options, *rules: tuple[str, bool, str]):
 @dataclass(frozen=True)
 class Config:
     """One training run. Paths are relative to the working directory; an empty string means "none"."""
-
     # The model's parts; a dict holds the sizes of a new part, with random weights.
     vision: str | dict = option("", "weight file; none: train on text alone")
     qformer: str | dict = option("", "weight file; none: join 4 patches per image token")
@@ -60,7 +57,8 @@ class Config:
     trainable: tuple[str, ...] = option(("proj",), "parts to train: vision, qformer, proj, llama")
     image_size: int = option(0, "pixels; 0: the size that the vision part was trained with", least=0)
     # The data.
-    data: str | dict | list = option("", DATA + "; each step takes one of several, by weight")
+    data: str | dict | list = option("", "a path, paths or {path: weight}: tar shards (a glob, {00..99}.tar, "
+        "a folder, a .txt that lists them), a folder with filter_cap.json, a .jsonl, or LLaVA's .json")
     heldout_data: str | dict | list = option("", "the same; none: no evaluation during training")
     prepare: dict = option({}, "{path: arguments of python that make it, if data needs it}")
     template: str = option("", "none: picture, then caption, as in stage 1", choices=("", *TEMPLATES))
@@ -140,7 +138,7 @@ class ChatOptions:
     seed: int = option(0, "the same seed gives the same answers", least=0, most=2**63 - 1)
     device: str = option("", "none: cuda if there is one, else cpu")
     dtype: str = option("", "none: the run's, but not float16 on a CPU", choices=("", *DTYPES, *QUANTIZED))
-    compile: bool = option(False, "compile decoding: faster in bfloat16, after some seconds at first")
+    compile: bool = option(False, "on a CPU, compile decoding: faster in bfloat16, after a slow start")
     json: bool = option(False, "print each answer as a JSON object")
     plain: bool = option(False, "text alone: no colors, pictures or progress")
     stats: bool = option(False, "print speed and memory after each answer")

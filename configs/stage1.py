@@ -6,7 +6,6 @@ Cost in the paper: about 10 hours on 4 A100 80GB. Expected: a model that names w
 broken or repeated phrases; stage 2 repairs that. On another number of devices than 4 keep the global batch,
 processes x batch_size x grad_accum, at 256.
 """
-
 vision = "weights/eva_vit_g.safetensors"
 qformer = "weights/qformer.safetensors"
 llama = "weights/vicuna-7b"
@@ -18,9 +17,7 @@ batch_size = 64
 max_steps = 20_000  # 4 epochs of 5,000
 lr = 1e-4
 min_lr = 8e-5
-warmup_lr = 1e-6
 warmup_steps = 5000
-weight_decay = 0.05
 num_workers = 4
 length_group = 8  # the workers of 4 processes then hold about 2.3 GiB of shared memory
 out_dir = "out/stage1"

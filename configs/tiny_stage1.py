@@ -3,7 +3,6 @@ On 2 CPU cores: 2 min 31 s with drawing its pictures; held-out loss, on noisy ca
 
 python train.py configs/tiny_stage1.py
 """
-
 vision = "assets/tiny/vision.safetensors"
 qformer = "assets/tiny/qformer.safetensors"
 llama = "assets/tiny/llama"

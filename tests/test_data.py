@@ -28,6 +28,19 @@ TALK = Sample(turns=[("Hi", "A dog."), ("And?", "A cat.")])
 
 # ---- tokens and targets ------------------------------------------------------------------------------------
 
+def layout(segments):
+    """The ids and targets of segments; those in a set are predicted."""
+    ids, targets = [], []
+    for segment in segments:
+        if isinstance(segment, set):
+            text, = segment
+            new = TOKENIZER.encode(text.removesuffix("</s>")) + EOS * text.endswith("</s>")
+        else:
+            new = [IMAGE] * N if segment == IMAGE else TOKENIZER.encode(segment) if segment != BOS else BOS
+        ids += new
+        targets += new if isinstance(segment, set) else [IGNORE] * len(new)
+    return ids, targets
+
 @pytest.mark.parametrize("sample, settings, expected", [  # each text is one segment; sets are predicted
     (CAPTION, {}, [BOS, IMAGE, {"A Dog!\n"}]),  # stage 1
     (CAPTION, {"clean_captions": True}, [BOS, IMAGE, {"a dog\n"}]),
@@ -43,18 +56,8 @@ TALK = Sample(turns=[("Hi", "A dog."), ("And?", "A cat.")])
                                                   "</Img> Hi ###Assistant: ", {"A dog.###"}]),
     (Sample(text="A dog.", context="Look:"), {}, [BOS, "Look:", {"A dog."}])])
 def test_layout_of_a_sample(sample, settings, expected):
-    ids, targets = Samples([], Config(max_txt_len=160, **settings), TOKENIZER, 28, N).tokenize(
-        sample, np.random.default_rng(0))
-    wanted, learnt = [], []
-    for segment in expected:
-        if isinstance(segment, set):
-            text, = segment
-            new = TOKENIZER.encode(text.removesuffix("</s>")) + EOS * text.endswith("</s>")
-        else:
-            new = [IMAGE] * N if segment == IMAGE else TOKENIZER.encode(segment) if segment != BOS else BOS
-        wanted += new
-        learnt += new if isinstance(segment, set) else [IGNORE] * len(new)
-    assert ids == wanted and targets == learnt
+    samples = Samples([], Config(max_txt_len=160, **settings), TOKENIZER, 28, N)
+    assert samples.tokenize(sample, np.random.default_rng(0)) == layout(expected)
 
 def test_stage_2_draws_an_instruction_and_cuts_long_answers_without_an_end():
     samples = Samples([], Config(max_txt_len=3, **VICUNA), TOKENIZER, 28, N)
@@ -144,6 +147,69 @@ def test_caption_folder(tmp_path):
         file.write_text(content)
         with pytest.raises(InputError, match="filter_cap.json"):
             open_source(str(tmp_path))
+
+def said(*texts):
+    """LLaVA's conversation of these texts."""
+    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+
+SEEN = "###Human: <Img>", IMAGE, "</Img> What is it? ###Assistant: ", {"A dog.###"}  # trained: in a set
+LLAVA = [  # (record, segments of its ids, or the kind of fault)
+    ({"id": "1", "image": "a.jpg", "conversations": said("<image>\nWhat is it?", "A dog.")}, SEEN),
+    ({"conversations": said("What is it?", "A dog."), "id": 2, "image": "00/日本 é.jpg"}, SEEN),  # not marked
+    ({"image": "a.jpg", "conversations": said("What is it?\n<image>", "A dog.")},
+     ("###Human: What is it? <Img>", IMAGE, "</Img> ###Assistant: ", {"A dog.###"})),
+    ({"image": "a.jpg", "conversations": [{"value": "What is it?", "from": "human"},
+                                          {"value": "A dog.", "from": "gpt"},
+                                          {"value": "<image>\nAnd it?", "from": "human"},
+                                          {"value": "A cat.", "from": "gpt"}]},
+     ("###Human: What is it? ###Assistant: ", {"A dog.###"}, "Human: <Img>", IMAGE,
+      "</Img> And it? ###Assistant: ", {"A cat.###"})),
+    ({"image": ["a.jpg", "b.png"], "conversations": said("<image>\n<image>\nCompare.", "Equal.")},
+     ("###Human: <Img>", IMAGE, "</Img> <Img>", IMAGE, "</Img> Compare. ###Assistant: ", {"Equal.###"})),
+    ({"conversations": said("Hi", "Hello", "Bye", "Bye")}, ("###Human: Hi ###Assistant: ", {"Hello###"},
+                                                            "Human: Bye ###Assistant: ", {"Bye###"})),
+    ({"image": None, "conversations": said("Hi", "Hello")}, ("###Human: Hi ###Assistant: ", {"Hello###"})),
+    ({"image": "none.jpg", "conversations": said("<image>\nWhat is it?", "A dog.")}, "FileNotFoundError"),
+    ({"image": "a.jpg", "conversations": said("<image>\nThis <image>?", "A dog.")},
+     "not as many <image> as pictures"),
+    ({"conversations": said("<image>\nWhat is it?", "A dog.")}, "not as many <image> as pictures"),
+    ({"image": "a.jpg", "conversations": said("<image>\nWhat?")}, "user and assistant do not alternate"),
+    ({"image": "a.jpg", "conversations": [{"from": "system", "value": "x"}, *said("a", "b")]},
+     "user and assistant do not alternate"),
+    ({"image": "a.jpg", "conversations": []}, "ValueError"),
+    ({"image": "a.jpg", "conversations": said("<image>", 3)}, "TypeError"),
+    ({"image": "a.jpg", "conversations": [{"from": "human"}]}, "KeyError"), (3, "TypeError")]
+
+@pytest.mark.parametrize("folder", ["images", "."])
+def test_llava_s_records_give_their_ids_or_count_as_bad(tmp_path, folder):
+    for name in ("a.jpg", "b.png", "00/日本 é.jpg"):
+        (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / name).write_bytes(picture())
+    records = [record for record, _ in LLAVA] * 3
+    (tmp_path / "own.json").write_text(json.dumps(records, ensure_ascii=False), "utf-8")
+    config = Config(trainable=("llama",), **VICUNA)
+    samples, _ = open_samples(f"{tmp_path}/own.json", config, TOKENIZER, 28, N)
+    rows = [samples.read(key) for key in samples.keys()]
+    assert len(rows) == 48 and [bool(row) for row in rows] == [type(e) is tuple for _, e in LLAVA] * 3
+    kinds = iter(samples.bad)
+    for row, (record, expected) in zip(rows, LLAVA * 3):
+        if row:
+            assert row[1:] == layout((BOS, *expected))
+            assert len(row[0]) == expected.count(IMAGE)
+        else:
+            kind, where = next(kinds)
+            assert kind.startswith(expected) and f"{tmp_path}/own.json, annotation " in where
+
+def test_llava_s_single_turns_are_captions_where_there_is_no_template(tmp_path):
+    Image.new("RGB", (20, 10)).save(tmp_path / "a.jpg")
+    records = [{"image": "a.jpg", "conversations": said(*texts)} for texts in (
+        ("Describe it.\n<image>", "A Dog!"), ("<image>\nWhat?", " "), ("<image>", "Hello", "Bye", "Bye"))]
+    (tmp_path / "pairs.json").write_text(json.dumps(records))
+    samples, _ = open_samples(f"{tmp_path}/pairs.json", Config(clean_captions=True), TOKENIZER, 28, N)
+    (_, *row), *bad = [samples.read(key) for key in samples.keys()]
+    assert tuple(row) == layout((BOS, IMAGE, {"a dog\n"})) and bad == [None, None]
+    assert [kind for kind, _ in samples.bad] == [
+        "empty caption", "a conversation about pictures needs a template, vicuna or llama2"]
 
 def test_empty_data_and_data_of_no_weight_are_refused(tmp_path):
     with pytest.raises(InputError, match="no samples"):

@@ -366,6 +366,8 @@ def bench_chat(options: Options, device: torch.device) -> Iterator[tuple]:
         "ours": (first_word, True, ours, device), "peer": (first_word, False, peer, device),
         "limit": (memory_alone, ours)}
     for way, kind in WAYS.items():
+        if device.type == "cuda" and "compiled" in way:
+            continue  # --compile is for CPUs
         units = {"decode": "tokens/s"} | ({} if "compiled" in way else {"prompt": "1/s"})
         sides = {side: (answers, answer, ours / "llama", way, units, device)
                  for side, answer in (("ours", our_answer), ("peer", peer_answer))}

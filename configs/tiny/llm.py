@@ -1,6 +1,5 @@
 """Language model, step 4: to chat about scenes told in words. It never sees a picture."""
 from configs.tiny.base import *
-
 llama = "out/tiny_facts/llama"
 data = {"data/tiny/text/dense.jsonl": 1, "data/tiny/text/noisy.jsonl": 1, "data/tiny/text/chat.jsonl": 4,
         "data/tiny/text/asked.jsonl": 4}

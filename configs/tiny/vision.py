@@ -1,6 +1,5 @@
 """Vision tower, step 2: whole pictures, still without a Q-Former. It plays EVA-CLIP's part."""
 from configs.tiny.base import *
-
 vision = "out/tiny_names/vision.safetensors"
 llama = "out/tiny_names/llama"
 proj = "out/tiny_names/proj.safetensors"
