@@ -35,7 +35,7 @@ def read_log(run: str) -> dict[str, list[tuple]]:
 
 def main(argv: list[str]):
     runs, given = parse_args(argv, __doc__, "RUN_FOLDER ...", Options)
-    out, logs = override(Options(), given).out, [read_log(run) for run in runs or [""]]
+    out, logs = override(Options(), given).out, [read_log(run) for run in runs or ["RUN_FOLDER"]]
     try:
         from matplotlib.figure import Figure
     except ImportError as e:
