@@ -7,6 +7,9 @@ SRC is one of BLIP's `*_synthetic_filtered_large.json`, of any size: it is read 
 the list that img2dataset takes, a .tsv or .parquet, and prints the command that downloads the pictures into
 the folder DST. --run also runs it; an interrupted download continues where it stopped.
 
+Many of LAION's addresses are dead, and more die each year. configs/stage1_llava558k.py needs none of them: it
+trains on LLaVA-Pretrain, 558,128 pairs of the same sources in one archive.
+
 check, which also follows a --run, reports samples, failed downloads by cause, bytes and suspicious shards. It
 writes DST/index.json, so that data.py need not open every shard to count its samples. img2dataset is a
 separate package, and a .parquet needs pyarrow.
