@@ -25,8 +25,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from configs.prompts import BOS, IMAGE, INSTRUCTIONS, placed_message, training_segments
-from configs.schema import Config, InputError
+from configs.prompts import BOS, IMAGE, INSTRUCTIONS, harmless, placed_message, training_segments
+from configs.schema import Config, InputError, printable
 from llama import IGNORE, Tokenizer
 from vision import load_image
 
@@ -65,11 +65,22 @@ class Shards:
         for folder in {Path(p).parent for p in paths}:
             for file in [*folder.glob("*_stats.json"), folder / "index.json"]:
                 with suppress(OSError, ValueError, AttributeError):  # no such file, or not of this form
-                    content, shard = json.loads(file.read_text()), file.name.replace("_stats.json", ".tar")
+                    content, shard = json.loads(file.read_bytes()), file.name.replace("_stats.json", ".tar")
                     found = content.get("samples", {shard: content.get("successes")})
                     known |= {folder / name: n for name, n in found.items() if type(n) is int and n >= 0}
-        self.counts = [known[Path(p)] if Path(p) in known else len(index_tar(p))
-                       for p in tqdm(paths, desc="reading tar headers", delay=1)]
+        self.counts, faults = [], []
+        for p in tqdm(paths, desc="reading tar headers", delay=1):
+            try:
+                n = known.get(Path(p), -1)  # a sample takes at least two headers in its tar file
+                self.counts.append(n if 0 <= 1024 * n <= os.path.getsize(p) else count_samples(p))
+            except InputError as e:
+                self.counts.append(0)
+                faults.append(e)
+        if faults and len(faults) == len(paths):
+            raise faults[0]
+        if faults:
+            print(printable(f"warning: {len(faults):,} of {len(paths):,} shards are left out, the first: {faults[0]}"),
+                  file=sys.stderr)
         self.content = [[Path(p).parts[-2:], n] for p, n in zip(paths, self.counts)]
 
     def describe(self, shard: int, row: int) -> str:
@@ -84,26 +95,39 @@ class Shards:
         table = index_tar(self.paths[shard])
         if row >= len(table):
             raise BadSample("missing in its tar file")
-        _, picture, text, is_json = table[row]
+        _, picture, text, plain = table[row]
         if not (picture and picture.size and text and text.size):
             raise BadSample("no caption" if picture and picture.size else "no picture")
-        caption = json.loads(text.read())["caption"] if is_json else text.read().decode(errors="replace")
+        caption = None if text is plain else json.loads(text.read()).get("caption")
+        if caption is None and plain:
+            caption = plain.read().decode("utf-8-sig", "replace")
         return Sample([picture], caption)
 
+def count_samples(path: str) -> int:
+    """The samples of a tar file. Raises InputError if there are none."""
+    if n := len(index_tar(path)):
+        return n
+    with open(path, "rb") as tar:
+        is_gzip = tar.read(2) == b"\x1f\x8b"
+    raise InputError(f"{path}: {'compressed; unpack it with gunzip' if is_gzip else 'no samples in it'}")
+
 @lru_cache(maxsize=64)
-def index_tar(path: str) -> list[tuple[str, Member | None, Member | None, bool]]:
-    """A tar's samples (key, picture, caption, is it JSON), also behind damaged blocks; InputError if none."""
+def index_tar(path: str) -> list[tuple[str, Member | None, Member | None, Member | None]]:
+    """A tar's samples (key, picture, its .json or .txt, its .txt), also behind damaged blocks. Raises InputError
+    for an unreadable file."""
     samples: dict[str, dict[str, Member]] = {}
     try:
         with tarfile.open(path, "r:", ignore_zeros=True) as tar:
             for m in tar:
                 key, _, kind = m.name.rpartition(".")
+                if not m.isfile() or os.path.basename(key).startswith("._"):  # a folder, or a Mac's notes
+                    continue
                 samples.setdefault(key, {})[kind.lower()] = Member(path, m.offset_data, m.size)
     except (OSError, tarfile.TarError) as e:
         if not samples:
             raise InputError(f"{path}: not a readable tar file ({e}); fetch it again or leave it out") from e
     return [(key, next((files[k] for k in ("jpg", "jpeg", "png", "webp") if k in files), None),
-             files.get("json") or files.get("txt"), "json" in files) for key, files in samples.items()]
+             files.get("json") or files.get("txt"), files.get("txt")) for key, files in samples.items()]
 
 class Rows:
     """A .jsonl's lines, LLaVA's .json, or a cc_sbu_align's annotations: {"image_id": "2", "caption": ...} for
@@ -114,7 +138,7 @@ class Rows:
     def __init__(self, path: Path):
         self.path = path
         if path.suffix == ".jsonl":
-            lines = path.read_text("utf-8", "surrogateescape").split("\n")
+            lines = path.read_text("utf-8-sig", "surrogateescape").split("\n")
             self.rows = [(f"line {i}", line) for i, line in enumerate(lines, 1) if line.strip()]
         else:
             try:
@@ -132,8 +156,11 @@ class Rows:
     def __getitem__(self, place: tuple[int, int]) -> Sample:
         row = self.rows[place[1]][1]
         row = json.loads(row) if isinstance(row, str) else row
-        images = f"image/{row['image_id']}.jpg" if "image_id" in row else row.get("image", [])
-        folder, images = self.path.parent, [images] if isinstance(images, str) else images or []
+        folder, images = self.path.parent, row.get("image", [])
+        if "image_id" in row:
+            images = [f"image/{row['image_id']}.{suffix}" for suffix in ("jpg", "png", "jpeg")]
+            images = next((image for image in images if (folder / image).exists()), images[0])
+        images = [images] if isinstance(images, str) else images or []
         if "conversations" in row:  # LLaVA's, whose pictures are in an image folder beside the file
             paths = [[str(folder / place / p) for place in ("images", "image", "")] for p in images]
             images = [next(filter(os.path.exists, places), places[0]) for places in paths]
@@ -167,7 +194,8 @@ def open_source(path: str) -> Shards | Rows:
         source = Rows(rows)
     else:
         if file.suffix == ".txt" and file.is_file():
-            shards = [line.strip() for line in file.read_text(errors="replace").splitlines() if line.strip()]
+            lines = file.read_text("utf-8-sig", "surrogateescape").splitlines()
+            shards = [line.strip() for line in lines if line.strip()]
         elif braces:  # "a{08..10}.tar": a08.tar, a09.tar, a10.tar
             before, first, last, after = braces.groups()
             shards = [f"{before}{i:0{len(first)}d}{after}" for i in range(int(first), int(last) + 1)]
@@ -175,8 +203,8 @@ def open_source(path: str) -> Shards | Rows:
             shards = sorted(glob.glob(f"{path}/*.tar" if file.is_dir() else path))
         missing = {shard: None for shard in shards if not Path(shard).exists()}
         if 0 < len(missing) < len(shards):  # downloads of LAION always have holes
-            print(f"warning: {path}: {len(missing):,} of {len(shards):,} shards are missing and left out, "
-                  f"the first is {next(iter(missing))}", file=sys.stderr)
+            print(printable(f"warning: {path}: {len(missing):,} of {len(shards):,} shards are missing and left "
+                            f"out, the first is {next(iter(missing))}"), file=sys.stderr)
         source = Shards([shard for shard in shards if shard not in missing])
     if sum(source.counts) == 0:
         raise InputError(f"data {path}: no samples; give *.tar, a .txt or folder of them, a folder with "
@@ -251,6 +279,7 @@ class Samples(Dataset):
         ids, targets = [], []
         for prompt, (_, answer) in zip(prompts, turns):
             prompt = self.tokenizer.encode_segments(prompt, self.n_image_tokens)
+            answer = harmless(answer, end) if end else answer
             answer = self.tokenizer.encode_answer(answer, end)[:self.config.max_txt_len]
             ids += prompt + answer
             targets += [IGNORE] * len(prompt) + answer
@@ -374,13 +403,14 @@ class Reader:
         group, passed = divmod(self.start, config.length_group)
         loader = DataLoader(self.groups, batch_size=None, sampler=range(group, len(self.groups)),
                             num_workers=config.num_workers, pin_memory=torch.cuda.is_available())
-        for steps, bad in loader:
+        for group, (steps, bad) in enumerate(loader, group):
             self.n_read += len(bad) + sum(len(b.tokens) for _, batches in steps for b in batches if b)
             for kind, where in bad:
                 if kind not in self.skipped:
-                    print(f"skipped, the first of its kind: {where}", file=sys.stderr)
+                    print(printable(f"skipped, the first of its kind: {where}"), file=sys.stderr)
                 self.skipped[kind] += 1
-            if self.n_read >= 200 and self.skipped.total() > config.max_bad_fraction * self.n_read:
+            n_bad, is_last = self.skipped.total(), group == len(self.groups) - 1
+            if (self.n_read >= 200 or is_last and n_bad == self.n_read) and n_bad > config.max_bad_fraction * self.n_read:
                 raise InputError(f"{self.account()}, more than max_bad_fraction; fix the data or raise it")
             for source, batches in steps[passed:]:
                 if None in batches:  # replaced by the dataset's first good sample
@@ -392,4 +422,4 @@ class Reader:
 
     def account(self) -> str:
         kinds = ", ".join(f"{kind} {n}" for kind, n in self.skipped.most_common())
-        return f"{self.skipped.total()} of {self.n_read} samples cannot be used ({kinds})"
+        return printable(f"{self.skipped.total()} of {self.n_read} samples cannot be used ({kinds})")

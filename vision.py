@@ -24,6 +24,8 @@ from configs.schema import InputError
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # no others: PIL would start Ghostscript for EPS
+MOST_BYTES = 1_200_000_000  # that decoding a picture may take
 # a word, quoted or with its spaces escaped, as terminals insert paths: 'it'\''s a.png', it\'s\ a.png
 WORD = re.compile(r"""(?<!\S)(?:"([^"]+)"|'((?:[^']|'\\'')+)'|((?:\\.|\S)+))""")
 
@@ -32,7 +34,12 @@ def load_image(source: str | bytes, image_size: int, smallest: int = 1) -> torch
     pixels on white. Raises InputError for an unreadable one, or a side of fewer pixels than `smallest`."""
     name = source if isinstance(source, str) else "picture"
     try:
-        with Image.open(source if isinstance(source, str) else io.BytesIO(source)) as image:
+        if name is source and os.path.exists(source) and not os.path.isfile(source):
+            raise ValueError("no regular file")  # a pipe would be waited for
+        with Image.open(source if name is source else io.BytesIO(source), formats=FORMATS) as image:
+            plain = image.mode in ("1", "L", "RGB", "CMYK", "YCbCr") and "transparency" not in image.info
+            if image.width * image.height * (6 if plain else 20) > MOST_BYTES:  # with the copies made below
+                raise ValueError(f"too large: {image.width} x {image.height} pixels")
             if min(image.size) >= smallest:
                 exif = image.getexif()
                 for tag in [tag for tag in exif if tag != ExifTags.Base.Orientation]:

@@ -35,7 +35,13 @@ TEMPLATES = {
 
 def user_message(text: str | list, n_images: int) -> list[str | int]:
     """("Hi", 1) -> ["<Img>", IMAGE, "</Img> ", "Hi"]; a list is of segments, with its pictures."""
-    return text if isinstance(text, list) else ["<Img>", IMAGE, "</Img> "] * n_images + [text]
+    segments = text if isinstance(text, list) else ["<Img>", IMAGE, "</Img> "] * n_images + [text]
+    return [harmless(segment) if isinstance(segment, str) else segment for segment in segments]
+
+def harmless(text: str, end: str = "</s>") -> str:
+    """A text that neither ends a turn nor begins one: "###Human: Hi" -> "# # #Human: Hi"."""
+    text = re.sub(r"#{3,}|\[/?INST\]", lambda mark: " ".join(mark[0]), text)
+    return text if end == "</s>" else text.replace(end, " ")  # the letters </s> are no control token
 
 def placed_message(text: str) -> list[str | int]:
     """"Look:\\n<image>" -> ["Look:", " ", "<Img>", IMAGE, "</Img>"], as LLaVA's data marks pictures."""
