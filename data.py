@@ -98,10 +98,10 @@ class Shards:
         _, picture, text, plain = table[row]
         if not (picture and picture.size and text and text.size):
             raise BadSample("no caption" if picture and picture.size else "no picture")
-        caption = None if text is plain else json.loads(text.read()).get("caption")
-        if caption is None and plain:
-            caption = plain.read().decode("utf-8-sig", "replace")
-        return Sample([picture], caption)
+        content = {} if text is plain else json.loads(text.read())
+        if plain and "caption" not in content:
+            content = {"caption": plain.read().decode("utf-8-sig", "replace")}
+        return Sample([picture], content["caption"])
 
 def count_samples(path: str) -> int:
     """The samples of a tar file. Raises InputError if there are none."""
@@ -156,10 +156,11 @@ class Rows:
     def __getitem__(self, place: tuple[int, int]) -> Sample:
         row = self.rows[place[1]][1]
         row = json.loads(row) if isinstance(row, str) else row
-        folder, images = self.path.parent, row.get("image", [])
+        folder, images = self.path.parent, []
         if "image_id" in row:
-            images = [f"image/{row['image_id']}.{suffix}" for suffix in ("jpg", "png", "jpeg")]
-            images = next((image for image in images if (folder / image).exists()), images[0])
+            names = [f"image/{row['image_id']}.{suffix}" for suffix in ("jpg", "png", "jpeg")]
+            images = next((name for name in names if (folder / name).exists()), names[0])
+        images = images or row.get("image", [])
         images = [images] if isinstance(images, str) else images or []
         if "conversations" in row:  # LLaVA's, whose pictures are in an image folder beside the file
             paths = [[str(folder / place / p) for place in ("images", "image", "")] for p in images]
