@@ -98,7 +98,9 @@ def stand_in():
             q, _, v = tensors.pop(k).chunk(3)
             tensors |= {k.replace("qkv", "q").replace(".bias", "_bias"): q,
                         k.replace("qkv", "v").replace(".bias", "_bias"): v}
-        torch.save(tensors, f"{target}.pth")
+        if part == "vision":
+            tensors = {k: t for k, t in tensors.items() if not k.startswith("ln_vision")}
+        torch.save({k: t for k, t in tensors.items() if k}, f"{target}.pth")
         return real(part, f"{target}.pth", target, options)
 
     real, convert.convert_part = convert.convert_part, convert_part
@@ -173,17 +175,16 @@ class Handler(BaseHTTPRequestHandler):
 
     def api(self, repo: str, rest: str):
         if not self.refused(repo):
-            files = [p for p in sorted((self.server.root / repo).iterdir())]
+            files = sorted((self.server.root / repo).iterdir())
             info = {"id": repo, "modelId": repo, "sha": COMMIT, "private": False, "tags": [], "downloads": 0,
                     "siblings": [{"rfilename": p.name} for p in files]}
-            tree = [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": "0" * 40} for p in files]
+            tree = [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": COMMIT} for p in files]
             self.answer(200, json.dumps(tree if rest.startswith("/tree/") else info).encode(),
                         Content_Type="application/json")
 
     def resolve(self, repo: str, file: str):
         hub, name = self.server, f"{repo}/{file}"
-        first = int(re.findall(r"bytes=(\d+)-", self.headers.get("Range", "")) and
-                    re.findall(r"bytes=(\d+)-", self.headers["Range"])[0] or 0)
+        first = int(re.sub(r"\D", "", self.headers.get("Range", "")) or 0)  # of bytes=FIRST-
         hub.requests.append((self.command, name, first, self.headers.get("Authorization", "")))
         if self.refused(repo):
             return

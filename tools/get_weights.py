@@ -33,7 +33,7 @@ BLIP2 = "Salesforce/blip2-flan-t5-xxl"  # has MiniGPT-4's vision part and Q-Form
 WANTED = {"vision": ("vision_model.",), "llama": ("",),  # how the names of a part's tensors begin on the hub
           "qformer": ("qformer.", "query_tokens", "vision_model.post_layernorm.")}
 WEIGHTS = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json",
-           "pytorch_model.bin")  # a repo's, the first that it has; BLIP-2 has an index
+           "pytorch_model.bin")  # the first that a LLaMA's repo has; BLIP-2 has the first
 
 class Recipe(NamedTuple):
     """What a model is made of."""
@@ -44,10 +44,6 @@ class Recipe(NamedTuple):
     drive: str = ""      # its id on Google Drive, the only official place
     mirror: str = ""     # a repo that has it too
     settings: dict = {}  # over the config's
-
-    @property
-    def advice(self) -> str:
-        return f"fetch https://drive.google.com/file/d/{self.drive} with a browser into weights/{self.proj}"
 
 RECIPES = {
     "vicuna-7b": Recipe("stage2", "Vision-CAIR/vicuna-7b", "prerained_minigpt4_7b.pth",  # spelled so
@@ -76,9 +72,6 @@ def hub():
         raise InputError("huggingface_hub is missing or too old: pip install -U huggingface_hub") from e
     return huggingface_hub
 
-class NotFound(InputError):
-    """A file that is not in its repo, or not in the cache while the hub cannot be reached."""
-
 @contextmanager
 def explained(part: str, repo: str, name: str):
     """Turn what the hub's library raises about a file into an InputError of one line."""
@@ -86,139 +79,131 @@ def explained(part: str, repo: str, name: str):
     try:
         yield
     except Exception as e:  # the library lets its HTTP client's errors through
-        reason = " ".join(str(e.__cause__ or e).split())
-        for kind, what in (
-                (errors.GatedRepoError, f"gated: accept the licence at https://huggingface.co/{repo}, then set "
-                                        "HF_TOKEN or run `hf auth login`"),
-                (errors.RepositoryNotFoundError, "there is no such repo, or it is private"),
-                (errors.LocalEntryNotFoundError, f"not in the cache, and the hub is out of reach: {reason}"),
-                (errors.EntryNotFoundError, "the repo has no such file"),
-                (Exception, f"interrupted, the same command continues: {reason or type(e).__name__}")):
-            if isinstance(e, kind):
-                raised = NotFound if issubclass(kind, errors.EntryNotFoundError) else InputError
-                raise raised(f"{repo}/{name}: {what}; another source can be given, --{part}=") from e
+        reason = " ".join(str(e.__cause__ or e).split()) or type(e).__name__
+        what = next(text for kind, text in (
+            (errors.GatedRepoError, f"gated: accept the licence at https://huggingface.co/{repo}, then set "
+                                    "HF_TOKEN or run `hf auth login`"),
+            (errors.RepositoryNotFoundError, "there is no such repo, or it is private"),
+            ((errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled),
+             f"not in the cache, and the hub is out of reach: {reason}"),
+            (errors.EntryNotFoundError, "the repo has no such file"),
+            (Exception, f"interrupted, the same command continues: {reason}")) if isinstance(e, kind))
+        raise InputError(f"{repo}/{name}: {what}; another source can be given, --{part}=") from e
 
-def look_up(part: str, repo: str, name: str):
-    """A file's size, its place in the cache and whether it is there: a DryRunFileInfo."""
+def look_up(part: str, repo: str, name: str, optional=False):
+    """A file's size, its place in the cache and whether it is there: a DryRunFileInfo. An optional file that
+    the repo has not, or while the hub is out of reach the cache, gives None."""
     with explained(part, repo, name):
-        return hub().hf_hub_download(repo, name, dry_run=True)
-
-def has(part: str, repo: str, name: str) -> bool:
-    try:
-        return bool(look_up(part, repo, name))
-    except NotFound:
-        return False
+        try:
+            return hub().hf_hub_download(repo, name, dry_run=True)
+        except hub().errors.EntryNotFoundError:
+            if not optional:
+                raise
 
 def fetch(part: str, repo: str, name: str) -> Path:
     """The path of a file in the hub's cache, to which it is downloaded. hf_hub_download alone would begin a
     download that was killed from its start again; its own http_get continues it."""
     info = look_up(part, repo, name)
-    path, begun = Path(info.local_path), Path(f"{info.local_path}.incomplete")
+    begun = Path(f"{info.local_path}.incomplete")
     with explained(part, repo, name):
         from huggingface_hub.file_download import http_get
         from huggingface_hub.utils import WeakFileLock, build_hf_headers
         if info.will_download:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with WeakFileLock(f"{path}.lock"):
-                if not path.exists():  # else another process was faster
+            Path(info.local_path).parent.mkdir(parents=True, exist_ok=True)
+            with WeakFileLock(f"{info.local_path}.lock"):
+                if not os.path.exists(info.local_path):  # else another process was faster
                     with open(begun, "ab") as f:
                         http_get(hub().hf_hub_url(repo, name, revision=info.commit_hash), f,
                                  resume_size=f.tell(), headers=build_hf_headers(),
                                  expected_size=info.file_size, displayed_filename=name)
-                    begun.rename(path)
+                    begun.rename(info.local_path)
         return Path(hub().hf_hub_download(repo, name))
 
 def names_in_index(part: str, index: Path) -> list[str]:
-    """The files that hold a part's tensors. Raises InputError if there are none."""
+    """The files that hold a part's tensors."""
     weight_map = read_json(index).get("weight_map") or {}
-    names = sorted({file for k, file in weight_map.items() if k.startswith(WANTED[part])})
-    if not names:
-        raise InputError(f"{index}: it names no tensors of the {part} part; give another --{part}=")
-    return names
+    return sorted({file for k, file in weight_map.items() if k.startswith(WANTED[part])})
 
 def names_in_repo(part: str, repo: str, proj: str) -> list[str]:
     """The files of a repo that a part needs. Fetches the small ones that tell which."""
     if part == "proj":
+        if look_up(part, repo, proj, optional=True):
+            return [proj]
         with explained(part, repo, proj):
-            names = [proj] if has(part, repo, proj) else hub().list_repo_files(repo)
-        if len(names := [name for name in names if name.endswith(".pth")]) != 1:
+            names = [name for name in hub().list_repo_files(repo) if name.endswith(".pth")]
+        if len(names) != 1:
             raise InputError(f"{repo}: {len(names)} .pth files, none named {proj}; give a file, --proj=PATH")
         return names
     fetch(part, repo, "config.json")
     choices = WEIGHTS if part == "llama" else WEIGHTS[:1]
-    name = next((name for name in choices if has(part, repo, name)), choices[0])
+    name = next((name for name in choices if look_up(part, repo, name, optional=True)), choices[0])
     shards = names_in_index(part, fetch(part, repo, name)) if name.endswith(".json") else []
     return ["config.json", name, *["tokenizer.model"] * (part == "llama"), *shards]
 
-# ---- what is needed ----------------------------------------------------------------------------------------
+# ---- what is needed, and what is done ----------------------------------------------------------------------
 
 class Source(NamedTuple):
     """Where a part comes from, and what it becomes."""
 
     part: str
-    place: str             # a path or a repo
+    place: str        # a path or a repo
     target: str
-    names: list[str]       # of the files in the repo; none: `place` is a path
-    sizes: dict[Path, int]    # bytes of the files that it needs; of a repo's, where the cache has them
-    missing: dict[Path, int]  # bytes that are still to be downloaded
+    names: list[str]  # of the files in the repo; none: `place` is a path
+    files: dict[Path, tuple[int, int]]  # bytes of what it needs, and how many are still to be downloaded
 
 def check_content(path: Path):
     """Raise InputError if a web page or a Git LFS pointer was saved in place of the file."""
     with open(path, "rb") as f:
         start = f.read(100).lstrip().lower()
-    if start.startswith((b"<!doctype", b"<html", b"version https://git-lfs")):
-        what = "a Git LFS pointer" if start.startswith(b"version") else "a web page"
-        raise InputError(f"{path}: {what}, not the file; remove it and download the file itself")
+    for sign in (b"<!doctype", b"<html", b"version https://git-lfs"):
+        if start.startswith(sign):
+            what = "a Git LFS pointer" if b"lfs" in sign else "a web page"
+            raise InputError(f"{path}: {what}, not the file; remove it and download the file itself")
 
-def find(part: str, given: str, default: str, target: str, proj: str = "") -> Source:
+def find(part: str, given: str, default: str, target: str, proj: str) -> Source:
     """The source of a part: a path, or a repo whose files are looked up."""
     path = Path(os.path.expanduser(given))
     if given and path.exists():
-        index = path / WEIGHTS[0]
-        shards = names_in_index(part, index) if index.is_file() else []
+        shards = names_in_index(part, path / WEIGHTS[0]) if (path / WEIGHTS[0]).is_file() else []
         files = [f for f in (path.iterdir() if path.is_dir() else [path]) if f.is_file() and
                  (not shards or f.name in shards or f.suffix in (".json", ".model"))]
         for file in files:
             check_content(file)
-        return Source(part, str(path), target, [], {f: f.stat().st_size for f in files}, {})
+        return Source(part, str(path), target, [], {f: (f.stat().st_size, 0) for f in files})
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo := given or default):
         raise InputError(f"--{part}={given}: there is no such path, and it is no repo, OWNER/NAME")
-    names = names_in_repo(part, repo, proj)
-    infos = [look_up(part, repo, name) for name in names]
-    sizes = {Path(info.local_path): info.file_size or 0 for info in infos}
-    begun = {path: Path(f"{path}.incomplete") for path in sizes}
-    missing = {path: size - (begun[path].stat().st_size if begun[path].exists() else 0)
-               for info, (path, size) in zip(infos, sizes.items()) if info.will_download}
-    return Source(part, repo, target, names, sizes, missing)
+    names, files = names_in_repo(part, repo, proj), {}
+    for info in (look_up(part, repo, name) for name in names):
+        begun, size = Path(f"{info.local_path}.incomplete"), info.file_size or 0
+        left = size - (begun.stat().st_size if begun.exists() else 0)
+        files[Path(info.local_path)] = size, left if info.will_download else 0
+    return Source(part, repo, target, names, files)
 
 def as_text(n: int) -> str:
     return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.2f} MB"
 
 def announce(sources: list[Source]):
     """Print what will be fetched and made. Raises InputError if a disk is too small for it."""
-    sizes, missing, disks = {}, {}, {}
+    files = {}
     for s in sources:
-        total, n = sum(s.sizes.values()), sum(s.missing.values())
-        cached = f" ({as_text(total - n)} in the cache)" if s.names else ""
+        size, missing = map(sum, zip(*s.files.values()))
+        cached = f", {as_text(size - missing)} of it cached" if s.names else ""
         where = f"https://huggingface.co/{s.place}" if s.names else s.place
-        print(printable(f"{s.part:8}{where}: {len(s.sizes)} files, {as_text(total)}{cached} -> {s.target}"))
-        sizes, missing = sizes | s.sizes, missing | s.missing  # vision and qformer share files
-    needs = {"weights": sum(sizes.values())}  # a conversion is at most as large as its source
-    if any(s.names for s in sources):
-        needs[hub().constants.HF_HUB_CACHE] = sum(missing.values())
+        print(printable(f"{s.part:8}{where}: {len(s.files)} files, {as_text(size)}{cached} -> {s.target}"))
+        files |= s.files  # vision and qformer share some
+    size, missing = map(sum, zip(*files.values()))  # a conversion is at most as large as its source
+    needs, disks = {"weights": size} | ({hub().constants.HF_HUB_CACHE: missing} if missing else {}), {}
     for name, n in needs.items():
         folder = Path(name).absolute()
         existing = next(p for p in (folder, *folder.parents) if p.exists())
-        disks.setdefault(existing.stat().st_dev, []).append((existing, name, n))
+        disks.setdefault(existing.stat().st_dev, []).append((f"at most {as_text(n)} in {name}", n, existing))
     for uses in disks.values():
-        free = shutil.disk_usage(uses[0][0]).free
-        what = " and ".join(f"{name}: at most {as_text(n)}" for _, name, n in uses)
-        print(f"disk    {what}; {as_text(free)} are free")
-        if sum(n for *_, n in uses) > free:
-            raise InputError(f"{what}: only {as_text(free)} are free; make room, or put the cache on another "
-                             "disk with HF_HOME")
-
-# ---- the work ----------------------------------------------------------------------------------------------
+        texts, sizes, (folder, *_) = zip(*uses)
+        free = shutil.disk_usage(folder).free
+        what = f"{' and '.join(texts)}; free: {as_text(free)}"
+        if sum(sizes) > free:
+            raise InputError(f"needed: {what}; make room, or put the cache on another disk with HF_HOME")
+        print(f"disk    {what}")
 
 def make(source: Source):
     """Fetch a part, and convert it where it is not converted."""
@@ -239,7 +224,7 @@ def make(source: Source):
     print(f"{part:8}{target}: made")
 
 def try_out(run: str, llama: str):
-    """Measure the perplexity and ask about a picture; a bad answer gets a warning with its likeliest cause."""
+    """Measure the perplexity and ask about a picture. A bad answer gets a warning, with a likely cause."""
     talk = chat.Chat(*chat.load(chat.Options(ckpt=run, temperature=0.0, check=True)))
     talk.add_image(str(ROOT / "assets/tiny/example.png"))
     answer = "".join(talk.ask(INSTRUCTIONS[0]))
@@ -248,54 +233,45 @@ def try_out(run: str, llama: str):
         broken = talk.model.perplexity((ROOT / "assets/paragraph.txt").read_text().strip()) > 100
         cause = (f"broken LLaMA weights; remove {llama} and start again" if broken else
                  "a projection of another LLaMA (Vicuna v1.1 or v1.5 instead of v0, 7B with 13B)")
-        print(f"warning: the answer is a fragment or repeats itself; likeliest cause: {cause}", file=sys.stderr)
-
-def find_proj(recipe: Recipe, given: str, target: str) -> Source | None:
-    """The source of the projection: as given, fetched by hand, or a mirror; None if there is none."""
-    by_hand = f"weights/{recipe.proj}"
-    if given or os.path.exists(by_hand):
-        return find("proj", given or by_hand, "", target, recipe.proj)
-    print(f"proj    official: {recipe.advice}")
-    if not recipe.mirror:
-        return None
-    print(f"note: {recipe.mirror} is a mirror of it that is not official", file=sys.stderr)
-    try:
-        return find("proj", "", recipe.mirror, target, recipe.proj)
-    except InputError as e:
-        print(f"warning: {e}", file=sys.stderr)
+        print(f"warning: this answer is a fragment or repeats itself: likely {cause}", file=sys.stderr)
 
 def main(argv: list[str]):
     (name,), given = parse_args(argv, __doc__, "|".join(RECIPES), Options)
     o, recipe = override(Options(), given), RECIPES[check_name(name, RECIPES, "command line")]
-    run = f"out/{name}"
-    path = os.path.relpath(ROOT / f"configs/{recipe.config}.py")
-    config = load_config(path, recipe.settings | {"out_dir": run})
-    proj, sources = f"{run}/proj.safetensors" if recipe.proj else "", []
-    targets = {"vision": config.vision, "qformer": config.qformer, "llama": config.llama, "proj": proj}
-    for part, target in targets.items():
-        place = getattr(o, part)
-        if place and not target:
-            raise InputError(f"--{part}={place}: {name} has no {part}; leave it out")
+    path, run = os.path.relpath(ROOT / f"configs/{recipe.config}.py"), f"out/{name}"
+    proj, by_hand = f"{run}/proj.safetensors" if recipe.proj else "", f"weights/{recipe.proj}"
+    config = load_config(path, recipe.settings | {"out_dir": run, "proj": proj})
+    official = f"https://drive.google.com/file/d/{recipe.drive}, to be saved as {by_hand}"
+    repos = {"vision": BLIP2, "qformer": BLIP2, "llama": recipe.llama, "proj": recipe.mirror}
+    sources = []
+    if surplus := [part for part, place in vars(o).items() if place and not getattr(config, part)]:
+        raise InputError(f"--{surplus[0]}: {name} has no {surplus[0]}; leave it out")
+    for part, place in vars(o).items():
+        target = getattr(config, part)
         if os.path.exists(target):
             print(f"{part:8}{target}: kept; remove it to have it made again")
-        elif part == "proj" and target:
+            continue
+        if part == "proj" and target:
             refuse_to_overwrite(config)
-            sources += filter(None, [find_proj(recipe, place, target)])
-        elif target:
-            sources.append(find(part, place, recipe.llama if part == "llama" else BLIP2, target))
-    announce(sources)
+            place = place or by_hand * os.path.exists(by_hand)
+            if not place:
+                way = f"from {recipe.mirror}, a mirror that is not official" if recipe.mirror else "by hand"
+                print(f"proj    {way}; official: {official}")
+        if target and (place or repos[part]):
+            sources.append(find(part, place, repos[part], target, recipe.proj))
+    if sources:
+        announce(sources)
     for source in sources:
         make(source)
     if os.path.exists(proj):
         if not os.path.exists(f"{run}/config.json"):
             start_folder(config)
         try_out(run, config.llama)
-        print(f"python {os.path.relpath(ROOT / 'chat.py')} PICTURE --ckpt={run}")
-    else:
-        check_english(MiniGPT4.from_files(None, None, config.llama))
-        if recipe.proj:
-            raise InputError(f"the projection is still missing: {recipe.advice}; the same command then continues")
-        print(f"python {os.path.relpath(ROOT / 'train.py')} {path}")
+        return print(f"python {os.path.relpath(ROOT / 'chat.py')} PICTURE --ckpt={run}")
+    check_english(MiniGPT4.from_files(None, None, config.llama))
+    if recipe.proj:
+        raise InputError(f"the projection is missing: fetch {official}; the same command then continues")
+    print(f"python {os.path.relpath(ROOT / 'train.py')} {path}")
 
 if __name__ == "__main__":
     run_main(main)
