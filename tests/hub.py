@@ -158,6 +158,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.api(match[1], match[2] or "")
         if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/(main|[0-9a-f]{40})/(.+)", path):
             return self.resolve(match[1], match[3])
+        if path.startswith("/cdn/"):
+            return self.cdn(path.removeprefix("/cdn/"))
         self.answer(404)
 
     do_HEAD = do_GET
@@ -183,28 +185,45 @@ class Handler(BaseHTTPRequestHandler):
                         Content_Type="application/json")
 
     def resolve(self, repo: str, file: str):
+        """Small files at once; large ones are on a CDN, that is a host of another name, without token."""
         hub, name = self.server, f"{repo}/{file}"
-        first = int(re.sub(r"\D", "", self.headers.get("Range", "")) or 0)  # of bytes=FIRST-
-        hub.requests.append((self.command, name, first, self.headers.get("Authorization", "")))
+        path, is_large = hub.root / name, file.endswith((".bin", ".pth", ".safetensors", ".model"))
+        hub.requests.append((self.command, name, self.first, self.headers.get("Authorization", "")))
         if self.refused(repo):
             return
-        path = hub.root / repo / file
         if name in hub.missing or not path.is_file():
             return self.answer(404, X_Error_Code="EntryNotFound", X_Error_Message="Entry not found",
                                X_Repo_Commit=COMMIT)
+        if not is_large:
+            return self.send(path, X_Repo_Commit=COMMIT)
+        self.answer(302, Location=f"http://localhost:{hub.server_port}/cdn/{name}", X_Repo_Commit=COMMIT,
+                    X_Linked_Size=str(path.stat().st_size), X_Linked_ETag=etag(path), ETag='"of-the-answer"')
+
+    @property
+    def first(self) -> int:
+        """The first byte that is asked for: "bytes=FIRST-"."""
+        return int(re.sub(r"\D", "", self.headers.get("Range", "")) or 0)
+
+    def send(self, path: Path, **headers):
         content = path.read_bytes()
-        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X_Repo_Commit": COMMIT,
-                   "Accept_Ranges": "bytes", "X_Linked_Size": str(len(content))}
-        if first:
-            headers["Content_Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
-        if self.command == "GET" and name in hub.cut:
-            if hub.cut[name] is None:
-                return self.answer(503)
-            half, hub.cut[name] = content[:hub.cut[name]], None
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(half)
-            self.close_connection = True
-            return
-        self.answer(206 if first else 200, content[first:], **headers)
+        if self.first:
+            headers["Content_Range"] = f"bytes {self.first}-{len(content) - 1}/{len(content)}"
+        self.answer(206 if self.first else 200, content[self.first:], ETag=etag(path), Accept_Ranges="bytes",
+                    **headers)
+
+    def cdn(self, name: str):
+        hub = self.server
+        assert "Authorization" not in self.headers
+        if name not in hub.cut:
+            return self.send(hub.root / name)
+        if hub.cut[name] is None:
+            return self.answer(503)
+        content = (hub.root / name).read_bytes()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[:hub.cut[name]])
+        self.close_connection, hub.cut[name] = True, None
+
+def etag(path: Path) -> str:
+    return f'"{hashlib.sha256(path.read_bytes()).hexdigest()}"'

@@ -77,7 +77,9 @@ def test_vicuna_7b_from_nothing_then_again_then_offline_then_chat(hub, tmp_path)
         "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin")]
     assert sorted(hub.fetched()) == sorted([*wanted, f"{MIRROR}/{PROJ}"])  # each once, and no third shard
     size = sum((hub.root / BLIP2 / name).stat().st_size for name in ("config.json", index, shard.format(1)))
-    assert re.search(rf"vision +https://huggingface.co/{BLIP2}: 3 files, {size / 1e6:.2f} MB", done.stdout)
+    said = f"weights/eva_vit_g.safetensors <- 3 files, {{:.2f}} MB: {{}}/{BLIP2}, {{:.2f}} MB cached"
+    cached = sum((hub.root / BLIP2 / name).stat().st_size for name in ("config.json", index))
+    assert said.format(size / 1e6, hub.address, cached / 1e6) in done.stdout
     assert "in weights and at most" in done.stdout and f"in {tmp_path}/hf/hub; free: " in done.stdout
     assert f"from {MIRROR}, a mirror that is not official; official: https://drive.google.com/file/d/1RY9" \
         in done.stdout
@@ -98,7 +100,8 @@ def test_vicuna_7b_from_nothing_then_again_then_offline_then_chat(hub, tmp_path)
     hub.__exit__()
     offline = start(hub, tmp_path, "vicuna-7b", HF_HUB_OFFLINE="1")
     assert offline.returncode == 0, offline.stderr
-    assert f"3 files, {size / 1e6:.2f} MB, {size / 1e6:.2f} MB of it cached" in offline.stdout
+    assert said.format(size / 1e6, hub.address, size / 1e6) in offline.stdout
+    assert "hf/hub" not in offline.stdout  # nothing is to be downloaded
     new = load_file(tmp_path / "weights/eva_vit_g.safetensors")
     assert all(torch.equal(t, vision[k]) for k, t in new.items())
 
@@ -111,7 +114,8 @@ def test_llama2_needs_a_licence_then_a_projection_that_is_fetched_by_hand(hub, t
     hub.gated.add(LLAMA2)
     for token in ({}, {"HF_TOKEN": "hf_other"}):
         message = fails(hub, tmp_path, "llama2-7b", local[0], **token)
-        assert f"{LLAMA2}/config.json: gated: accept the licence at https://huggingface.co/{LLAMA2}" in message
+        assert f"{LLAMA2}/config.json: gated: accept the licence at https://huggingface.co/{LLAMA2}," \
+            in message
         assert "HF_TOKEN" in message and "hf auth login" in message and "--llama=" in message
     assert not hub.fetched() and not (tmp_path / "weights").exists()
     done = start(hub, tmp_path, "llama2-7b", local[0], HF_TOKEN="hf_good")

@@ -61,8 +61,6 @@ class Options:
     llama: str = option("", "a LLaMA's folder or repo")
     proj: str = option("", "a .pth, a converted .safetensors, or a repo")
 
-# ---- the hub -----------------------------------------------------------------------------------------------
-
 def hub():
     """The package huggingface_hub."""
     try:
@@ -140,8 +138,6 @@ def names_in_repo(part: str, repo: str, proj: str) -> list[str]:
     shards = names_in_index(part, fetch(part, repo, name)) if name.endswith(".json") else []
     return ["config.json", name, *["tokenizer.model"] * (part == "llama"), *shards]
 
-# ---- what is needed, and what is done ----------------------------------------------------------------------
-
 class Source(NamedTuple):
     """Where a part comes from, and what it becomes."""
 
@@ -182,17 +178,20 @@ def find(part: str, given: str, default: str, target: str, proj: str) -> Source:
 def as_text(n: int) -> str:
     return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.2f} MB"
 
+def total(files: dict[Path, tuple[int, int]], which: int = 0) -> int:
+    return sum(sizes[which] for sizes in files.values())
+
 def announce(sources: list[Source]):
     """Print what will be fetched and made. Raises InputError if a disk is too small for it."""
     files = {}
     for s in sources:
-        size, missing = map(sum, zip(*s.files.values()))
-        cached = f", {as_text(size - missing)} of it cached" if s.names else ""
-        where = f"https://huggingface.co/{s.place}" if s.names else s.place
-        print(printable(f"{s.part:8}{where}: {len(s.files)} files, {as_text(size)}{cached} -> {s.target}"))
+        size, cached = total(s.files), total(s.files) - total(s.files, 1)
+        where = f"{hub().constants.ENDPOINT}/{s.place}, {as_text(cached)} cached" if s.names else s.place
+        print(printable(f"{s.part:8}{s.target} <- {len(s.files)} files, {as_text(size)}: {where}"))
         files |= s.files  # vision and qformer share some
-    size, missing = map(sum, zip(*files.values()))  # a conversion is at most as large as its source
-    needs, disks = {"weights": size} | ({hub().constants.HF_HUB_CACHE: missing} if missing else {}), {}
+    needs, disks = {"weights": total(files)}, {}  # a conversion is at most as large as its source
+    if missing := total(files, 1):
+        needs[hub().constants.HF_HUB_CACHE] = missing
     for name, n in needs.items():
         folder = Path(name).absolute()
         existing = next(p for p in (folder, *folder.parents) if p.exists())
@@ -208,10 +207,9 @@ def announce(sources: list[Source]):
 def make(source: Source):
     """Fetch a part, and convert it where it is not converted."""
     part, target, path = source.part, Path(source.target), Path(source.place)
-    for name in source.names:
-        check_content(path := fetch(part, source.place, name))
-    if source.names and part != "proj":
-        path = path.parent
+    if source.names:
+        files = [fetch(part, source.place, name) for name in source.names]
+        path = files[0] if part == "proj" else files[0].parent
     target.parent.mkdir(parents=True, exist_ok=True)
     if part == "llama":
         convert.convert_llama(str(path), str(target), convert.Options(dtype="bfloat16"))
@@ -243,20 +241,20 @@ def main(argv: list[str]):
     config = load_config(path, recipe.settings | {"out_dir": run, "proj": proj})
     official = f"https://drive.google.com/file/d/{recipe.drive}, to be saved as {by_hand}"
     repos = {"vision": BLIP2, "qformer": BLIP2, "llama": recipe.llama, "proj": recipe.mirror}
-    sources = []
     if surplus := [part for part, place in vars(o).items() if place and not getattr(config, part)]:
         raise InputError(f"--{surplus[0]}: {name} has no {surplus[0]}; leave it out")
+    if proj and not os.path.exists(proj):
+        refuse_to_overwrite(config)
+    sources = []
     for part, place in vars(o).items():
         target = getattr(config, part)
         if os.path.exists(target):
             print(f"{part:8}{target}: kept; remove it to have it made again")
             continue
-        if part == "proj" and target:
-            refuse_to_overwrite(config)
-            place = place or by_hand * os.path.exists(by_hand)
-            if not place:
-                way = f"from {recipe.mirror}, a mirror that is not official" if recipe.mirror else "by hand"
-                print(f"proj    {way}; official: {official}")
+        if part == "proj" and target and not place:
+            place = by_hand * os.path.exists(by_hand)
+            way = f"from {recipe.mirror}, a mirror that is not official" if recipe.mirror else "by hand"
+            print(f"proj    {by_hand if place else f'{way}; official: {official}'}")
         if target and (place or repos[part]):
             sources.append(find(part, place, repos[part], target, recipe.proj))
     if sources:
