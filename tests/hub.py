@@ -10,12 +10,12 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from llama import LlamaConfig
 from qformer import QFormerConfig
 from tests import random_weights
-from tests.test_convert import SIZES, hub_folder, random_llama
+from tests.test_convert import SIZES, TO_HUB, hub_folder, random_llama
 from tools import convert
 from vision import VisionConfig
 
@@ -23,25 +23,8 @@ COMMIT = "0123456789" * 4
 BLIP2, VICUNA, MIRROR = "Salesforce/blip2-flan-t5-xxl", "Vision-CAIR/vicuna-7b", "ckpt/minigpt4-7B"
 LLAMA2, TINYLLAMA = "meta-llama/Llama-2-7b-chat-hf", "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
 PROJ = "prerained_minigpt4_7b.pth"
-HEADS = {"vision": 16, "qformer": 12}  # the real models', which the sizes below are multiples of
 
 # ---- the models --------------------------------------------------------------------------------------------
-
-HUB_NAMES = {  # how an official name begins -> the same on the hub, for BLIP-2
-    "visual_encoder.cls_token": "vision_model.embeddings.class_embedding",
-    "visual_encoder.pos_embed": "vision_model.embeddings.position_embedding",
-    "visual_encoder.patch_embed.proj.": "vision_model.embeddings.patch_embedding.",
-    "visual_encoder.blocks.#.norm": "vision_model.encoder.layers.#.layer_norm",
-    "visual_encoder.blocks.#.attn.proj.": "vision_model.encoder.layers.#.self_attn.projection.",
-    "visual_encoder.blocks.#.attn.": "vision_model.encoder.layers.#.self_attn.",
-    "visual_encoder.blocks.#.": "vision_model.encoder.layers.#.",
-    "ln_vision.": "vision_model.post_layernorm.",
-    "query_tokens": "query_tokens",
-    "Qformer.bert.embeddings.LayerNorm.": "qformer.layernorm.",
-    "Qformer.bert.encoder.layer.#.attention.self.": "qformer.encoder.layer.#.attention.attention.",
-    "Qformer.bert.encoder.layer.#.crossattention.self.": "qformer.encoder.layer.#.crossattention.attention.",
-    "Qformer.bert.encoder.layer.#.": "qformer.encoder.layer.#.",
-}
 
 def official(part: str) -> dict[str, torch.Tensor]:
     """The tensors of an official file, tiny ones; the vision part's without prefix."""
@@ -63,7 +46,7 @@ def write_blip2(folder: Path):
     for k in [k for k in tensors if k.endswith("q_bias")]:
         q, v = tensors.pop(k), tensors.pop(k.replace("q_bias", "v_bias"))
         tensors[k.replace("q_bias", "qkv.bias")] = torch.cat((q, torch.zeros_like(q), v))
-    tensors = {convert.rename(k, HUB_NAMES): t.contiguous() for k, t in tensors.items()}
+    tensors = {convert.rename(k, TO_HUB): t.contiguous() for k, t in tensors.items()}
     files = {"model-00001-of-00003.safetensors": ("vision_model", "query_tokens"),
              "model-00002-of-00003.safetensors": ("qformer",)}
     shards = {file: {k: t for k, t in tensors.items() if k.startswith(starts)}
@@ -84,26 +67,6 @@ def write_blip2(folder: Path):
                            "cross_attention_frequency": 2},
         "text_config": {"model_type": "t5", "d_model": 4096, "d_ff": 10240, "num_layers": 24,
                         "num_heads": 64, "feed_forward_proj": "gated-gelu", "vocab_size": 32128}}))
-
-def stand_in():
-    """Let convert.convert_part read the folder of write_blip2, as long as the real one does not."""
-    def convert_part(part, source, target, options):
-        if not Path(source).is_dir():
-            return real(part, source, target, options)
-        theirs, tensors = {new: old for old, new in HUB_NAMES.items()}, {}
-        theirs = dict(sorted(theirs.items(), key=lambda pair: -len(pair[0])))
-        for file in sorted(Path(source).glob("*.safetensors")):
-            tensors |= {convert.rename(k, theirs): t for k, t in load_file(file).items()}
-        for k in [k for k in tensors if k.endswith("qkv.bias")]:
-            q, _, v = tensors.pop(k).chunk(3)
-            tensors |= {k.replace("qkv", "q").replace(".bias", "_bias"): q,
-                        k.replace("qkv", "v").replace(".bias", "_bias"): v}
-        if part == "vision":
-            tensors = {k: t for k, t in tensors.items() if not k.startswith("ln_vision")}
-        torch.save({k: t for k, t in tensors.items() if k}, f"{target}.pth")
-        return real(part, f"{target}.pth", target, options)
-
-    real, convert.convert_part = convert.convert_part, convert_part
 
 def write_repos(root: Path):
     """All repos that get_weights.py knows, but Vicuna-13B."""

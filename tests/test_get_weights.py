@@ -25,8 +25,6 @@ pytestmark = pytest.mark.skipif(not importlib.util.find_spec("huggingface_hub"),
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = """
 import shutil, sys
-from tests import hub
-hub.stand_in()  # to be removed when convert_part reads BLIP-2's folder itself
 from tools import get_weights
 get_weights.run_main(get_weights.main)
 """
@@ -127,7 +125,7 @@ def test_llama2_needs_a_licence_then_a_projection_that_is_fetched_by_hand(hub, t
     assert {path.name for path in (tmp_path / "weights").iterdir()} == {"eva_vit_g.safetensors",
                                                                          "llama-2-7b-chat"}
     (tmp_path / by_hand).write_text("<!DOCTYPE html><html>Google Drive cannot scan this file")
-    assert f"{by_hand}: a web page, not the file" in fails(hub, tmp_path, "llama2-7b")
+    assert f"{by_hand}: a saved web page" in fails(hub, tmp_path, "llama2-7b")
     torch.save({"model": {"llama_proj.weight": torch.randn(32, 64), "llama_proj.bias": torch.zeros(32)}},
                tmp_path / by_hand)
     hub.requests.clear()
@@ -229,7 +227,7 @@ def test_what_is_no_weight_file_is_named(repos, tmp_path, local, monkeypatch):
         Path(name).write_text(text)
         for part in ("proj", "vision"):
             argv = ["vicuna-7b", *local, f"--llama={repos / VICUNA}", f"--{part}={name}"]
-            with pytest.raises(InputError, match=f"^{name}: a (web page|Git LFS pointer), not the file"):
+            with pytest.raises(InputError, match=f"^{name}: a (saved web page|Git LFS pointer)"):
                 get_weights.main(argv)
     for name in ("config.json", "tokenizer.model", "pytorch_model-00001-of-00002.bin"):
         shutil.copytree(repos / VICUNA, tmp_path / name)

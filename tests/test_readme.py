@@ -15,7 +15,8 @@ from configs.schema import Config, load_config, override, parse_args
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 OPTIONAL = {("bench.py", name) for name in ("transformers", "webdataset", "gguf", "llama_cpp")}
-OPTIONAL |= {("prepare_stage1.py", "pyarrow"), ("webchat.py", "gradio")}
+OPTIONAL |= {("prepare_stage1.py", "pyarrow"), ("webchat.py", "gradio"), ("plot.py", "matplotlib"),
+             ("get_weights.py", "huggingface_hub")}
 # which say so in one line, or leave out a row, where missing
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("configs/**/*.py"), *ROOT.glob("tools/*.py")]
 

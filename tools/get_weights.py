@@ -24,7 +24,7 @@ import chat
 from configs.prompts import INSTRUCTIONS
 from configs.schema import (InputError, check_name, load_config, option, override, parse_args, printable,
                             read_json, run_main)
-from model import MiniGPT4, check_english, read_part, replacing
+from model import MiniGPT4, check_english, read_part, replacing, start_of
 from tools import convert
 from tools.evaluate import failed
 from train import refuse_to_overwrite, start_folder
@@ -147,15 +147,6 @@ class Source(NamedTuple):
     names: list[str]  # of the files in the repo; none: `place` is a path
     files: dict[Path, tuple[int, int]]  # bytes of what it needs, and how many are still to be downloaded
 
-def check_content(path: Path):
-    """Raise InputError if a web page or a Git LFS pointer was saved in place of the file."""
-    with open(path, "rb") as f:
-        start = f.read(100).lstrip().lower()
-    for sign in (b"<!doctype", b"<html", b"version https://git-lfs"):
-        if start.startswith(sign):
-            what = "a Git LFS pointer" if b"lfs" in sign else "a web page"
-            raise InputError(f"{path}: {what}, not the file; remove it and download the file itself")
-
 def find(part: str, given: str, default: str, target: str, proj: str) -> Source:
     """The source of a part: a path, or a repo whose files are looked up."""
     path = Path(os.path.expanduser(given))
@@ -164,7 +155,7 @@ def find(part: str, given: str, default: str, target: str, proj: str) -> Source:
         files = [f for f in (path.iterdir() if path.is_dir() else [path]) if f.is_file() and
                  (not shards or f.name in shards or f.suffix in (".json", ".model"))]
         for file in files:
-            check_content(file)
+            start_of(file)  # raises InputError for a web page or a Git LFS pointer in its place
         return Source(part, str(path), target, [], {f: (f.stat().st_size, 0) for f in files})
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo := given or default):
         raise InputError(f"--{part}={given}: there is no such path, and it is no repo, OWNER/NAME")
