@@ -225,10 +225,9 @@ def says_yes(answer: str) -> bool:
 
 def pope_scores(given: list[tuple]) -> dict:
     """[(answer, whether it is complete, [label])] -> shares; yes is the positive class."""
-    n = Counter((says_yes(answer), label == "yes") for answer, _, (label,) in given)
+    n, total = Counter((says_yes(answer), label == "yes") for answer, _, (label,) in given), len(given)
     both, said, true = n[True, True], n[True, True] + n[True, False], n[True, True] + n[False, True]
-    shares = ((both + n[False, False], len(given)), (both, said), (both, true), (2 * both, said + true),
-              (said, len(given)))
+    shares = (both + n[False, False], total), (both, said), (both, true), (2 * both, said + true), (said, total)
     return {c: percent(*v, 2) for c, v in zip(("accuracy", "precision", "recall", "F1", "yes"), shares)}
 
 def normalize(answer: str) -> str:
@@ -292,7 +291,7 @@ def main(argv: list[str]):
     task, *names = names or ["scenes"]
     check_name(task, TASKS, "command line")
     if bool(names) == (task == "scenes") or task == "scenes" and "ckpt" in given:
-        raise InputError("usage: scenes, with --stage1 and --stage2, or failures|pope|vqa FILE ..., with --ckpt")
+        raise InputError("usage: scenes [--stage1= --stage2=], or failures|pope|vqa FILE ... [--ckpt=]")
     o = override(Options(), given)
     is_file = Path(o.save).parent.is_dir() and not Path(o.save).is_dir()
     check_options(o, ("prompt", "{}" in o.prompt, "write {} where the question stands"),
