@@ -225,9 +225,10 @@ def says_yes(answer: str) -> bool:
 
 def pope_scores(given: list[tuple]) -> dict:
     """[(answer, whether it is complete, [label])] -> shares; yes is the positive class."""
-    n, total = Counter((says_yes(answer), label == "yes") for answer, _, (label,) in given), len(given)
+    n = Counter((says_yes(answer), label == "yes") for answer, _, (label,) in given)
     both, said, true = n[True, True], n[True, True] + n[True, False], n[True, True] + n[False, True]
-    shares = (both + n[False, False], total), (both, said), (both, true), (2 * both, said + true), (said, total)
+    right, total = both + n[False, False], len(given)
+    shares = (right, total), (both, said), (both, true), (2 * both, said + true), (said, total)
     return {c: percent(*v, 2) for c, v in zip(("accuracy", "precision", "recall", "F1", "yes"), shares)}
 
 def normalize(answer: str) -> str:
