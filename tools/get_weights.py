@@ -26,7 +26,7 @@ from configs.schema import (InputError, check_name, load_config, option, overrid
                             read_json, run_main)
 from model import MiniGPT4, check_english, read_part, replacing, start_of
 from tools import convert
-from tools.evaluate import failed
+from tools.evaluate import is_fragment, repeats_itself
 from train import refuse_to_overwrite, start_folder
 
 BLIP2 = "Salesforce/blip2-flan-t5-xxl"  # has MiniGPT-4's vision part and Q-Former
@@ -218,7 +218,7 @@ def try_out(run: str, llama: str):
     talk.add_image(str(ROOT / "assets/tiny/example.png"))
     answer = "".join(talk.ask(INSTRUCTIONS[0]))
     print(f"{INSTRUCTIONS[0]} (assets/tiny/example.png)\n{printable(answer)}")
-    if failed(answer, talk.turns[-1].ended):
+    if is_fragment(answer, "description") or repeats_itself(answer) or not talk.turns[-1].ended:
         broken = talk.model.perplexity((ROOT / "assets/paragraph.txt").read_text().strip()) > 100
         cause = (f"broken LLaMA weights; remove {llama} and start again" if broken else
                  "a projection of another LLaMA (Vicuna v1.1 or v1.5 instead of v0, 7B with 13B)")
