@@ -316,8 +316,7 @@ def train(config: Config, device, rank: int = 0, world: int = 1):
             if rank == 0:
                 if not isfinite(report["loss"]):
                     raise InputError(f"step {step}: the loss is {report['loss']}; {ADVICE}")
-                seen = step * groups.step_size
-                print(json.dumps({"step": step, "samples_seen": seen, "lr": lr} | report), file=out)
+                print(json.dumps(dict(step=step, lr=lr, seen=step * groups.step_size) | report), file=out)
                 report.pop("losses", None)  # too many for the bar
                 bar.set_postfix(report | {"lr": f"{lr:.1e}"}, refresh=False)
         paused = time.perf_counter()

@@ -7,7 +7,7 @@ import pytest
 from configs.schema import Config, InputError, to_json
 from tools import plot
 
-ROWS = [{"step": 10, "samples_seen": 640, "lr": 1e-3, "loss": 3.0, "images_per_s": 50.0},
+ROWS = [{"step": 10, "seen": 640, "lr": 1e-3, "loss": 3.0, "images_per_s": 50.0},
         {"step": 10, "heldout_loss": 2.5, "samples": []}, {"step": 10, "skipped": {"x": 1}, "of": 99}]
 
 def run_folder(path, rows, **settings):

@@ -67,22 +67,29 @@ def read_lines(path: Path) -> set[str]:
         os.truncate(path, path.stat().st_size - len(lines[-1]))
     return set(rows)
 
+def prompt_ids(talk: chat.Chat, question: str) -> list[int]:
+    """The ids of a question about one picture, in a conversation of its own."""
+    question = question.encode("utf-8", "replace").decode()  # a terminal may send what is no text
+    return talk.prompt(chat.Turn(question, pictures=(chat.Picture("", 1, torch.zeros(0)),)))[0]
+
 @torch.no_grad()
-def captions(talk: chat.Chat, tokens: list[int], images: dict[str, torch.Tensor]) -> list[tuple]:
-    """{name: picture, uint8 (3, S, S)} and the prompt's ids -> [(name, caption, whether it is complete)]."""
+def encode(talk: chat.Chat, images: list[torch.Tensor]) -> torch.Tensor:
+    """B pictures, uint8 (3, S, S) -> (B, N, d_llama)."""
+    return talk.model.encode_image(torch.stack(images).to(talk.options.device))
+
+def answers(talk: chat.Chat, prompts: list[list[int]], embeds: torch.Tensor) -> list[tuple[str, bool]]:
+    """B prompts of one length and their pictures, (B, N, d_llama) -> [(answer, whether it is complete)]."""
     o, model, end = talk.options, talk.model, talk.template.end
-    embeds = model.encode_image(torch.stack([*images.values()]).to(o.device))
     stop = model.tokenizer.stop_sequences(end)
     options = dict(max_new_tokens=o.max_new_tokens, temperature=o.temperature, top_p=o.top_p,
                    repetition_penalty=o.repetition_penalty, stop=stop, min_length=o.min_length,
                    generator=talk.generator, num_beams=o.num_beams, length_penalty=o.length_penalty)
     if o.num_beams > 1:
-        rows = [[*model.generate(tokens, x.unsqueeze(0), **options)] for x in embeds]
+        rows = [[*model.generate(ids, x.unsqueeze(0), **options)] for ids, x in zip(prompts, embeds)]
     else:
-        steps = model.generate([tokens] * len(images), embeds, **options)
+        steps = model.generate(prompts, embeds, **options)
         rows = [[id for id in row if id is not None] for row in zip(*steps)]
-    return [(name, model.tokenizer.answer_text(ids, end), model.tokenizer.is_end(ids, stop))
-            for name, ids in zip(images, rows)]
+    return [(model.tokenizer.answer_text(ids, end), model.tokenizer.is_end(ids, stop)) for ids in rows]
 
 def main(argv: list[str]):
     names, given = parse_args(argv, __doc__, "PICTURE ...", Options)
@@ -106,8 +113,7 @@ def main(argv: list[str]):
                 if json.loads(line)["image"] not in pictures]
         errors.write_text("".join(f"{line}\n" for line in kept))
     with open(out, "a") as good, open(errors, "a") as bad:
-        question = o.prompt.encode("utf-8", "replace").decode()  # a terminal may send what is no text
-        tokens, _ = talk.prompt(chat.Turn(question, pictures=(chat.Picture("", 1, torch.zeros(0)),)))
+        tokens = prompt_ids(talk, o.prompt)
         for start in tqdm(range(0, len(new), o.batch_size), f"{len(new):,} pictures", unit="batch"):
             loaded = {}
             for image in new[start:start + o.batch_size]:
@@ -116,10 +122,11 @@ def main(argv: list[str]):
                 except InputError as e:
                     print(json.dumps({"image": image, "error": str(e)}), file=bad, flush=True)
             try:
-                answers = captions(talk, tokens, loaded) if loaded else ()
+                embeds = encode(talk, [*loaded.values()]) if loaded else ()
+                captions = answers(talk, [tokens] * len(loaded), embeds) if loaded else ()
             except torch.OutOfMemoryError as e:
                 raise InputError(f"--batch_size={o.batch_size}: too much for the GPU; lower it") from e
-            for image, text, ended in answers:
+            for image, (text, ended) in zip(loaded, captions):
                 result = {"caption": text} if text else {"error": "the answer is empty"}
                 print(json.dumps({"image": image} | result), file=good if text else bad, flush=True)
                 n_cut += not ended

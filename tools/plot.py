@@ -26,7 +26,7 @@ def read_log(run: str) -> dict[str, list[tuple]]:
     for line in path.read_text("utf-8", "replace").splitlines() if path.is_file() else ():
         with suppress(ValueError, TypeError, KeyError, AttributeError):  # the last one may be cut
             row = json.loads(line)
-            per_step = row.get("samples_seen", per_step * row["step"]) / row["step"]
+            per_step = row.get("seen", per_step * row["step"]) / row["step"]
             for key in {*PANELS, "heldout_loss"} & row.keys():
                 curves.setdefault(key, []).append((per_step * row["step"], row[key]))
     if "loss" not in curves:
