@@ -71,16 +71,16 @@ class Shards:
         self.counts, faults = [], []
         for p in tqdm(paths, desc="reading tar headers", delay=1):
             try:
-                n = known.get(Path(p), -1)  # a sample takes at least two headers in its tar file
-                self.counts.append(n if 0 <= 1024 * n <= os.path.getsize(p) else count_samples(p))
+                n = known.get(Path(p), -1)
+                self.counts.append(n if 0 <= n <= 10**6 else count_samples(p))  # no shard holds more
             except InputError as e:
                 self.counts.append(0)
                 faults.append(e)
-        if faults and len(faults) == len(paths):
+        if faults and not sum(self.counts):
             raise faults[0]
         if faults:
-            print(printable(f"warning: {len(faults):,} of {len(paths):,} shards are left out, the first: {faults[0]}"),
-                  file=sys.stderr)
+            what = f"{len(faults):,} of {len(paths):,} shards are left out, the first is"
+            print(printable(f"warning: {what} {faults[0]}"), file=sys.stderr)
         self.content = [[Path(p).parts[-2:], n] for p, n in zip(paths, self.counts)]
 
     def describe(self, shard: int, row: int) -> str:
@@ -113,8 +113,8 @@ def count_samples(path: str) -> int:
 
 @lru_cache(maxsize=64)
 def index_tar(path: str) -> list[tuple[str, Member | None, Member | None, Member | None]]:
-    """A tar's samples (key, picture, its .json or .txt, its .txt), also behind damaged blocks. Raises InputError
-    for an unreadable file."""
+    """A tar's samples (key, picture, .json or else .txt, .txt), also behind damaged blocks; InputError if
+    none."""
     samples: dict[str, dict[str, Member]] = {}
     try:
         with tarfile.open(path, "r:", ignore_zeros=True) as tar:
@@ -369,7 +369,14 @@ class Groups(Dataset):
         first = self.step_size * int((self.sources[:step] == source).sum())
         return [Key(source, *self.orders[source][i], i) for i in range(first, first + self.step_size)]
 
-    def __getitem__(self, group: int) -> tuple[list, list[tuple[str, str]]]:
+    def describe(self, step: int) -> list[str]:
+        """Where the samples of a step's global batch are."""
+        group, i = divmod(step, self.config.length_group)
+        source, keys = self.steps(group)[i]
+        return [self.samples.sources[source].describe(key.shard, key.row) for key in keys]
+
+    def steps(self, group: int) -> list[tuple[int, list[Key]]]:
+        """The source and the samples of each step of a group."""
         L = self.config.length_group
         steps = [(int(self.sources[i]), self.keys(i)) for i in range(group * L, (group + 1) * L)]
         for source in {source for source, _ in steps} if L > 1 else ():  # sort by length
@@ -381,6 +388,10 @@ class Groups(Dataset):
             np.random.default_rng((self.config.seed, group, source)).shuffle(parts)
             for i, part in zip(mine, parts):
                 steps[i] = source, part
+        return steps
+
+    def __getitem__(self, group: int) -> tuple[list, list[tuple[str, str]]]:
+        steps = self.steps(group)
         self.samples.bad = []  # of this group, bad samples are read, and counted, below
         for i, (source, keys) in enumerate(steps):
             mine = split(keys, self.world * self.config.grad_accum)[self.rank::self.world]
@@ -411,7 +422,8 @@ class Reader:
                     print(printable(f"skipped, the first of its kind: {where}"), file=sys.stderr)
                 self.skipped[kind] += 1
             n_bad, is_last = self.skipped.total(), group == len(self.groups) - 1
-            if (self.n_read >= 200 or is_last and n_bad == self.n_read) and n_bad > config.max_bad_fraction * self.n_read:
+            enough = self.n_read >= 200 or is_last and n_bad == self.n_read
+            if enough and n_bad > config.max_bad_fraction * self.n_read:
                 raise InputError(f"{self.account()}, more than max_bad_fraction; fix the data or raise it")
             for source, batches in steps[passed:]:
                 if None in batches:  # replaced by the dataset's first good sample

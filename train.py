@@ -13,16 +13,20 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
-from math import cos, isfinite, log, pi
+from math import cos, log, pi
 from pathlib import Path
+from zipfile import ZipFile
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -32,6 +36,7 @@ from llama import IGNORE
 from model import PARTS, MiniGPT4, fingerprint, pick_device, replacing
 
 ADVICE = "the last checkpoint is kept; start again with a lower --lr, or with --grad_clip=1.0"
+MOST_FAILED = 20  # steps in a row whose loss or gradient is not finite
 
 def learning_rate(step: int, config: Config) -> float:
     """Linear from warmup_lr to lr, then a cosine to min_lr. Quirk kept: the cosine counts the warm-up too."""
@@ -48,7 +53,7 @@ def make_optimizer(parameters: dict[str, torch.nn.Parameter], config: Config) ->
 
 def train_step(model, batches: list[Batch], optimizer, scaler, lr: float, grad_clip=0.0) -> torch.Tensor:
     """One step of AdamW along the gradient of the mean loss over all answer tokens, of all micro-batches and
-    ranks. Returns the sum of the loss over this rank's answer tokens."""
+    ranks; none if that is not finite. Returns the sum of the loss over this rank's answer tokens, or NaN."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     total = torch.tensor(float(sum(batch.n_targets for batch in batches)), device=parameters[0].device)
@@ -64,13 +69,14 @@ def train_step(model, batches: list[Batch], optimizer, scaler, lr: float, grad_c
         scaler.scale(loss * (world / total)).backward()  # it averages the gradients over the ranks
     for group in optimizer.param_groups:
         group["lr"] = lr
-    if grad_clip:
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(parameters, grad_clip)
-    scaler.step(optimizer)
-    scaler.update()
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or torch.inf)  # of all ranks' gradients
+    is_finite = norm.isfinite() | scaler.is_enabled()  # a scaler tries infinite ones, and skips the step
+    if is_finite:
+        scaler.step(optimizer)
+        scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return loss_sum
+    return loss_sum if is_finite else loss_sum * torch.nan
 
 @torch.no_grad()
 def evaluate(model: MiniGPT4, samples: Samples, config: Config, device) -> tuple[float, list[dict]]:
@@ -96,7 +102,7 @@ def saved_parts(config: Config) -> dict[str, str]:
 
 def refuse_to_overwrite(config: Config):
     """Raise InputError when out_dir holds a run that this one does not resume, or is no run's folder."""
-    files = (f"{config.out_dir}/state.pt", *saved_parts(config).values())
+    files = (f"{config.out_dir}/state.pt", f"{config.out_dir}/state.old.pt", *saved_parts(config).values())
     if not config.resume and (held := list(filter(os.path.exists, files))):
         raise InputError(f"{held[0]}: already holds a run; continue it with --resume, or change --out_dir")
     if Path(config.out_dir, "config.json").exists():
@@ -113,19 +119,43 @@ def start_folder(config: Config):
         temporary.write_text(to_json(replace(config, **paths)))
 
 def open_log(config: Config, done: int):
-    """log.jsonl, to append JSON lines to; without those of the steps that a resumed run does again."""
-    path = Path(config.out_dir, "log.jsonl")
-    text = path.read_text(errors="replace") if done and path.is_file() else ""
-    rows = re.findall(r'^({"step": (\d+), .*})$', text, re.MULTILINE)  # a killed run's last one may be cut
-    with replacing(path) as temporary:
-        temporary.write_text("".join(f"{row}\n" for row, step in rows if int(step) <= done))
-    return open(path, "a", buffering=1)
+    """log.jsonl, to append JSON lines to; without those of the steps that a resumed run does again. Raises
+    InputError while another run writes to it."""
+    out = open(Path(config.out_dir, "log.jsonl"), "a+", 1, "utf-8", "surrogateescape")
+    with suppress(ImportError):  # on Windows
+        from fcntl import LOCK_EX, LOCK_NB, lockf
+        try:
+            lockf(out, LOCK_EX | LOCK_NB)  # of this process alone: it ends with it
+        except (BlockingIOError, PermissionError) as e:
+            raise InputError(f"{config.out_dir}: another run is going on there; choose another --out_dir") from e
+    out.seek(0)
+    rows = re.findall(r'^({"step": (\d+), .*})$', text := out.read(), re.MULTILINE)  # the last may be cut
+    kept = "".join(f"{row}\n" for row, step in rows if int(step) <= done)
+    same = os.path.commonprefix([text, kept])
+    out.truncate(len(same.encode("utf-8", "surrogateescape")))
+    out.write(kept[len(same):])
+    return out
+
+def stop_on_signals() -> list[int]:
+    """The list to which SIGTERM, SIGUSR1 and Ctrl-C are added; a second Ctrl-C ends the program."""
+    caught: list[int] = []
+
+    def note(number: int, frame):
+        if signal.SIGINT in caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
+        if hasattr(signal, name):  # not all on Windows
+            signal.signal(getattr(signal, name), note)
+    return caught
 
 class Checkpoint:
     """The state of a run that state.pt keeps: the trained parameters, the optimizer and the scaler."""
 
     def __init__(self, model: MiniGPT4, config: Config, identity: dict, device):
         self.model, self.config, self.path = model, config, Path(config.out_dir, "state.pt")
+        self.older = self.path.with_name("state.old.pt")  # the state before
         self.parameters = {f"{name}.{k}": p for name in config.trainable
                            for k, p in model.part_parameters(name).items()}
         self.optimizer = make_optimizer(self.parameters, config)
@@ -145,14 +175,27 @@ class Checkpoint:
                  "identity": self.identity, "frozen": self.frozen, "config": asdict(self.config)}
         with replacing(self.path) as temporary:
             torch.save(state, temporary)
+            if self.path.exists():
+                os.replace(self.path, self.older)
 
     def load(self) -> int:
-        """Restore state.pt; returns its step. Raises InputError if it is damaged or of another run."""
-        try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-            before, saved = state["identity"], state["parameters"]
-        except Exception as e:  # a damaged file breaks PyTorch's reader in many ways
-            raise InputError(f"{self.path}: damaged ({type(e).__name__}); choose another --out_dir") from e
+        """Restore state.pt, or the state before if it is damaged; returns its step, or 0 if there is none.
+        Raises InputError if all are damaged, or for another run's."""
+        paths = [path for path in (self.path, self.older) if path.is_file()]
+        if not paths:
+            return 0
+        for path in paths:
+            try:
+                if broken := ZipFile(path).testzip():  # by their checksums
+                    raise ValueError(f"the checksum of {broken} does not match")
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                before, saved = state["identity"], state["parameters"]
+                break
+            except Exception as e:  # a damaged file breaks the readers in many ways
+                damaged = f"{path}: damaged ({type(e).__name__}: {e}); "
+                if path == paths[-1]:
+                    raise InputError(f"{damaged}choose another --out_dir") from e
+                print(f"warning: {damaged}the run goes on from {paths[-1]}", file=sys.stderr)
         for name, now in self.identity.items():
             if (was := before.get(name)) != now:
                 raise InputError(f"{self.path}: {name} was {was}, now it is {now}; keep it or change out_dir")
@@ -186,6 +229,8 @@ class Meter:
         if dist.is_initialized():
             dist.all_reduce(self.sums)
         losses, targets, images, tokens = self.sums.tolist()  # waits for the device
+        if not sum(targets):
+            return {}  # no step was finite
         seconds = time.perf_counter() - self.since
         report = {"loss": sum(losses) / sum(targets)}
         if len(self.sources) > 1:
@@ -274,7 +319,7 @@ def open_data(config: Config, model: MiniGPT4, device) -> tuple[Samples, dict, S
     return samples, weights, heldout
 
 def train(config: Config, device, rank: int = 0, world: int = 1):
-    """Run the config from its first or its last saved step to max_steps."""
+    """Run the config from its first or its last saved step to max_steps, or until a signal ends it earlier."""
     refuse_to_overwrite(config)
     if rank == 0:
         prepare_data(config)
@@ -284,7 +329,7 @@ def train(config: Config, device, rank: int = 0, world: int = 1):
     samples, weights, heldout = open_data(config, model, device)
     groups = Groups(samples, weights, config, rank, world)
     checkpoint = Checkpoint(model, config, groups.identity, device)
-    done = checkpoint.load() if config.resume and checkpoint.path.is_file() else 0
+    done = checkpoint.load() if config.resume else 0
     if world > 1:
         dist.all_gather_object(found := [None] * world, done)
         if len(set(found)) > 1:
@@ -293,50 +338,88 @@ def train(config: Config, device, rank: int = 0, world: int = 1):
         return print(f"{config.out_dir}: its run is already at step {done:,}", file=sys.stderr)
     if rank == 0:
         start_folder(config)  # not earlier: a refused resume changes nothing
-        out = open_log(config, done)
+    with open_log(config, done) if rank == 0 else open(os.devnull, "w") as out:
+        run_steps(checkpoint, groups, Meter(model, config, list(weights), device), heldout, out, done + 1)
+
+def run_steps(checkpoint: Checkpoint, groups: Groups, meter: "Meter", heldout: Samples | None, out, first: int):
+    """The steps from `first` on: train, log, evaluate on rank 0, save."""
+    config, model, rank, device = groups.config, checkpoint.model, groups.rank, meter.sums.device
     # without init_sync: all ranks start alike, by their seed
-    wrapped = torch.nn.parallel.DistributedDataParallel(model, init_sync=False) if world > 1 else model
-    reader, meter = Reader(groups, done), Meter(model, config, list(weights), device)
-    bar = tqdm(range(done + 1, config.max_steps + 1), total=config.max_steps, initial=done, disable=rank > 0,
+    wrapped = DistributedDataParallel(model, init_sync=False) if groups.world > 1 else model
+    reader, caught, failed, asked = Reader(groups, first - 1), stop_on_signals(), 0, time.perf_counter()
+    bar = tqdm(range(first, config.max_steps + 1), total=config.max_steps, initial=first - 1, disable=rank > 0,
                unit="step", dynamic_ncols=True)
-    asked = time.perf_counter()
     for step, (source, batches) in zip(bar, reader):
         meter.waited += time.perf_counter() - asked
-        lr, last = learning_rate(step - 1, config), step == config.max_steps
+        lr, stop = learning_rate(step - 1, config), torch.tensor(float(len(caught)), device=device)
         loss_sum = train_step(wrapped, batches, checkpoint.optimizer, checkpoint.scaler, lr, config.grad_clip)
-        meter.add(source, loss_sum, batches)
+        if groups.world > 1:
+            dist.all_reduce(stop)
+        is_end, last = step == config.max_steps, step == config.max_steps or bool(stop)
+        failed = 0 if loss_sum.isfinite() else failed + 1
+        if failed:
+            write_row(out, step=step, not_finite=failed, samples=groups.describe(step - 1))
+        else:
+            meter.add(source, loss_sum, batches)
+        if failed == MOST_FAILED:
+            raise InputError(f"step {step}: the last {failed} losses or gradients were not finite; {ADVICE}")
         if step == 1 and rank == 0 and "llama" not in config.trainable:
-            first_loss = loss_sum.item() / sum(batch.n_targets for batch in batches)
-            if first_loss > log(model.llama.config.vocab_size) + 1:
-                print(f"warning: the first loss, {first_loss:.2f}, is worse than a uniform guess: LLaMA's "
-                      "weights or tokenizer are probably wrong; try python chat.py --ckpt=OUT_DIR --check",
-                      file=sys.stderr)
-        if last or step % config.log_interval == 0:
-            report = meter.report()
-            if rank == 0:
-                if not isfinite(report["loss"]):
-                    raise InputError(f"step {step}: the loss is {report['loss']}; {ADVICE}")
-                print(json.dumps(dict(step=step, lr=lr, seen=step * groups.step_size) | report), file=out)
-                report.pop("losses", None)  # too many for the bar
-                bar.set_postfix(report | {"lr": f"{lr:.1e}"}, refresh=False)
+            check_first_loss(loss_sum.item() / sum(batch.n_targets for batch in batches), model)
+        if (last or step % config.log_interval == 0) and (report := meter.report()):
+            write_row(out, step=step, lr=lr, seen=step * groups.step_size, **report)
+            report.pop("losses", None)  # too many for the bar
+            bar.set_postfix(report | {"lr": f"{lr:.1e}"}, refresh=False)
         paused = time.perf_counter()
-        if heldout and (last or step % config.eval_interval == 0) and (rank == 0 or config.shard):
+        if heldout and (is_end or step % config.eval_interval == 0) and (rank == 0 or config.shard):
             loss, shown = evaluate(model, heldout, config, device)  # shards need all ranks
-            if rank == 0:
-                print(json.dumps({"step": step, "heldout_loss": loss, "samples": shown}), file=out)
-                lines = [f"  answer: {s['answer']!r}\n  data:   {s['data']!r}" for s in shown]
-                bar.write("\n".join([f"step {step}: held-out loss {loss:.4f}", *lines]), file=sys.stderr)
+            write_row(out, step=step, heldout_loss=loss, samples=shown)
+            lines = [f"  answer: {s['answer']!r}\n  data:   {s['data']!r}" for s in shown]
+            bar.write("\n".join([f"step {step}: held-out loss {loss:.4f}", *lines]), file=sys.stderr)
         if rank == 0 and (last or step % config.save_interval == 0):
             checkpoint.save(step)
             if reader.skipped:
-                print(json.dumps({"step": step, "skipped": reader.skipped, "of": reader.n_read}), file=out)
+                write_row(out, step=step, skipped=reader.skipped, of=reader.n_read)
                 bar.write(f"step {step}: {reader.account()}", file=sys.stderr)
+        if last and not is_end:
+            bar.close()
+            print(f"stopped after step {step}, which is saved; --resume continues", file=sys.stderr)
+            if signal.SIGINT in caught:
+                raise KeyboardInterrupt
+            return
         asked = time.perf_counter()
         meter.since += asked - paused  # evaluation and saving do not count
+
+def write_row(out, **row):
+    """Append a row to the log."""
+    try:
+        print(json.dumps(row), file=out)
+    except OSError as e:
+        raise InputError(f"{out.name}: cannot be written ({e.strerror}); the last checkpoint is kept") from e
+
+def check_first_loss(loss: float, model: MiniGPT4):
+    """Warn if the language model cannot be sound."""
+    if loss > log(model.llama.config.vocab_size) + 1:
+        print(f"warning: the first loss, {loss:.2f}, is worse than a uniform guess: LLaMA's weights or tokenizer "
+              "are probably wrong; try python chat.py --ckpt=OUT_DIR --check", file=sys.stderr)
+
+class Steady:
+    """A stream that outlives its reader: what it cannot write is lost, and the run goes on."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text: str):
+        with suppress(OSError):
+            self.stream.write(text)
+            self.stream.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
 
 def main(argv: list[str]):
     (path,), options = parse_args(argv, __doc__, "CONFIG", Config)
     config = load_config(path, options)
+    sys.stderr = Steady(sys.stderr)
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages on Linux: pictures are normalized faster
     world, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     device = pick_device(config.device, local_rank)

@@ -121,7 +121,7 @@ def test_only_the_projection_learns(world, tmp_path):
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {"proj.weight", "proj.bias"}
     run(config)
     assert not torch.equal(load_file(tmp_path / "proj.safetensors")["proj.weight"], model.proj.weight)
-    assert sorted(os.listdir(tmp_path)) == ["config.json", "log.jsonl", "proj.safetensors", "state.pt"]
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "log.jsonl", "proj.safetensors", "state.old.pt", "state.pt"]
 
 def test_every_part_can_learn_and_is_saved(world, tmp_path):
     config = micro(world, tmp_path, trainable=("vision", "qformer", "proj", "llama"), max_steps=60,
