@@ -7,6 +7,7 @@ B sequences, T tokens, S tokens with the cache's, D width, H query heads, K key/
 
 import math
 import os
+import re
 import shutil
 import sys
 import warnings
@@ -268,8 +269,7 @@ class Llama(nn.Module):
     def compile_rows(self):
         """Compile the product with a single token: twice as fast as PyTorch's own in bfloat16 on a CPU."""
         if not self.norm.weight.is_cpu or not shutil.which(os.environ.get("CXX", "g++")):
-            lack = "compiling needs a C++ compiler" if self.norm.weight.is_cpu else "compile is for CPUs"
-            return print(f"note: {lack}; it goes on without", file=sys.stderr)
+            return print("note: compiling needs a C++ compiler, and a CPU; it goes on without", file=sys.stderr)
 
         @torch.compile(dynamic=False)
         def row_product(w, x):
@@ -337,6 +337,8 @@ class Tokenizer:
 
     def __init__(self, path: str):
         try:
+            if not os.path.isfile(path):  # a device would be read without end
+                raise OSError("no regular file")
             self.sp = SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as e:
             raise InputError(f"{path}: no sentencepiece model; it is a LLaMA folder's tokenizer.model") from e
@@ -386,6 +388,10 @@ def read_llama_folder(folder: str) -> tuple[LlamaConfig, list[Path]]:
     shards = indexed_files(index) if index.is_file() else sorted(root.glob("*.safetensors"))
     if not shards:
         raise InputError(f"{folder}: no *.safetensors file; see the README on getting the weights")
+    names = {shard.name for shard in shards}
+    for name, n in re.findall(r"(\S+)-\d+-of-(\d{5})\.safetensors", " ".join(names)):
+        if missing := {f"{name}-{i:05d}-of-{n}.safetensors" for i in range(1, int(n) + 1)} - names:
+            raise InputError(f"{folder}/{min(missing)}: no such weight file, of {int(n)}; fetch it too")
     return config, shards
 
 def indexed_files(index: Path) -> list[Path]:

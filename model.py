@@ -111,6 +111,8 @@ class MiniGPT4(nn.Module):
         ids, ended = [[] for _ in batch], [False for _ in batch]
         for n in range(1, max_new_tokens + 1):
             logits = self.llama.logits(self.llama(x, cache)[:, -1]).float()
+            if logits.isnan().any():
+                raise InputError("the model computes NaN: some of its weights are broken; fetch or train them again")
             if n < min_length:
                 logits[:, self.tokenizer.eos] = -torch.inf
             token = sample(logits, seen, temperature, top_p, repetition_penalty, generator)
@@ -229,7 +231,9 @@ class MiniGPT4(nn.Module):
             own = {}
             for k, _ in tqdm([*module.named_parameters()], f"loading {name}", delay=1, leave=False):
                 own[k] = tensors[prefix + k].to(device, dtype)
-                own[k].flatten()[::2048].sum()  # touches each page of a mapped file, which is read here
+                some = own[k].flatten()[::1 if own[k].numel() < 2**22 else 2048]  # of each page of a mapped file
+                if not some.float().sum().isfinite():
+                    raise InputError(f"{file.path}: {prefix}{k} holds NaN or infinity: broken; fetch or train again")
             module.load_state_dict(own, assign=True)
 
     def init_part(self, name: str, device):
@@ -339,6 +343,8 @@ def read_part(name: str, path: str) -> PartFile:
         unused = ("rotary_emb.inv_freq", *["lm_head.weight"] * config.tie_word_embeddings)  # in some files
         tensors = {k.removeprefix("model."): t for shard in shards for k, t in load_tensors(shard)[0].items()
                    if not k.endswith(unused)}
+        if (n := config.num_hidden_layers) > len(tensors):  # before a module is made for each
+            raise InputError(f"{path}: {n} layers in config.json, {len(tensors)} tensors; fetch the files again")
         return PartFile(path, tensors, config)
     tensors, metadata = load_tensors(path)
     try:
@@ -369,7 +375,7 @@ def part_config(name: str, sources: dict, files: dict, **needed: int) -> VisionC
         return None
     file = files.get(name) or PartFile("the run's config", {}, needed | sources[name])
     config = override(CONFIGS[name](), file.sizes, f"{file.path}: {name}")
-    if min(asdict(config).values()) <= 0 or config.width % config.n_heads:
+    if not all(0 < size < 2**31 for size in asdict(config).values()) or config.width % config.n_heads:
         raise InputError(f"{file.path}: {config}: give sizes above 0, and width a multiple of n_heads")
     if needed.items() - asdict(config).items():
         raise InputError(f"{file.path}: {config} does not fit the vision part; needed is {needed}")

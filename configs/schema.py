@@ -55,7 +55,7 @@ class Config:
     proj: str = option("", "weight file; none: a new, random projection")
     tokenizer: str = option("", "tokenizer.model; none: the one in the llama folder")
     trainable: tuple[str, ...] = option(("proj",), "parts to train: vision, qformer, proj, llama")
-    image_size: int = option(0, "pixels; 0: the size that the vision part was trained with", least=0)
+    image_size: int = option(0, "pixels; 0: the size that the vision part was trained with", least=0, most=2048)
     # The data.
     data: str | dict | list = option("", "a path, paths or {path: weight}: tar shards (a glob, {00..99}.tar, "
         "a folder, a .txt that lists them), a folder with filter_cap.json, a .jsonl, or LLaVA's .json")
@@ -192,7 +192,9 @@ def read_saved_config(folder: str) -> Config:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise InputError(f"{folder}: it has no config.json; give the out_dir of a training run")
-    saved = override(Config(), read_json(path), str(path))
+    if "hidden_size" in (content := read_json(path)):
+        raise InputError(f"{folder}: a language model's folder; give the out_dir of a training run")
+    saved = override(Config(), content, str(path))
     paths = {k: str(Path(folder) / v) for k, v in saved.parts().items() if isinstance(v, str) and v}
     return replace(saved, **paths)
 

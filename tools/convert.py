@@ -146,9 +146,20 @@ def open_weights(path: Path) -> dict[str, torch.Tensor]:
         raise InputError(f"{path}: holds no tensors by name; it is not a file of weights")
     return tensors
 
+def sound(name: str, tensor: torch.Tensor, path: Path) -> torch.Tensor:
+    """The tensor. Raises InputError for one that is no weight, or not finite."""
+    is_weight = tensor.is_floating_point() or tensor.dtype in (torch.int8, torch.uint8)  # quantized
+    if not is_weight or not tensor.numel() or tensor.untyped_storage().nbytes() < tensor.nbytes:
+        raise InputError(f"{path.name}: {name}, {tensor.dtype} {tuple(tensor.shape)}, holds no weights, or fewer than "
+                         "its shape says; fetch the source again")
+    if not tensor.isfinite().all():
+        raise InputError(f"{path.name}: {name} holds NaN or infinity: the source is broken; fetch it again")
+    return tensor
+
 def write(path: Path, tensors: Iterable[tuple[str, torch.Tensor]], dtype: str, **metadata: str):
     """Write a safetensors file of (name, tensor), cast to dtype unless it is empty."""
     with replacing(path) as temporary:
+        tensors = {k: sound(k, t, path) for k, t in tensors}.items()
         cast = {k: t.to(dtype=TORCH_DTYPES[dtype], copy=True).contiguous() for k, t in tensors}
         save_file(cast, temporary, {"format": "pt"} | metadata)
 
