@@ -424,7 +424,12 @@ def main(argv: list[str]):
     world, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     device = pick_device(config.device, local_rank)
     if world > 1:  # the others wait while rank 0 makes data, evaluates and saves
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+        # torchrun's store outlives a restart on one machine, and with it the addresses of the ranks before
+        one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(world)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "") if one_machine else ""
+        store, rank, _ = next(dist.rendezvous("env://"))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world,
+                                store=dist.PrefixStore(attempt, store), timeout=timedelta(hours=2))
     if (rank := dist.get_rank() if world > 1 else 0) == 0:
         print(to_json(config), file=sys.stderr)
     try:
