@@ -40,7 +40,7 @@ def main(argv: list[str]):
         from matplotlib.figure import Figure
     except ImportError as e:
         raise InputError("plotting needs the package matplotlib: pip install matplotlib") from e
-    figure = Figure((8, 9), layout="constrained")
+    figure = Figure((9, 7), layout="constrained")
     for axes, (key, label) in zip(figure.subplots(len(PANELS), sharex=True), PANELS.items()):
         for i, (run, curves) in enumerate(zip(runs, logs)):
             axes.plot(*zip(*curves[key]), color=f"C{i}", label=run)
@@ -50,7 +50,7 @@ def main(argv: list[str]):
     axes.set(xlabel="samples")
     figure.axes[0].legend()
     try:
-        figure.savefig(out, dpi=150)
+        figure.savefig(out, dpi=100)
     except ValueError as e:  # an unknown format
         raise InputError(f"--out={out}: {e}") from e
     print(out)
