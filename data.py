@@ -204,8 +204,8 @@ def open_source(path: str) -> Shards | Rows:
             shards = sorted(glob.glob(f"{path}/*.tar" if file.is_dir() else path))
         missing = {shard: None for shard in shards if not Path(shard).exists()}
         if 0 < len(missing) < len(shards):  # downloads of LAION always have holes
-            print(printable(f"warning: {path}: {len(missing):,} of {len(shards):,} shards are missing and left "
-                            f"out, the first is {next(iter(missing))}"), file=sys.stderr)
+            what = f"{len(missing):,} of {len(shards):,} shards are missing and left out, the first is"
+            print(printable(f"warning: {path}: {what} {next(iter(missing))}"), file=sys.stderr)
         source = Shards([shard for shard in shards if shard not in missing])
     if sum(source.counts) == 0:
         raise InputError(f"data {path}: no samples; give *.tar, a .txt or folder of them, a folder with "

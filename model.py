@@ -112,7 +112,7 @@ class MiniGPT4(nn.Module):
         for n in range(1, max_new_tokens + 1):
             logits = self.llama.logits(self.llama(x, cache)[:, -1]).float()
             if logits.isnan().any():
-                raise InputError("the model computes NaN: some of its weights are broken; fetch or train them again")
+                raise InputError("the model computes NaN: weights are broken; fetch or train them again")
             if n < min_length:
                 logits[:, self.tokenizer.eos] = -torch.inf
             token = sample(logits, seen, temperature, top_p, repetition_penalty, generator)
@@ -231,9 +231,9 @@ class MiniGPT4(nn.Module):
             own = {}
             for k, _ in tqdm([*module.named_parameters()], f"loading {name}", delay=1, leave=False):
                 own[k] = tensors[prefix + k].to(device, dtype)
-                some = own[k].flatten()[::1 if own[k].numel() < 2**22 else 2048]  # of each page of a mapped file
+                some = own[k].flatten()[::1 if own[k].numel() < 2**22 else 2048]  # of each page of the file
                 if not some.float().sum().isfinite():
-                    raise InputError(f"{file.path}: {prefix}{k} holds NaN or infinity: broken; fetch or train again")
+                    raise InputError(f"{file.path}: {prefix}{k} holds NaN or infinity; get it again")
             module.load_state_dict(own, assign=True)
 
     def init_part(self, name: str, device):
@@ -344,7 +344,7 @@ def read_part(name: str, path: str) -> PartFile:
         tensors = {k.removeprefix("model."): t for shard in shards for k, t in load_tensors(shard)[0].items()
                    if not k.endswith(unused)}
         if (n := config.num_hidden_layers) > len(tensors):  # before a module is made for each
-            raise InputError(f"{path}: {n} layers in config.json, {len(tensors)} tensors; fetch the files again")
+            raise InputError(f"{path}: {n} layers, but {len(tensors)} tensors; fetch the files again")
         return PartFile(path, tensors, config)
     tensors, metadata = load_tensors(path)
     try:

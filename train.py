@@ -20,6 +20,7 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
+from functools import partial
 from math import cos, log, pi
 from pathlib import Path
 from zipfile import ZipFile
@@ -127,7 +128,7 @@ def open_log(config: Config, done: int):
         try:
             lockf(out, LOCK_EX | LOCK_NB)  # of this process alone: it ends with it
         except (BlockingIOError, PermissionError) as e:
-            raise InputError(f"{config.out_dir}: another run is going on there; choose another --out_dir") from e
+            raise InputError(f"{config.out_dir}: another run writes to it; choose another --out_dir") from e
     out.seek(0)
     rows = re.findall(r'^({"step": (\d+), .*})$', text := out.read(), re.MULTILINE)  # the last may be cut
     kept = "".join(f"{row}\n" for row, step in rows if int(step) <= done)
@@ -137,17 +138,10 @@ def open_log(config: Config, done: int):
     return out
 
 def stop_on_signals() -> list[int]:
-    """The list to which SIGTERM, SIGUSR1 and Ctrl-C are added; a second Ctrl-C ends the program."""
+    """The list to which the numbers of SIGTERM, SIGUSR1 and Ctrl-C are added when they come."""
     caught: list[int] = []
-
-    def note(number: int, frame):
-        if signal.SIGINT in caught:
-            raise KeyboardInterrupt
-        caught.append(number)
-
-    for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
-        if hasattr(signal, name):  # not all on Windows
-            signal.signal(getattr(signal, name), note)
+    for name in {"SIGTERM", "SIGUSR1", "SIGINT"} & {*dir(signal)}:  # Windows has not all of them
+        signal.signal(getattr(signal, name), lambda number, frame: caught.append(number))
     return caught
 
 class Checkpoint:
@@ -319,7 +313,7 @@ def open_data(config: Config, model: MiniGPT4, device) -> tuple[Samples, dict, S
     return samples, weights, heldout
 
 def train(config: Config, device, rank: int = 0, world: int = 1):
-    """Run the config from its first or its last saved step to max_steps, or until a signal ends it earlier."""
+    """Run the config from its first or its last saved step to max_steps, or until a signal."""
     refuse_to_overwrite(config)
     if rank == 0:
         prepare_data(config)
@@ -341,14 +335,14 @@ def train(config: Config, device, rank: int = 0, world: int = 1):
     with open_log(config, done) if rank == 0 else open(os.devnull, "w") as out:
         run_steps(checkpoint, groups, Meter(model, config, list(weights), device), heldout, out, done + 1)
 
-def run_steps(checkpoint: Checkpoint, groups: Groups, meter: "Meter", heldout: Samples | None, out, first: int):
+def run_steps(checkpoint: Checkpoint, groups: Groups, meter: Meter, heldout: Samples | None, out, first: int):
     """The steps from `first` on: train, log, evaluate on rank 0, save."""
     config, model, rank, device = groups.config, checkpoint.model, groups.rank, meter.sums.device
     # without init_sync: all ranks start alike, by their seed
     wrapped = DistributedDataParallel(model, init_sync=False) if groups.world > 1 else model
     reader, caught, failed, asked = Reader(groups, first - 1), stop_on_signals(), 0, time.perf_counter()
-    bar = tqdm(range(first, config.max_steps + 1), total=config.max_steps, initial=first - 1, disable=rank > 0,
-               unit="step", dynamic_ncols=True)
+    bar = tqdm(range(first, config.max_steps + 1), total=config.max_steps, initial=first - 1, unit="step",
+               dynamic_ncols=True, disable=rank > 0)
     for step, (source, batches) in zip(bar, reader):
         meter.waited += time.perf_counter() - asked
         lr, stop = learning_rate(step - 1, config), torch.tensor(float(len(caught)), device=device)
@@ -399,27 +393,21 @@ def write_row(out, **row):
 def check_first_loss(loss: float, model: MiniGPT4):
     """Warn if the language model cannot be sound."""
     if loss > log(model.llama.config.vocab_size) + 1:
-        print(f"warning: the first loss, {loss:.2f}, is worse than a uniform guess: LLaMA's weights or tokenizer "
-              "are probably wrong; try python chat.py --ckpt=OUT_DIR --check", file=sys.stderr)
+        print(f"warning: the first loss, {loss:.2f}, is worse than a uniform guess: LLaMA's weights or "
+              "tokenizer are probably wrong; try python chat.py --ckpt=OUT_DIR --check", file=sys.stderr)
 
-class Steady:
-    """A stream that outlives its reader: what it cannot write is lost, and the run goes on."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def write(self, text: str):
+def outlive_reader(stream):
+    """Let a stream lose what it cannot write: a run goes on when the reader of its messages has left."""
+    def attempt(function, *args):
         with suppress(OSError):
-            self.stream.write(text)
-            self.stream.flush()
-
-    def __getattr__(self, name: str):
-        return getattr(self.stream, name)
+            return function(*args)
+    for name in ("write", "flush"):
+        setattr(stream, name, partial(attempt, getattr(stream, name)))
 
 def main(argv: list[str]):
     (path,), options = parse_args(argv, __doc__, "CONFIG", Config)
     config = load_config(path, options)
-    sys.stderr = Steady(sys.stderr)
+    outlive_reader(sys.stderr)
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages on Linux: pictures are normalized faster
     world, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     device = pick_device(config.device, local_rank)

@@ -55,7 +55,7 @@ class Config:
     proj: str = option("", "weight file; none: a new, random projection")
     tokenizer: str = option("", "tokenizer.model; none: the one in the llama folder")
     trainable: tuple[str, ...] = option(("proj",), "parts to train: vision, qformer, proj, llama")
-    image_size: int = option(0, "pixels; 0: the size that the vision part was trained with", least=0, most=2048)
+    image_size: int = option(0, "pixels; 0: what the vision part was trained with", least=0, most=2048)
     # The data.
     data: str | dict | list = option("", "a path, paths or {path: weight}: tar shards (a glob, {00..99}.tar, "
         "a folder, a .txt that lists them), a folder with filter_cap.json, a .jsonl, or LLaVA's .json")

@@ -150,8 +150,8 @@ def sound(name: str, tensor: torch.Tensor, path: Path) -> torch.Tensor:
     """The tensor. Raises InputError for one that is no weight, or not finite."""
     is_weight = tensor.is_floating_point() or tensor.dtype in (torch.int8, torch.uint8)  # quantized
     if not is_weight or not tensor.numel() or tensor.untyped_storage().nbytes() < tensor.nbytes:
-        raise InputError(f"{path.name}: {name}, {tensor.dtype} {tuple(tensor.shape)}, holds no weights, or fewer than "
-                         "its shape says; fetch the source again")
+        what = f"{path.name}: {name}, {tensor.dtype} {tuple(tensor.shape)}"
+        raise InputError(f"{what}, holds no weights, or fewer than its shape says; fetch the source again")
     if not tensor.isfinite().all():
         raise InputError(f"{path.name}: {name} holds NaN or infinity: the source is broken; fetch it again")
     return tensor
