@@ -114,7 +114,7 @@ class Rows:
     def __init__(self, path: Path):
         self.path = path
         if path.suffix == ".jsonl":
-            lines = path.read_text("utf-8", "surrogateescape").split("\n")
+            lines = path.read_text("utf-8-sig", "surrogateescape").split("\n")
             self.rows = [(f"line {i}", line) for i, line in enumerate(lines, 1) if line.strip()]
         else:
             try:
@@ -122,7 +122,7 @@ class Rows:
                 is_llava = path.name != "filter_cap.json" and isinstance(rows, list)
                 rows = map(json.dumps, rows) if is_llava else rows["annotations"][:]
             except (ValueError, KeyError, TypeError, RecursionError) as e:
-                raise InputError(f"{path}: no JSON list or `annotations` ({e}); fetch it again") from e
+                raise InputError(f"{path}: no JSON list or `annotations` ({e}); JSON lines: .jsonl") from e
             self.rows = [(f"annotation {i}", row) for i, row in enumerate(rows, 1)]
         self.counts, self.content = [len(self.rows)], self.rows
 
