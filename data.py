@@ -146,7 +146,7 @@ class Rows:
                 is_llava = path.name != "filter_cap.json" and isinstance(rows, list)
                 rows = map(json.dumps, rows) if is_llava else rows["annotations"][:]
             except (ValueError, KeyError, TypeError, RecursionError) as e:
-                raise InputError(f"{path}: no JSON list or `annotations` ({e}); fetch it again") from e
+                raise InputError(f"{path}: no JSON list or `annotations` ({e}); JSON lines: .jsonl") from e
             self.rows = [(f"annotation {i}", row) for i, row in enumerate(rows, 1)]
         self.counts, self.content = [len(self.rows)], self.rows
 

@@ -469,6 +469,30 @@ def test_only_the_shards_of_a_part_are_opened(tmp_path):
     convert.main(["vision", str(folder), f"{tmp_path}/vision"])
     assert "model-qformer.safetensors: there is no such" in fails("qformer", folder, tmp_path / "qformer")
 
+def test_an_index_of_other_shards_is_named(tmp_path):
+    folder = blip2_folder(tmp_path / "hub", official_tensors())
+    index = folder / "model.safetensors.index.json"
+    files = json.loads(index.read_text())["weight_map"]
+    files["query_tokens"] = "model-qformer.safetensors"
+    for content, words in ((files, "model-qformer.safetensors: it lacks query_tokens"), (5, "no weight_map"),
+                           ({"query_tokens": None}, "no weight_map")):
+        index.write_text(json.dumps({"weight_map": content}))
+        assert words in fails("qformer", folder, tmp_path / "qformer")
+
+@pytest.mark.parametrize("part, sizes, words", [
+    ("vision", {"hidden_act": "relu"}, "activation relu"),
+    ("qformer", {"hidden_act": "gelu_new"}, "gelu_new"),
+    ("vision", {"num_attention_heads": None}, "no sizes"), ("vision", [1], "no sizes"),
+    ("vision", {"num_hidden_layers": 3}, "blocks.2")])
+def test_a_blip2_whose_config_is_odd(tmp_path, part, sizes, words):
+    sizes = BLIP2[f"{part}_config"] | sizes if isinstance(sizes, dict) else sizes
+    folder = blip2_folder(tmp_path / "hub", official_tensors(), BLIP2 | {f"{part}_config": sizes})
+    assert words in fails(part, folder, tmp_path / "out")
+
+def test_a_shard_without_its_folder_is_no_source(tmp_path):
+    folder = blip2_folder(tmp_path / "hub", official_tensors())
+    assert "give its folder" in fails("vision", folder / "model-vision_model.safetensors", tmp_path / "v")
+
 def test_biases_of_keys_are_no_eva_vit(tmp_path):
     folder = blip2_folder(tmp_path / "hub", official_tensors(), key_bias=1e-3)
     message = fails("vision", folder, tmp_path / "vision")

@@ -201,6 +201,8 @@ def test_other_weights_and_other_settings_are_asked_anew(folder):
     shutil.copy(TINY / "stage1/proj.safetensors", "run")
     other, kept = run(*argv)
     assert len(kept) == 8 and other["model"] != first["model"]
+    shutil.copy("photos/1.jpg", "photos/0.jpg")  # another picture under the same name
+    assert len(run(*argv)[1]) == 10
 
 def test_pictures_that_cannot_be_read_are_named_and_left_out(folder, capsys):
     Path("photos/2.jpg").write_bytes(b"no picture")
@@ -236,7 +238,10 @@ def test_a_wrong_line_is_named(folder, monkeypatch, task, line):
 
 @pytest.mark.parametrize("argv, words", [
     (["--n=0"], "at least 1"), (["extra"], "names are: scenes, failures, pope, vqa"),
-    (["scenes", "x"], "usage"), (["--ckpt=out/stage2"], "usage"), (["pope"], "usage"),
+    (["scenes", "x"], "usage"), (["--ckpt=out/stage2"], "not an option of scenes"), (["pope"], "usage"),
+    (["failures", "photos", "--prompt={}"], "--prompt: not an option of failures"),
+    (["failures", "photos", "--save=b.jsonl", "--answers=b.jsonl"], "not the same as --answers"),
+    (["failures", "photos", "--answers="], "name a file"),
     (["--save=/none/table.json"], "a folder that exists"), ([f"--save={TESTS}"], "a folder that exists"),
     ([f"--data={TESTS}", "--n=1"], "no valid scenes.json"), (["--data=photos", "--n=8"], "only 7 scenes"),
     ([f"--stage1={TESTS}"], "tests: there is no proj.safetensors"),
@@ -244,7 +249,7 @@ def test_a_wrong_line_is_named(folder, monkeypatch, task, line):
     (["failures", "photos", "--batch_size=0"], "at least 1"),
     (["vqa", "a.jsonl", "--images=photos", "--prompt=Why?"], "write {} where"),
     (["vqa", "a.jsonl"], "none of their pictures"), (["vqa", "a.jsonl", "--images=none"], "images=none"),
-    (["vqa", "empty.jsonl", "--images=photos"], "0 questions"),
+    (["vqa", "empty.jsonl", "--images=photos"], "empty.jsonl: no questions"),
     (["failures", "photos", "--dtype=x"], "float32"),
     (["failures", "photos", "--ckpt=nowhere"], "nowhere: it has no config.json"),
     (["failures", "photos", "--answers=a.jsonl"], "a.jsonl:1: not a line of answers")])

@@ -262,7 +262,7 @@ def test_a_run_of_the_same_name_is_not_overwritten(tmp_path, monkeypatch, local)
 
 @pytest.mark.parametrize("perplexity, said", [
     (10, ""), (10, "likely a projection of another LLaMA (Vicuna v1.1"),
-    (101, "likely broken LLaMA weights; remove LLAMA and start again")])
+    (101, "likely broken LLaMA weights; remove LLAMA and its download")])
 def test_a_bad_answer_gets_its_likeliest_cause(perplexity, said, monkeypatch, capsys):
     monkeypatch.setattr(MiniGPT4, "perplexity", lambda *_: perplexity)
     if said:

@@ -23,6 +23,13 @@ def test_a_log_is_read_over_the_samples_of_all_processes(tmp_path):
     old = [{"step": 5, "lr": 1e-3, "loss": 4.0, "images_per_s": 1.0}]  # before the samples were logged
     assert plot.read_log(run_folder(tmp_path / "b", old, batch_size=8, grad_accum=2))["loss"] == [(80, 4.0)]
 
+def test_damaged_rows_are_passed_over(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [{"step": 0, "loss": 9}, {"step": 1, "loss": "x"}, {"step": 2, "loss": None}, [], 3, {"loss": 1},
+            {"step": 4, "loss": 2.0}]
+    assert plot.read_log(run_folder(tmp_path / "a", rows, batch_size=1))["loss"] == [(4, 2.0)]
+    plot.main([str(tmp_path / "a"), f"--out={tmp_path}/loss.png"])  # it has no learning rate
+
 def test_runs_are_drawn_into_one_picture(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     runs = [run_folder(tmp_path / "a", ROWS), run_folder(tmp_path / "b", ROWS[:1])]

@@ -187,6 +187,13 @@ def qformer_sizes(shapes: dict, options: "Options") -> QFormerConfig:
                          vision_width=shapes["layers.0.cross_attn.key.weight"][1],
                          cross_attention_every=with_cross[1] if len(with_cross) > 1 else n_layers)
 
+def read_weight_map(index: Path) -> dict[str, str]:
+    """{tensor: file} of a Hugging Face *.index.json."""
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or {*map(type, names.values())} != {str}:
+        raise InputError(f"{index}: it has no weight_map; fetch it again")
+    return names
+
 def open_blip2(folder: Path, part: str, options: "Options") -> tuple[dict[str, torch.Tensor], "Options"]:
     """A part of the hub's BLIP-2 under the original names, and the options with the config's sizes."""
     if not (folder / "config.json").is_file():
@@ -195,17 +202,28 @@ def open_blip2(folder: Path, part: str, options: "Options") -> tuple[dict[str, t
     if part == "qformer":
         refuse_other_qformers(folder, config)
     sizes = config.get(f"{part}_config") or {}
-    options = replace(options, heads=options.heads or sizes.get("num_attention_heads", 0),
-                      n_layers=min(options.n_layers, sizes.get("num_hidden_layers", options.n_layers)))
+    try:
+        heads, n_layers = sizes.get("num_attention_heads", 0), sizes.get("num_hidden_layers", 39)
+        given = options.n_layers != Options.n_layers
+        options = replace(options, heads=options.heads or int(heads),
+                          n_layers=options.n_layers if given else int(n_layers))
+    except (AttributeError, TypeError, ValueError) as e:
+        raise InputError(f"{folder}/config.json: no sizes of a {part} part ({e}); fetch it again") from e
+    if (kind := sizes.get("hidden_act", "gelu")) != "gelu":
+        raise InputError(f"{folder}: its {part} part has the activation {kind}, not gelu: another model")
     if index.is_file():
-        files = read_json(index).get("weight_map") or {}
+        files = read_weight_map(index)
     else:
         files = dict.fromkeys(open_weights(folder / "model.safetensors"), "model.safetensors")
     wanted = {name: bool(re.match(OF_BLIP2[part], name)) for name in files}
     report_dropped([name for name in files if not wanted[name]])
     names = rename_all(filter(wanted.get, files), BLIP2_NAMES, folder)
-    tensors = {k: open_weights(folder / files[names[k]])[names[k]]
-               for k in sorted(names, key=lambda k: files[names[k]])}
+    tensors = {}
+    for k in sorted(names, key=lambda k: files[names[k]]):
+        if names[k] not in (shard := open_weights(folder / files[names[k]])):
+            raise InputError(f"{folder / files[names[k]]}: it lacks {names[k]}, which the index has there; "
+                             "fetch both again")
+        tensors[k] = shard[names[k]]
     for k in [k for k in tensors if k.endswith("attn.qkv.bias")]:
         q_bias, k_bias, v_bias = tensors.pop(k).chunk(3)
         if k_bias.any():
@@ -216,11 +234,12 @@ def open_blip2(folder: Path, part: str, options: "Options") -> tuple[dict[str, t
 
 def refuse_other_qformers(folder: Path, config: dict):
     """Raise InputError for a Q-Former that MiniGPT-4's projections were not trained with."""
-    text, vision = (config.get(f"{name}_config") or {} for name in ("text", "vision"))
+    text, vision = (c if isinstance(c := config.get(f"{name}_config"), dict) else {}
+                    for name in ("text", "vision"))
     kind, width = text.get("model_type", "opt"), text.get("d_model", text.get("hidden_size", 512))
     real = vision.get("hidden_size", 1408) == 1408  # not a small one, of a test
     name = f"{config.get('_name_or_path')} {text.get('_name_or_path')}"
-    other = kind != "t5" or width == 2048 or real and width != 4096 or re.search(r"t5-(?!xxl)", name)
+    other = kind != "t5" or width == 2048 or real and width != 4096 or re.search(r"flan-t5-(?!xxl)", name)
     model, why = config.get("model_type"), f"it was trained for {kind}, width {width}"
     if model != "blip-2" or other:
         why = why if model == "blip-2" else f"{model}'s reads text too"
@@ -239,6 +258,8 @@ def convert_part(part: str, source: str, target: str, options: "Options") -> int
         tensors, options = open_blip2(Path(source), part, options)
     else:
         tensors = open_weights(Path(source))
+    if any(k.startswith("vision_model.") for k in tensors):
+        raise InputError(f"{source}: a part of Hugging Face's BLIP-2; give its folder, with config.json")
     if part == "vision" and not any(k.startswith("visual_encoder.") for k in tensors):
         tensors = {f"visual_encoder.{k}": t for k, t in tensors.items()}
     renamed = rename_all(tensors, NAMES, source)

@@ -46,7 +46,8 @@ def meta_model(config: Config, trainable: tuple[str, ...] = ()) -> tuple[MetaMin
             elif Path(path).is_file():
                 files[name] = read_part(name, path)
             else:
-                notes.append(f"note: {path} is missing; official sizes are assumed for the {name} part")
+                notes.append(f"note: {path} is missing; official sizes are assumed for the {name} part" +
+                             " (7B)" * (name == "llama"))
                 sources[name] = asdict(LlamaConfig()) if name == "llama" else {}
     vocab_size = Tokenizer(config.tokenizer).vocab_size if Path(config.tokenizer).is_file() else 32000
     model = MetaMiniGPT4.on_meta(sources, files, vocab_size, config.image_size)

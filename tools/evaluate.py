@@ -58,7 +58,7 @@ PUBLISHED = {  # rows below ours: the paper's Tables 3 and 5, and Table 3 of POP
              ("popular, the same", 3000, 68.3, 64.27, 82.4, 72.21, 64.1),
              ("adversarial, the same", 3000, 66.6, 62.45, 83.27, 71.37, 66.67)],
     "vqa": [("AOK-VQA in the paper, scored in its own way", "", 58.2), ("GQA, the same", "", 32.2)]}
-KEYS = ("model", "image", "question", "answer", "ended")  # of a line of --answers
+KEYS = ("model", "image", "stamp", "question", "answer", "ended")  # of a line of --answers
 NUMBERS = "zero one two three four five six seven eight nine ten".split()
 DIGITS = {word: str(i) for i, word in enumerate(NUMBERS)} | {"none": "0"}
 
@@ -70,7 +70,7 @@ class Options:
     stage2: str = option(str(ROOT / "assets/tiny"), "scenes: a run's folder")
     stage1: str = option(str(ROOT / "assets/tiny/stage1"), "scenes: the run that it started from")
     data: str = option(str(ROOT / "data/tiny/test"), "scenes: their folder; made if missing")
-    n: int = option(500, "scenes: how many", least=1)
+    n: int = option(500, "scenes, or the first questions of each file, or pictures; else all", least=1)
     max_new_tokens: int = option(0, "of an answer; 0: scenes 160, failures 500, pope 100, vqa 50", least=0)
     batch_size: int = option(8, "questions answered together", least=1)
     device: str = option("", "none: cuda if there is one, else cpu")
@@ -97,8 +97,12 @@ def identity(talk: chat.Chat) -> str:
     known["dtype"] = model.llama.config.quantization or o.dtype
     return " ".join(f"{k}={v}" for k, v in known.items())
 
+def stamp(picture: str) -> str:
+    """Size and time of a picture's file: another one under its name is asked about again."""
+    return "{0.st_size} {0.st_mtime_ns}".format(os.stat(picture)) if os.path.isfile(picture) else ""
+
 def read_answers(path: Path) -> dict[tuple[str, ...], tuple[str, bool]]:
-    """{(model, picture, question): (answer, whether it is complete)}. A last line that was cut is removed."""
+    """{(model, picture, stamp, question): (answer, whether it is complete)}. A cut last line is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.open("ab").close()  # raises OSError before the work
     lines, known = path.read_bytes().splitlines(keepends=True), {}
@@ -106,6 +110,8 @@ def read_answers(path: Path) -> dict[tuple[str, ...], tuple[str, bool]]:
         os.truncate(path, path.stat().st_size - len(lines.pop()))
     for number, line in enumerate(lines, 1):
         try:
+            if not line.strip():
+                continue
             *key, answer, ended = map(json.loads(line).__getitem__, KEYS)
             known[tuple(key)] = answer, ended
         except (ValueError, KeyError, TypeError, AttributeError) as e:
@@ -121,8 +127,8 @@ def ask(talk: chat.Chat, o: Options, pairs: list[tuple[str, str]], label: str) -
     """[(picture's path, question)] -> {pair: (answer, whether it is complete)}, of --answers or new. Pairs
     whose picture cannot be read are left out; InputError if that is all of them."""
     path, model, missing, unreadable = Path(o.answers), identity(talk), {}, []
-    keys = {(p, q): (model, caption.written_path(p, path.parent), q) for p, q in dict.fromkeys(pairs)}
-    known = read_answers(path)
+    names = {p: (caption.written_path(p, path.parent), stamp(p)) for p, _ in pairs}
+    keys, known = {(p, q): (model, *names[p], q) for p, q in dict.fromkeys(pairs)}, read_answers(path)
     for picture, question in (pair for pair, key in keys.items() if key not in known):
         missing.setdefault(picture, []).append(question)
     with path.open("a") as file, tqdm(total=sum(map(len, missing.values())), desc=label) as bar:
@@ -255,22 +261,25 @@ def read_questions(file: str, task: str, o: Options) -> list[tuple[tuple[str, st
     for number, line in enumerate(Path(file).read_bytes().splitlines(), 1):
         try:
             if line.strip():
-                row = json.loads(line)
+                if type(row := json.loads(line)) is not dict:
+                    raise ValueError("no object: one stands on each line, without a list around them")
                 text, wanted = (row["text"], [row["label"]]) if task == "pope" else (
                     row["question"], row["answers"] if "answers" in row else [row["answer"]])
                 is_text = type(wanted) is list and {*map(type, (row["image"], text, *wanted))} == {str}
                 if not is_text or not wanted or task == "pope" and wanted[0] not in ("yes", "no"):
-                    raise ValueError("a wrong value")
+                    raise ValueError("a label is yes or no" if task == "pope" else "all values are texts")
                 asked.append(((os.path.join(o.images, row["image"]), o.prompt.replace("{}", text)), wanted))
         except (ValueError, KeyError, TypeError, RecursionError) as e:
             raise InputError(f"{file}:{number}: not a line of {task} ({e!r}); --help shows one") from e
-    return asked
+    if not asked:
+        raise InputError(f"{file}: no questions in it; give files of {task}")
+    return asked[:o.n]
 
 def score(task: str, o: Options, names: list[str]) -> dict:
     """The table of failures, pope or vqa."""
     if task == "failures":
         pictures = dict.fromkeys(path for name in names for path in caption.find_pictures(name))
-        asked = {kind: [((p, prompt), kind) for p in pictures] for kind, prompt in PROMPTS.items()}
+        asked = {kind: [((p, prompt), kind) for p in [*pictures][:o.n]] for kind, prompt in PROMPTS.items()}
     else:
         asked = {name: read_questions(name, task, o) for name in names}
     pairs = [pair for file in asked.values() for pair, _ in file]
@@ -284,20 +293,27 @@ def score(task: str, o: Options, names: list[str]) -> dict:
     published = [dict(zip(rows[0], values)) for values in PUBLISHED[task]]
     return {"model": identity(talk), "rows": rows, "published": published}
 
-TASKS = {"scenes": (None, 160), "failures": (failure_scores, 500),  # and max_new_tokens
-         "pope": (pope_scores, 100), "vqa": (vqa_scores, 50)}
+OF_FILES, OF_SCENES = {"ckpt", "images", "prompt"}, {"stage1", "stage2", "data"}
+TASKS = {  # what scores the answers, max_new_tokens, and the options that not all tasks have
+    "scenes": (None, 160, OF_SCENES), "failures": (failure_scores, 500, {"ckpt"}),
+    "pope": (pope_scores, 100, OF_FILES), "vqa": (vqa_scores, 50, OF_FILES)}
 
 def main(argv: list[str]):
     names, given = parse_args(argv, __doc__, "[scenes|failures|pope|vqa] [FILE ...]", Options)
     task, *names = names or ["scenes"]
-    check_name(task, TASKS, "command line")
-    if bool(names) == (task == "scenes") or task == "scenes" and "ckpt" in given:
+    _, max_new_tokens, own = TASKS[check_name(task, TASKS, "command line")]
+    if bool(names) == (task == "scenes"):
         raise InputError("usage: scenes [--stage1= --stage2=], or failures|pope|vqa FILE ... [--ckpt=]")
+    if others := given.keys() & (OF_FILES | OF_SCENES) - own:
+        raise InputError(f"--{min(others)}: not an option of {task}; --help lists them")
     o = override(Options(), given)
     is_file = Path(o.save).parent.is_dir() and not Path(o.save).is_dir()
     check_options(o, ("prompt", "{}" in o.prompt, "write {} where the question stands"),
-                  ("save", not o.save or is_file, "give a file name in a folder that exists"))
-    o = replace(o, max_new_tokens=o.max_new_tokens or TASKS[task][1])
+                  ("answers", o.answers and not Path(o.answers).is_dir(), "name a file"),
+                  ("save", not o.save or is_file, "give a file name in a folder that exists"),
+                  ("save", Path(o.save).resolve() != Path(o.answers).resolve(), "not the same as --answers"))
+    o = replace(o, max_new_tokens=o.max_new_tokens or max_new_tokens,
+                n=o.n if task == "scenes" or "n" in given else sys.maxsize)
     read_answers(Path(o.answers))  # raises for a wrong file before the work
     try:
         result = scenes(o) if task == "scenes" else score(task, o, names)

@@ -24,7 +24,7 @@ import chat
 from configs.prompts import INSTRUCTIONS
 from configs.schema import (InputError, check_name, load_config, option, override, parse_args, printable,
                             read_json, run_main)
-from model import MiniGPT4, check_english, read_part, replacing, start_of
+from model import MiniGPT4, check_english, part_config, read_part, replacing, start_of
 from tools import convert
 from tools.evaluate import is_fragment, repeats_itself
 from train import refuse_to_overwrite, start_folder
@@ -119,8 +119,7 @@ def fetch(part: str, repo: str, name: str) -> Path:
 
 def names_in_index(part: str, index: Path) -> list[str]:
     """The files that hold a part's tensors."""
-    weight_map = read_json(index).get("weight_map") or {}
-    return sorted({file for k, file in weight_map.items() if k.startswith(WANTED[part])})
+    return sorted({file for k, file in convert.read_weight_map(index).items() if k.startswith(WANTED[part])})
 
 def names_in_repo(part: str, repo: str, proj: str) -> list[str]:
     """The files of a repo that a part needs. Fetches the small ones that tell which."""
@@ -132,7 +131,9 @@ def names_in_repo(part: str, repo: str, proj: str) -> list[str]:
         if len(names) != 1:
             raise InputError(f"{repo}: {len(names)} .pth files, none named {proj}; give a file, --proj=PATH")
         return names
-    fetch(part, repo, "config.json")
+    config = read_json(fetch(part, repo, "config.json"))
+    if part == "qformer":
+        convert.refuse_other_qformers(Path(repo), config)
     choices = WEIGHTS if part == "llama" else WEIGHTS[:1]
     name = next((name for name in choices if look_up(part, repo, name, optional=True)), choices[0])
     shards = names_in_index(part, fetch(part, repo, name)) if name.endswith(".json") else []
@@ -147,6 +148,15 @@ class Source(NamedTuple):
     names: list[str]  # of the files in the repo; none: `place` is a path
     files: dict[Path, tuple[int, int]]  # bytes of what it needs, and how many are still to be downloaded
 
+def check_local(part: str, path: Path):
+    """Raise InputError for a path that cannot become the part, before anything is downloaded."""
+    if part == "llama":
+        convert.open_llama(path)
+    elif path.is_dir():
+        convert.open_blip2(path, part, convert.Options())
+    elif path.suffix == ".safetensors" and part != "proj":
+        part_config(part, {part: str(path)}, {part: read_part(part, str(path))})
+
 def find(part: str, given: str, default: str, target: str, proj: str) -> Source:
     """The source of a part: a path, or a repo whose files are looked up."""
     path = Path(os.path.expanduser(given))
@@ -156,6 +166,7 @@ def find(part: str, given: str, default: str, target: str, proj: str) -> Source:
                  (not shards or f.name in shards or f.suffix in (".json", ".model"))]
         for file in files:
             start_of(file)  # raises InputError for a web page or a Git LFS pointer in its place
+        check_local(part, path)
         return Source(part, str(path), target, [], {f: (f.stat().st_size, 0) for f in files})
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo := given or default):
         raise InputError(f"--{part}={given}: there is no such path, and it is no repo, OWNER/NAME")
@@ -220,7 +231,7 @@ def try_out(run: str, llama: str):
     print(f"{INSTRUCTIONS[0]} (assets/tiny/example.png)\n{printable(answer)}")
     if is_fragment(answer, "description") or repeats_itself(answer) or not talk.turns[-1].ended:
         broken = talk.model.perplexity((ROOT / "assets/paragraph.txt").read_text().strip()) > 100
-        cause = (f"broken LLaMA weights; remove {llama} and start again" if broken else
+        cause = (f"broken LLaMA weights; remove {llama} and its download in the hub's cache" if broken else
                  "a projection of another LLaMA (Vicuna v1.1 or v1.5 instead of v0, 7B with 13B)")
         print(f"warning: this answer is a fragment or repeats itself: likely {cause}", file=sys.stderr)
 
@@ -240,6 +251,8 @@ def main(argv: list[str]):
     for part, place in vars(o).items():
         target = getattr(config, part)
         if os.path.exists(target):
+            if place:  # perhaps of this very command, which was stopped
+                print(f"note: {target} exists: --{part}={place} is not read again", file=sys.stderr)
             print(f"{part:8}{target}: kept; remove it to have it made again")
             continue
         if part == "proj" and target and not place:
@@ -255,7 +268,10 @@ def main(argv: list[str]):
     if os.path.exists(proj):
         if not os.path.exists(f"{run}/config.json"):
             start_folder(config)
-        try_out(run, config.llama)
+        try:
+            try_out(run, config.llama)
+        except InputError as e:
+            raise InputError(f"{e}; remove what was made from a wrong source, and start again") from e
         return print(f"python {os.path.relpath(ROOT / 'chat.py')} PICTURE --ckpt={run}")
     check_english(MiniGPT4.from_files(None, None, config.llama))
     if recipe.proj:

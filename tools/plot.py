@@ -24,11 +24,11 @@ def read_log(run: str) -> dict[str, list[tuple]]:
     config, path, curves = read_saved_config(run), Path(run) / "log.jsonl", {}
     per_step = config.batch_size * config.grad_accum  # of one process; newer logs tell
     for line in path.read_text("utf-8", "replace").splitlines() if path.is_file() else ():
-        with suppress(ValueError, TypeError, KeyError, AttributeError):  # the last one may be cut
+        with suppress(ValueError, TypeError, KeyError, AttributeError, ArithmeticError):  # cut, or damaged
             row = json.loads(line)
             per_step = row.get("seen", per_step * row["step"]) / row["step"]
             for key in {*PANELS, "heldout_loss"} & row.keys():
-                curves.setdefault(key, []).append((per_step * row["step"], row[key]))
+                curves.setdefault(key, []).append((per_step * row["step"], float(row[key])))
     if "loss" not in curves:
         raise InputError(f"{run}: its log.jsonl holds no losses yet; give the out_dir of a training run")
     return curves
@@ -43,7 +43,7 @@ def main(argv: list[str]):
     figure = Figure((9, 7), layout="constrained")
     for axes, (key, label) in zip(figure.subplots(len(PANELS), sharex=True), PANELS.items()):
         for i, (run, curves) in enumerate(zip(runs, logs)):
-            axes.plot(*zip(*curves[key]), color=f"C{i}", label=run)
+            axes.plot(*zip(*curves.get(key, [(0, 0)])), color=f"C{i}", label=run)
             if key == "loss" and "heldout_loss" in curves:
                 axes.plot(*zip(*curves["heldout_loss"]), "o", color=f"C{i}", label=f"{run}, held out")
         axes.set(ylabel=label, ylim=(0, None))
