@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import sys
 import tarfile
 from collections import Counter, namedtuple
@@ -400,6 +401,11 @@ class Groups(Dataset):
         bad, self.samples.bad = self.samples.bad, []
         return steps, bad
 
+def ignore_signals(worker: int):
+    """A scheduler's SIGTERM, or Ctrl-C, comes to all processes; the training process decides when to stop."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
 def split(items: list, n: int) -> list[list]:
     """n consecutive parts whose lengths differ by at most 1."""
     return [items[len(items) * i // n:len(items) * (i + 1) // n] for i in range(n)]
@@ -414,7 +420,8 @@ class Reader:
         config, spare = self.groups.config, None
         group, passed = divmod(self.start, config.length_group)
         loader = DataLoader(self.groups, batch_size=None, sampler=range(group, len(self.groups)),
-                            num_workers=config.num_workers, pin_memory=torch.cuda.is_available())
+                            num_workers=config.num_workers, pin_memory=torch.cuda.is_available(),
+                            worker_init_fn=ignore_signals)
         for group, (steps, bad) in enumerate(loader, group):
             self.n_read += len(bad) + sum(len(b.tokens) for _, batches in steps for b in batches if b)
             for kind, where in bad:

@@ -424,6 +424,11 @@ def main(argv: list[str]):
         train(config, device, rank, world)
         if world > 1:
             dist.barrier()  # a rank that leaves while rank 0 evaluates and saves may crash on its way out
+    except RuntimeError as e:
+        if "DataLoader worker" not in str(e):
+            raise
+        raise InputError(f"{str(e).strip()} If memory ran out, lower length_group or num_workers; the last "
+                         "checkpoint is kept, and --resume continues") from e
     finally:
         if world > 1:
             gc.collect()  # frees what holds the process group, so that its threads end before Python does
