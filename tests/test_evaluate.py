@@ -191,7 +191,7 @@ def test_a_killed_run_continues(folder, monkeypatch):
         assert sum(len(prompts) for _, prompts, _ in calls) == 8
         assert sorted(Path("part.jsonl").read_text().splitlines()) == sorted(all_answers)
 
-def test_other_weights_and_other_settings_are_asked_anew(folder):
+def test_other_weights_and_other_settings_are_asked_again(folder):
     shutil.copytree(TINY, "run")
     argv = ["failures", "photos/0.jpg", "--ckpt=run"]
     first, kept = run(*argv)
