@@ -17,7 +17,8 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import partial
@@ -137,12 +138,16 @@ def open_log(config: Config, done: int):
     out.write(kept[len(same):])
     return out
 
-def stop_on_signals() -> list[int]:
-    """The list to which the numbers of SIGTERM, SIGUSR1 and Ctrl-C are added when they come."""
-    caught: list[int] = []
-    for name in {"SIGTERM", "SIGUSR1", "SIGINT"} & {*dir(signal)}:  # Windows has not all of them
-        signal.signal(getattr(signal, name), lambda number, frame: caught.append(number))
-    return caught
+@contextmanager
+def caught_signals() -> Iterator[list[int]]:
+    """A list to which the numbers of SIGTERM, SIGUSR1 and Ctrl-C are added when they come."""
+    caught, numbers = [], [getattr(signal, n) for n in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, n)]
+    before = [signal.signal(number, lambda number, frame: caught.append(number)) for number in numbers]
+    try:
+        yield caught
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
 
 class Checkpoint:
     """The state of a run that state.pt keeps: the trained parameters, the optimizer and the scaler."""
@@ -332,15 +337,17 @@ def train(config: Config, device, rank: int = 0, world: int = 1):
         return print(f"{config.out_dir}: its run is already at step {done:,}", file=sys.stderr)
     if rank == 0:
         start_folder(config)  # not earlier: a refused resume changes nothing
-    with open_log(config, done) if rank == 0 else open(os.devnull, "w") as out:
-        run_steps(checkpoint, groups, Meter(model, config, list(weights), device), heldout, out, done + 1)
+    meter = Meter(model, config, list(weights), device)
+    with open_log(config, done) if rank == 0 else open(os.devnull, "w") as out, caught_signals() as caught:
+        run_steps(checkpoint, groups, meter, heldout, done + 1, out, caught)
 
-def run_steps(checkpoint: Checkpoint, groups: Groups, meter: Meter, heldout: Samples | None, out, first: int):
-    """The steps from `first` on: train, log, evaluate on rank 0, save."""
+def run_steps(checkpoint: Checkpoint, groups: Groups, meter: Meter, heldout: Samples | None, first: int, out,
+              caught: list[int]):
+    """The steps from `first` on: train, log, evaluate on rank 0, save; until a signal is caught."""
     config, model, rank, device = groups.config, checkpoint.model, groups.rank, meter.sums.device
     # without init_sync: all ranks start alike, by their seed
     wrapped = DistributedDataParallel(model, init_sync=False) if groups.world > 1 else model
-    reader, caught, failed, asked = Reader(groups, first - 1), stop_on_signals(), 0, time.perf_counter()
+    reader, failed, asked = Reader(groups, first - 1), 0, time.perf_counter()
     bar = tqdm(range(first, config.max_steps + 1), total=config.max_steps, initial=first - 1, unit="step",
                dynamic_ncols=True, disable=rank > 0)
     for step, (source, batches) in zip(bar, reader):

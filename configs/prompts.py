@@ -41,6 +41,7 @@ def user_message(text: str | list, n_images: int) -> list[str | int]:
 def harmless(text: str, end: str = "</s>") -> str:
     """A text that neither ends a turn nor begins one: "###Human: Hi" -> "# # #Human: Hi"."""
     text = re.sub(r"#{3,}|\[/?INST\]", lambda mark: " ".join(mark[0]), text)
+    text += " " * text.endswith("#")  # the template's ### may follow
     return text if end == "</s>" else text.replace(end, " ")  # the letters </s> are no control token
 
 def placed_message(text: str) -> list[str | int]:

@@ -121,7 +121,8 @@ def test_only_the_projection_learns(world, tmp_path):
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {"proj.weight", "proj.bias"}
     run(config)
     assert not torch.equal(load_file(tmp_path / "proj.safetensors")["proj.weight"], model.proj.weight)
-    assert sorted(os.listdir(tmp_path)) == ["config.json", "log.jsonl", "proj.safetensors", "state.old.pt", "state.pt"]
+    files = ["config.json", "log.jsonl", "proj.safetensors", "state.old.pt", "state.pt"]
+    assert sorted(os.listdir(tmp_path)) == files
 
 def test_every_part_can_learn_and_is_saved(world, tmp_path):
     config = micro(world, tmp_path, trainable=("vision", "qformer", "proj", "llama"), max_steps=60,
@@ -243,26 +244,103 @@ def test_an_earlier_run_or_a_folder_of_something_else_is_not_overwritten(world, 
             run(config)
         (tmp_path / "out" / file).unlink()
     shutil.copytree(world["llama"], tmp_path / "llama")
-    with pytest.raises(InputError, match="config.json: unknown name"):
+    with pytest.raises(InputError, match="a language model's folder"):
         run(micro(world, tmp_path / "llama"))
     assert (tmp_path / "llama/config.json").read_text() == (Path(world["llama"]) / "config.json").read_text()
 
 @pytest.mark.parametrize("save_interval, words", [
-    (8, "step 5: the loss is nan"), (4, "step 4: the weights have become infinite")])
+    (99, "step 24: the last 20 losses or gradients were not finite"),
+    (4, "step 4: the weights have become infinite")])
 def test_a_run_that_diverges_stops_and_keeps_its_last_checkpoint(world, tmp_path, save_interval, words):
     run(micro(world, tmp_path, max_steps=2))
     before = (tmp_path / "state.pt").read_bytes()
+    changes = dict(lr=1e30, min_lr=1e30, resume=True, save_interval=save_interval, max_steps=99)
     with pytest.raises(InputError, match=words):
-        run(micro(world, tmp_path, lr=1e30, min_lr=1e30, resume=True, save_interval=save_interval))
+        run(micro(world, tmp_path, **changes))
     assert (tmp_path / "state.pt").read_bytes() == before
+
+def test_a_step_that_is_not_finite_is_skipped_and_its_samples_are_named(world, tmp_path, monkeypatch):
+    forward, calls = MiniGPT4.forward, []
+
+    def broken_once(self, *args):
+        calls.append(args)
+        return forward(self, *args) * (float("nan") if len(calls) in (3, 4) else 1)
+
+    monkeypatch.setattr(MiniGPT4, "forward", broken_once)
+    log = run(micro(world, tmp_path, max_steps=6, length_group=2))
+    failed = [row for row in log if "not_finite" in row]
+    assert [(row["step"], row["not_finite"], len(row["samples"])) for row in failed] == [(3, 1, 4), (4, 2, 4)]
+    assert all(re.search(r"stage1/\d+\.tar:\d+$", where) for row in failed for where in row["samples"])
+    assert [row["step"] for row in log if "loss" in row] == [1, 2, 5, 6]  # nothing else to report
+    assert all(t.isfinite().all() for t in weights(tmp_path).values())
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_damaged_state_is_passed_over_for_the_one_before(world, tmp_path, capsys, cut):
+    whole = run(micro(world, tmp_path / "whole"))
+    run(micro(world, tmp_path / "run", max_steps=6))
+    state = tmp_path / "run/state.pt"
+    content = bytearray(state.read_bytes())
+    content[len(content) // 2] ^= 1
+    state.write_bytes(content[:len(content) // 2] if cut else content)
+    assert losses(run(micro(world, tmp_path / "run", resume=True))) == losses(whole)
+    assert re.search(r"warning: .*state.pt: damaged .*goes on from .*state.old.pt", capsys.readouterr().err)
+    assert_same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    for name in ("state.pt", "state.old.pt"):
+        (tmp_path / "run" / name).write_bytes(b"PK")
+    with pytest.raises(InputError, match="state.old.pt: damaged"):
+        run(micro(world, tmp_path / "run", resume=True))
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_a_signal_ends_a_run_after_its_step_saved(world, tmp_path, name):
+    run(micro(world, tmp_path / "whole", max_steps=8))
+    config = micro(world, tmp_path / "run", max_steps=100_000, save_interval=100_000, num_workers=1)
+    process = subprocess.Popen([sys.executable, *command(config)], env=ENV, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
+    while not (tmp_path / "run/log.jsonl").exists() or not losses(read_log(tmp_path / "run")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, getattr(signal, name))  # its data worker gets it, too
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == (130 if name == "SIGINT" else 0) and "Traceback" not in err, err
+    step = read_log(tmp_path / "run")[-1]["step"]
+    assert f"stopped after step {step}, which is saved" in err
+    assert torch.load(tmp_path / "run/state.pt", weights_only=True)["step"] == step
+
+def test_a_second_run_in_a_folder_is_refused_and_changes_nothing(world, tmp_path):
+    run(micro(world, tmp_path, max_steps=2))
+    config = micro(world, tmp_path, max_steps=6, resume=True)
+    before = (tmp_path / "log.jsonl").read_bytes()
+    with train.open_log(config, 2):  # to open and close the file in this process again would end the lock
+        done = subprocess.run([sys.executable, *command(config)], env=ENV, capture_output=True, text=True)
+    assert done.returncode == 2 and f"{tmp_path}: another run writes to it" in done.stderr
+    assert (tmp_path / "log.jsonl").read_bytes() == before
+    assert [row["step"] for row in run(config)] == [1, 2, 3, 4, 5, 6]
+
+def test_messages_that_nobody_reads_do_not_end_a_run(world, tmp_path):
+    config = micro(world, tmp_path / "run", max_steps=50)
+    process = subprocess.Popen([sys.executable, *command(config)], env=ENV, stderr=subprocess.PIPE)
+    process.stderr.read(10)
+    process.stderr.close()
+    assert process.wait() == 0 and read_log(tmp_path / "run")[-1]["step"] == 50
+
+def test_a_killed_data_worker_is_one_line(world, tmp_path):
+    config = micro(world, tmp_path / "run", max_steps=100_000, num_workers=1)
+    process = subprocess.Popen([sys.executable, *command(config)], env=ENV, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "run/log.jsonl").exists() or not losses(read_log(tmp_path / "run")):
+        time.sleep(0.02)
+    worker = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[-1]
+    os.kill(int(worker), signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and "Traceback" not in err and "is killed by signal" in err, err
 
 def test_a_damaged_log_does_not_stop_a_resume_but_a_damaged_state_does(world, tmp_path):
     run(micro(world, tmp_path, max_steps=2))
     with open(tmp_path / "log.jsonl", "ab") as f:
         f.write(b'5\n[]\n{"a": 1}\n{"step": "x"}\n\xff\n{"st')
     assert [row["step"] for row in run(micro(world, tmp_path, max_steps=4, resume=True))] == [1, 2, 3, 4]
-    (tmp_path / "state.pt").write_bytes((tmp_path / "state.pt").read_bytes()[:1000])
-    with pytest.raises(InputError, match="state.pt: damaged"):
+    for name in ("state.pt", "state.old.pt"):
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:1000])
+    with pytest.raises(InputError, match="state.old.pt: damaged"):
         run(micro(world, tmp_path, max_steps=6, resume=True))
 
 @pytest.mark.parametrize("content, words", [
