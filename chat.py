@@ -195,7 +195,8 @@ def say(talk: Chat, question: str, is_script: bool = False):
                       "answer": turn.answer, "tokens": s.get("answer_tokens", 0),
                       "seconds": round(s.get("seconds", 0), 3), "ended": turn.ended}) if o.json else "")
     if not turn.ended:
-        print(f"({reason})", file=sys.stderr)
+        full = len(talk.cached) + s.get("answer_tokens", 0) >= talk.context and reason != "you stopped it"
+        print(f"({f'the context of {talk.context} tokens is full' if full else reason})", file=sys.stderr)
     if o.stats and "seconds" in s:
         rate = (s["answer_tokens"] - 1) / (s["seconds"] - s["first_word_s"] * (o.num_beams == 1) or 1)
         print(f"({rate:.1f} tokens/s, first word after {s['first_word_s']:.2f} s, {s['cached_tokens']} of "
@@ -219,7 +220,10 @@ def run_command(talk: Chat, command: str, argument: str):
     elif command == "/undo":
         print(f"Forgotten: {printable(talk.undo().question)}")
     elif command == "/regenerate":
+        old = talk.turns[-1]
         say(talk, talk.undo().question)
+        if not (talk.turns[-1].answer or talk.turns[-1].ended):  # stopped before it began
+            talk.turns[-1] = old
     elif command == "/set" and argument:
         name, _, value = argument.replace("=", " ", 1).partition(" ")
         talk.options = override(talk.options, {check_name(name, SETTINGS, "/set"): value.strip()}, "/set")
@@ -260,13 +264,15 @@ def set_up_readline():
     readline.set_completer_delims(" \t\n\"'")
     readline.parse_and_bind("bind ^I rl_complete" if "libedit" in str(readline.__doc__) else "tab: complete")
 
-def read_message() -> str:
-    """A line, or what stands between two \"\"\"."""
+def read_message() -> tuple[str, bool]:
+    """A line, or what stands between two \"\"\" (or one and the end), and whether it may be a command."""
     you, more = ("you> ", "...> ") if sys.stdin.isatty() else ("", "")
     message = input(you)
-    while (is_long := message.lstrip().startswith('"""')) and message.count('"""') < 2:
-        message += "\n" + input(more)
-    return (message.split('"""')[1] if is_long else message).replace("\0", "").strip()
+    with suppress(EOFError):
+        while (is_long := message.lstrip().startswith('"""')) and message.count('"""') < 2:
+            message += "\n" + input(more)
+    message = message.split('"""', 1)[1].replace('"""', " ") if is_long else message
+    return message.replace("\0", "").strip(), not is_long
 
 def converse(talk: Chat):
     """Read messages and commands until /bye or the end of stdin."""
@@ -276,8 +282,8 @@ def converse(talk: Chat):
     while True:
         before = talk.turns[:], talk.new_pictures
         try:
-            message = read_message()
-            command, *argument = message.split(maxsplit=1)[:2] or [""]
+            message, may_command = read_message()
+            command, *argument = (message.split(maxsplit=1)[:2] if may_command else []) or [""]
             if command in ("/bye", "/quit", "/exit"):
                 return
             elif command in COMMANDS or command.startswith("/") and not find_pictures(message)[1]:
@@ -291,9 +297,9 @@ def converse(talk: Chat):
             if not sys.stdin.isatty():
                 raise
             print("\n(/bye or Ctrl-D leaves)", file=sys.stderr)
-        except InputError as e:
+        except (InputError, torch.OutOfMemoryError) as e:
             talk.turns, talk.new_pictures = before  # a message that fails leaves nothing behind
-            print("error:", printable(str(e)), file=sys.stderr)
+            print("error:", *printable(str(e)).split(), file=sys.stderr)
 
 def main(argv: list[str]):
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages on Linux: weights are read faster

@@ -432,7 +432,7 @@ def main(argv: list[str]):
         if world > 1:
             dist.barrier()  # a rank that leaves while rank 0 evaluates and saves may crash on its way out
     except RuntimeError as e:
-        if "DataLoader worker" not in str(e):
+        if not re.search(r"DataLoader worker .*(is killed|exited)", str(e)):
             raise
         raise InputError(f"{str(e).strip()} If memory ran out, lower length_group or num_workers; the last "
                          "checkpoint is kept, and --resume continues") from e
