@@ -347,12 +347,13 @@ def run_steps(checkpoint: Checkpoint, groups: Groups, meter: Meter, heldout: Sam
     config, model, rank, device = groups.config, checkpoint.model, groups.rank, meter.sums.device
     # without init_sync: all ranks start alike, by their seed
     wrapped = DistributedDataParallel(model, init_sync=False) if groups.world > 1 else model
-    reader, failed, asked = Reader(groups, first - 1), 0, time.perf_counter()
+    reader, launcher, failed, asked = Reader(groups, first - 1), os.getppid(), 0, time.perf_counter()
     bar = tqdm(range(first, config.max_steps + 1), total=config.max_steps, initial=first - 1, unit="step",
                dynamic_ncols=True, disable=rank > 0)
     for step, (source, batches) in zip(bar, reader):
         meter.waited += time.perf_counter() - asked
-        lr, stop = learning_rate(step - 1, config), torch.tensor(float(len(caught)), device=device)
+        lr, is_orphan = learning_rate(step - 1, config), groups.world > 1 and os.getppid() != launcher
+        stop = torch.tensor(float(len(caught) + is_orphan), device=device)  # is_orphan: torchrun has died
         loss_sum = train_step(wrapped, batches, checkpoint.optimizer, checkpoint.scaler, lr, config.grad_clip)
         if groups.world > 1:
             dist.all_reduce(stop)
@@ -375,7 +376,8 @@ def run_steps(checkpoint: Checkpoint, groups: Groups, meter: Meter, heldout: Sam
             loss, shown = evaluate(model, heldout, config, device)  # shards need all ranks
             write_row(out, step=step, heldout_loss=loss, samples=shown)
             lines = [f"  answer: {s['answer']!r}\n  data:   {s['data']!r}" for s in shown]
-            bar.write("\n".join([f"step {step}: held-out loss {loss:.4f}", *lines]), file=sys.stderr)
+            if rank == 0:
+                bar.write("\n".join([f"step {step}: held-out loss {loss:.4f}", *lines]), file=sys.stderr)
         if rank == 0 and (last or step % config.save_interval == 0):
             checkpoint.save(step)
             if reader.skipped:

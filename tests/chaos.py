@@ -137,7 +137,7 @@ def main(argv: list[str]):
             meet(fault, chaos, steps, o.processes, rng)
             met[fault] += 1
             bar.update(max(0, len(rows(chaos)) - bar.n))
-    subprocess.run(command(chaos, steps, o.processes), cwd=ROOT, capture_output=True)  # if the end was damaged
+    subprocess.run(command(chaos, steps, o.processes), cwd=ROOT, capture_output=True)  # its end may be cut
     seen = Counter(row["step"] for row in rows(chaos))
     lost, repeated = steps - len(seen), sum(n - 1 for n in seen.values())
     same = all(map(torch.equal, tensors(quiet), tensors(chaos)))

@@ -504,3 +504,18 @@ def test_twenty_photographs_and_a_jsonl_train_and_answer(tmp_path):
     talked = subprocess.run([sys.executable, *chat_command], cwd=ROOT, env=ENV, capture_output=True,
                             text=True, input="What is it?\n")
     assert python == "python" and talked.returncode == 0 and talked.stdout.strip(), talked.stderr
+
+def test_the_ranks_end_when_torchrun_dies(world, tmp_path):
+    config = micro(world, tmp_path / "run", max_steps=100_000, save_interval=100_000)
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29517"]
+    torchrun = subprocess.Popen([*start, *command(config)], env=ENV, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "run/log.jsonl").exists() or not losses(read_log(tmp_path / "run")):
+        time.sleep(0.02)
+    ranks = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+    torchrun.kill()
+    torchrun.wait()
+    end = time.time() + 30
+    while any(Path(f"/proc/{rank}").exists() for rank in ranks) and time.time() < end:
+        time.sleep(0.1)
+    assert len(ranks) == 2 and not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+    assert (tmp_path / "run/state.pt").exists()
