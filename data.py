@@ -71,14 +71,10 @@ class Shards:
                     known |= {folder / name: n for name, n in found.items() if type(n) is int and n >= 0}
         self.counts, faults = [], []
         for p in tqdm(paths, desc="reading tar headers", delay=1):
-            try:
-                n = known.get(Path(p), -1)
-                self.counts.append(n if 0 <= n <= 10**6 else count_samples(p))  # no shard holds more
-            except InputError as e:
-                self.counts.append(0)
-                faults.append(e)
+            n = known.get(Path(p), -1)
+            self.counts.append(n if 0 <= n <= 10**6 else count_samples(p, faults))  # no shard holds more
         if faults and not sum(self.counts):
-            raise faults[0]
+            raise InputError(faults[0])
         if faults:
             what = f"{len(faults):,} of {len(paths):,} shards are left out, the first is"
             print(printable(f"warning: {what} {faults[0]}"), file=sys.stderr)
@@ -104,18 +100,18 @@ class Shards:
             content = {"caption": plain.read().decode("utf-8-sig", "replace")}
         return Sample([picture], content["caption"])
 
-def count_samples(path: str) -> int:
-    """The samples of a tar file. Raises InputError if there are none."""
-    if n := len(index_tar(path)):
-        return n
-    with open(path, "rb") as tar:
-        is_gzip = tar.read(2) == b"\x1f\x8b"
-    raise InputError(f"{path}: {'compressed; unpack it with gunzip' if is_gzip else 'no samples in it'}")
+def count_samples(path: str, faults: list[str]) -> int:
+    """The samples of a tar file; where there are none, `faults` gets the reason."""
+    try:
+        n, reason = len(index_tar(path)), f"{path}: no samples in it; if it is compressed, unpack it"
+    except InputError as e:
+        n, reason = 0, str(e)
+    faults += [reason] * (not n)
+    return n
 
 @lru_cache(maxsize=64)
 def index_tar(path: str) -> list[tuple[str, Member | None, Member | None, Member | None]]:
-    """A tar's samples (key, picture, .json or else .txt, .txt), also behind damaged blocks; InputError if
-    none."""
+    """A tar's samples (key, picture, .json or else .txt, .txt), also behind damaged blocks."""
     samples: dict[str, dict[str, Member]] = {}
     try:
         with tarfile.open(path, "r:", ignore_zeros=True) as tar:

@@ -17,8 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import partial
@@ -138,16 +137,12 @@ def open_log(config: Config, done: int):
     out.write(kept[len(same):])
     return out
 
-@contextmanager
-def caught_signals() -> Iterator[list[int]]:
-    """A list to which the numbers of SIGTERM, SIGUSR1 and Ctrl-C are added when they come."""
-    caught, numbers = [], [getattr(signal, n) for n in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, n)]
-    before = [signal.signal(number, lambda number, frame: caught.append(number)) for number in numbers]
-    try:
-        yield caught
-    finally:
-        for number, handler in zip(numbers, before):
-            signal.signal(number, handler)
+def catch_signals() -> list[int]:
+    """The list to which the numbers of SIGTERM, SIGUSR1 and Ctrl-C are added when they come."""
+    caught: list[int] = []
+    for name in {"SIGTERM", "SIGUSR1", "SIGINT"} & {*dir(signal)}:  # Windows has not all of them
+        signal.signal(getattr(signal, name), lambda number, frame: caught.append(number))
+    return caught
 
 class Checkpoint:
     """The state of a run that state.pt keeps: the trained parameters, the optimizer and the scaler."""
@@ -338,18 +333,18 @@ def train(config: Config, device, rank: int = 0, world: int = 1):
     if rank == 0:
         start_folder(config)  # not earlier: a refused resume changes nothing
     meter = Meter(model, config, list(weights), device)
-    with open_log(config, done) if rank == 0 else open(os.devnull, "w") as out, caught_signals() as caught:
-        run_steps(checkpoint, groups, meter, heldout, done + 1, out, caught)
+    with open_log(config, done) if rank == 0 else open(os.devnull, "w") as out:
+        run_steps(checkpoint, groups, meter, heldout, done + 1, out)
 
-def run_steps(checkpoint: Checkpoint, groups: Groups, meter: Meter, heldout: Samples | None, first: int, out,
-              caught: list[int]):
+def run_steps(checkpoint: Checkpoint, groups: Groups, meter: Meter, heldout: Samples | None, first: int, out):
     """The steps from `first` on: train, log, evaluate on rank 0, save; until a signal is caught."""
     config, model, rank, device = groups.config, checkpoint.model, groups.rank, meter.sums.device
     # without init_sync: all ranks start alike, by their seed
     wrapped = DistributedDataParallel(model, init_sync=False) if groups.world > 1 else model
-    reader, launcher, failed, asked = Reader(groups, first - 1), os.getppid(), 0, time.perf_counter()
+    reader, caught, launcher, failed = Reader(groups, first - 1), catch_signals(), os.getppid(), 0
     bar = tqdm(range(first, config.max_steps + 1), total=config.max_steps, initial=first - 1, unit="step",
                dynamic_ncols=True, disable=rank > 0)
+    asked = time.perf_counter()
     for step, (source, batches) in zip(bar, reader):
         meter.waited += time.perf_counter() - asked
         lr, is_orphan = learning_rate(step - 1, config), groups.world > 1 and os.getppid() != launcher
@@ -366,7 +361,10 @@ def run_steps(checkpoint: Checkpoint, groups: Groups, meter: Meter, heldout: Sam
         if failed == MOST_FAILED:
             raise InputError(f"step {step}: the last {failed} losses or gradients were not finite; {ADVICE}")
         if step == 1 and rank == 0 and "llama" not in config.trainable:
-            check_first_loss(loss_sum.item() / sum(batch.n_targets for batch in batches), model)
+            loss = loss_sum.item() / sum(batch.n_targets for batch in batches)
+            if loss > log(model.llama.config.vocab_size) + 1:
+                print(f"warning: the first loss, {loss:.2f}, is worse than a uniform guess: LLaMA's weights "
+                      "or tokenizer are probably wrong; try chat.py --ckpt=OUT_DIR --check", file=sys.stderr)
         if (last or step % config.log_interval == 0) and (report := meter.report()):
             write_row(out, step=step, lr=lr, seen=step * groups.step_size, **report)
             report.pop("losses", None)  # too many for the bar
@@ -398,12 +396,6 @@ def write_row(out, **row):
         print(json.dumps(row), file=out)
     except OSError as e:
         raise InputError(f"{out.name}: cannot be written ({e.strerror}); the last checkpoint is kept") from e
-
-def check_first_loss(loss: float, model: MiniGPT4):
-    """Warn if the language model cannot be sound."""
-    if loss > log(model.llama.config.vocab_size) + 1:
-        print(f"warning: the first loss, {loss:.2f}, is worse than a uniform guess: LLaMA's weights or "
-              "tokenizer are probably wrong; try python chat.py --ckpt=OUT_DIR --check", file=sys.stderr)
 
 def outlive_reader(stream):
     """Let a stream lose what it cannot write: a run goes on when the reader of its messages has left."""

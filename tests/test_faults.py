@@ -52,7 +52,7 @@ def test_a_json_without_caption_leaves_it_to_the_text_which_may_begin_with_a_mar
     assert captions(open_source(str(tmp_path))) == ["A dog", "A cat"]
 
 @pytest.mark.parametrize("content, words", [
-    (None, "compressed; unpack it with gunzip"), (b"<html>404</html>", "0.tar: "), (b"", "0.tar: ")])
+    (None, "if it is compressed, unpack it"), (b"<html>404</html>", "0.tar: "), (b"", "0.tar: ")])
 def test_an_unreadable_shard_among_good_ones_is_named(tmp_path, capsys, content, words):
     write_tar(tmp_path / "0.tar", ["a"])
     write_tar(tmp_path / "1.tar", ["b", "c"])

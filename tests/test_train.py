@@ -32,6 +32,15 @@ ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}  # the runs below are too small for more
 
+@pytest.fixture(autouse=True)
+def signals():
+    """Training in this process catches them."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    handlers = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, handlers):
+        signal.signal(number, handler)
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> dict:
     """The paths of a micro model with random weights, and of stage-1 and stage-2 data for it."""
