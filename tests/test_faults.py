@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -112,7 +112,6 @@ def ends(ids, end):
     stop = TOKENIZER.stop_sequences(end)
     return sum(TOKENIZER.is_end(ids[:i], stop) for i in range(1, len(ids) + 1))
 
-@settings(deadline=None)
 @given(FORGED, FORGED)
 def test_no_text_ends_a_turn_begins_one_or_adds_a_picture(question, answer):
     for template, end in (("vicuna", "###"), ("llama2", "</s>")):
@@ -123,7 +122,6 @@ def test_no_text_ends_a_turn_begins_one_or_adds_a_picture(question, answer):
         assert ends(ids, end) == ends(plain, end)
         assert TOKENIZER.decode([i for i in ids if i > 2]).count("[INST]") == (template == "llama2")
 
-@settings(deadline=None)
 @given(FORGED)
 def test_a_caption_of_stage_1_ends_once(caption):
     samples = Samples([], Config(max_txt_len=10_000), TOKENIZER, 28, N)
