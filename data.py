@@ -14,7 +14,7 @@ import signal
 import sys
 import tarfile
 from collections import Counter, namedtuple
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import lru_cache
 from itertools import islice
@@ -153,36 +153,32 @@ class Rows:
     def __getitem__(self, place: tuple[int, int]) -> Sample:
         row = self.rows[place[1]][1]
         row = json.loads(row) if isinstance(row, str) else row
-        folder, images = self.path.parent, []
+        is_llava, folder, names = "conversations" in row, self.path.parent, row.get("image") or []
+        places = ("images", "image", "") if is_llava else ("",)
+        paths = [[str(folder / place / name) for place in places]
+                 for name in ([names] if isinstance(names, str) else names)]
         if "image_id" in row:
-            names = [f"image/{row['image_id']}.{suffix}" for suffix in ("jpg", "png", "jpeg")]
-            images = next((name for name in names if (folder / name).exists()), names[0])
-        images = images or row.get("image", [])
-        images = [images] if isinstance(images, str) else images or []
-        if "conversations" in row:  # LLaVA's, whose pictures are in an image folder beside the file
-            paths = [[str(folder / place / p) for place in ("images", "image", "")] for p in images]
-            images = [next(filter(os.path.exists, places), places[0]) for places in paths]
-            roles = {"human": "user", "gpt": "assistant"}
-            turns = pair_turns((roles.get(turn["from"]), turn["value"]) for turn in row["conversations"])
-            if images and not any("<image>" in user for user, _ in turns):
-                turns[0] = (f"<image>{turns[0][0]}", turns[0][1])
-            turns = [(placed_message(user), answer) for user, answer in turns]
-            if sum(user.count(IMAGE) for user, _ in turns) != len(images):
-                raise BadSample("not as many <image> as pictures")
-            return Sample(images, turns[0][1] if images and len(turns) == 1 else None, turns)
-        images = [str(folder / p) for p in images]
-        if "conversation" in row:
-            return Sample(images, turns=pair_turns(next(iter(turn.items())) for turn in row["conversation"]))
-        if row.get("text") is not None and (images or type(row.get("context", "")) is not str):
-            raise BadSample("a text with a picture (name it caption), or a context that is no text")
-        return Sample(images, row.get("caption"), text=row.get("text"), context=row.get("context", ""))
-
-def pair_turns(spoken: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """[("user", "Hi"), ("assistant", "Hello")] -> [("Hi", "Hello")]."""
-    roles, texts = zip(*spoken)
-    if list(roles) != ["user", "assistant"] * (len(roles) // 2):
-        raise BadSample("user and assistant do not alternate, the assistant last")
-    return list(zip(texts[::2], texts[1::2]))
+            paths = [[f"{folder}/image/{row['image_id']}.{suffix}" for suffix in ("jpg", "png", "jpeg")]]
+        images = [next(filter(os.path.exists, candidates), candidates[0]) for candidates in paths]
+        if not is_llava and "conversation" not in row:
+            if row.get("text") is not None and (images or type(row.get("context", "")) is not str):
+                raise BadSample("a text with a picture (name it caption), or a context that is no text")
+            return Sample(images, row.get("caption"), text=row.get("text"), context=row.get("context", ""))
+        spoken = ([({"human": "user", "gpt": "assistant"}.get(turn["from"]), turn["value"])
+                   for turn in row["conversations"]] if is_llava else
+                  [next(iter(turn.items())) for turn in row["conversation"]])
+        roles, texts = zip(*spoken)
+        if list(roles) != ["user", "assistant"] * (len(roles) // 2):
+            raise BadSample("user and assistant do not alternate, the assistant last")
+        users, answers = list(texts[::2]), texts[1::2]
+        if not is_llava:
+            return Sample(images, turns=list(zip(users, answers)))
+        if images and not any("<image>" in user for user in users):
+            users[0] = f"<image>{users[0]}"
+        users = [placed_message(user) for user in users]
+        if sum(user.count(IMAGE) for user in users) != len(images):
+            raise BadSample("not as many <image> as pictures")
+        return Sample(images, answers[0] if images and len(answers) == 1 else None, list(zip(users, answers)))
 
 def open_source(path: str) -> Shards | Rows:
     """The source at a path of the config's `data`."""
