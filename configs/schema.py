@@ -57,8 +57,8 @@ class Config:
     trainable: tuple[str, ...] = option(("proj",), "parts to train: vision, qformer, proj, llama")
     image_size: int = option(0, "pixels; 0: what the vision part was trained with", least=0, most=2048)
     # The data.
-    data: str | dict | list = option("", "a path, paths or {path: weight}: tar shards (a glob, {00..99}.tar, "
-        "a folder, a .txt that lists them), a folder with filter_cap.json, a .jsonl, or LLaVA's .json")
+    data: str | dict | list = option("", "a path, paths or {path: weight}, of which a step takes one: tar "
+        "shards (a glob, {00..99}.tar, a folder, a .txt list), a filter_cap.json's folder, a .jsonl or .json")
     heldout_data: str | dict | list = option("", "the same; none: no evaluation during training")
     prepare: dict = option({}, "{path: arguments of python that make it, if data needs it}")
     template: str = option("", "none: picture, then caption, as in stage 1", choices=("", *TEMPLATES))

@@ -237,7 +237,7 @@ def test_a_wrong_line_is_named(folder, monkeypatch, task, line):
         evaluate.main([task, "a.jsonl", "--images=photos"])
 
 @pytest.mark.parametrize("argv, words", [
-    (["--n=0"], "at least 1"), (["extra"], "names are: scenes, failures, pope, vqa"),
+    (["--n=0"], "at least 1"), (["extra"], "'extra': usage: scenes"),
     (["scenes", "x"], "usage"), (["--ckpt=out/stage2"], "not an option of scenes"), (["pope"], "usage"),
     (["failures", "photos", "--prompt={}"], "--prompt: not an option of failures"),
     (["failures", "photos", "--save=b.jsonl", "--answers=b.jsonl"], "not the same as --answers"),

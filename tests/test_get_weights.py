@@ -234,6 +234,9 @@ def test_what_is_no_weight_file_is_named(repos, tmp_path, local, monkeypatch):
         Path(name, name).write_text(pointer)
         with pytest.raises(InputError, match=f"^{name}/{name}: a Git LFS pointer"):
             get_weights.main(["vicuna-7b", *local, f"--llama={name}"])
+    folder = repos / VICUNA
+    with pytest.raises(InputError, match=f"^--proj={folder}: a folder; give the projection's file"):
+        get_weights.main(["vicuna-7b", *local, f"--llama={folder}", f"--proj={folder}"])
     assert not Path("weights").exists()
 
 @pytest.mark.parametrize("argv, words", [

@@ -1,6 +1,7 @@
 """tools/plot.py: what it reads from a run's log, and that it draws."""
 
 import json
+import sys
 
 import pytest
 
@@ -43,6 +44,6 @@ def test_what_is_no_run_and_a_run_without_losses_are_refused(tmp_path, monkeypat
                         ([run_folder(tmp_path / "a", ROWS[1:])], "holds no losses yet")):
         with pytest.raises(InputError, match=words):
             plot.main(argv)
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(InputError, match="pip install matplotlib"):
         plot.main([run_folder(tmp_path / "b", ROWS)])

@@ -128,11 +128,9 @@ def open_weights(path: Path) -> dict[str, torch.Tensor]:
     InputError for a file that is missing, broken, or holds more than plain data."""
     if path.suffix == ".safetensors":
         return load_tensors(path)[0]
+    is_zip = start_of(path).startswith(b"PK")  # files from before PyTorch 1.6 cannot be memory-mapped
     try:
-        is_zip = start_of(path).startswith(b"PK")  # files from before PyTorch 1.6 cannot be memory-mapped
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except InputError:
-        raise
     except pickle.UnpicklingError as e:
         raise InputError(f"{path}: refused: no PyTorch file, or one that holds more than tensors and could "
                          "run code; get it from its official source") from e
@@ -237,12 +235,13 @@ def refuse_other_qformers(folder: Path, config: dict):
     text, vision = (c if isinstance(c := config.get(f"{name}_config"), dict) else {}
                     for name in ("text", "vision"))
     kind, width = text.get("model_type", "opt"), text.get("d_model", text.get("hidden_size", 512))
-    real = vision.get("hidden_size", 1408) == 1408  # not a small one, of a test
-    name = f"{config.get('_name_or_path')} {text.get('_name_or_path')}"
-    other = kind != "t5" or width == 2048 or real and width != 4096 or re.search(r"flan-t5-(?!xxl)", name)
-    model, why = config.get("model_type"), f"it was trained for {kind}, width {width}"
-    if model != "blip-2" or other:
-        why = why if model == "blip-2" else f"{model}'s reads text too"
+    published = vision.get("hidden_size", 1408) == 1408  # others are small models of somebody's own
+    name, why = f"{config.get('_name_or_path')} {text.get('_name_or_path')}", ""
+    if (model := config.get("model_type")) != "blip-2":
+        why = f"{model}'s reads text too"
+    elif kind != "t5" or width == 2048 or published and width != 4096 or re.search("flan-t5-(?!xxl)", name):
+        why = f"it was trained for {kind}, width {width}"
+    if why:
         raise InputError(f"{folder}: not the Q-Former of MiniGPT-4 ({why}): with its projections this one "
                          "gives nonsense; take Salesforce/blip2-flan-t5-xxl (the vision parts are the same)")
 

@@ -42,8 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import chat
 from configs.prompts import INSTRUCTIONS
-from configs.schema import (InputError, check_name, check_options, option, override, parse_args, printable,
-                            run_main)
+from configs.schema import InputError, check_options, option, override, parse_args, printable, run_main
 from model import fingerprint
 from tools import caption, make_scenes as world
 from vision import load_image
@@ -301,9 +300,9 @@ TASKS = {  # what scores the answers, max_new_tokens, and the options that not a
 def main(argv: list[str]):
     names, given = parse_args(argv, __doc__, "[scenes|failures|pope|vqa] [FILE ...]", Options)
     task, *names = names or ["scenes"]
-    _, max_new_tokens, own = TASKS[check_name(task, TASKS, "command line")]
-    if bool(names) == (task == "scenes"):
-        raise InputError("usage: scenes [--stage1= --stage2=], or failures|pope|vqa FILE ... [--ckpt=]")
+    if task not in TASKS or bool(names) == (task == "scenes"):
+        raise InputError(f"{task!r}: usage: scenes [--stage1=], or failures|pope|vqa FILE ... [--ckpt=]")
+    _, max_new_tokens, own = TASKS[task]
     if others := given.keys() & (OF_FILES | OF_SCENES) - own:
         raise InputError(f"--{min(others)}: not an option of {task}; --help lists them")
     o = override(Options(), given)

@@ -30,8 +30,6 @@ from tools.evaluate import is_fragment, repeats_itself
 from train import refuse_to_overwrite, start_folder
 
 BLIP2 = "Salesforce/blip2-flan-t5-xxl"  # has MiniGPT-4's vision part and Q-Former
-WANTED = {"vision": ("vision_model.",), "llama": ("",),  # how the names of a part's tensors begin on the hub
-          "qformer": ("qformer.", "query_tokens", "vision_model.post_layernorm.")}
 WEIGHTS = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json",
            "pytorch_model.bin")  # the first that a LLaMA's repo has; BLIP-2 has the first
 
@@ -118,8 +116,9 @@ def fetch(part: str, repo: str, name: str) -> Path:
         return Path(hub().hf_hub_download(repo, name))
 
 def names_in_index(part: str, index: Path) -> list[str]:
-    """The files that hold a part's tensors."""
-    return sorted({file for k, file in convert.read_weight_map(index).items() if k.startswith(WANTED[part])})
+    """The files that hold a part's tensors; all of a LLaMA."""
+    own = re.compile(convert.OF_BLIP2.get(part, ""))
+    return sorted({file for k, file in convert.read_weight_map(index).items() if own.match(k)})
 
 def names_in_repo(part: str, repo: str, proj: str) -> list[str]:
     """The files of a repo that a part needs. Fetches the small ones that tell which."""
@@ -150,6 +149,8 @@ class Source(NamedTuple):
 
 def check_local(part: str, path: Path):
     """Raise InputError for a path that cannot become the part, before anything is downloaded."""
+    if part == "proj" and path.is_dir():
+        raise InputError(f"--proj={path}: a folder; give the projection's file")
     if part == "llama":
         convert.open_llama(path)
     elif path.is_dir():
