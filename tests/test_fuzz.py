@@ -1,6 +1,7 @@
 """Random command lines, configs, damaged tars and weight files, and ids of answers: nothing breaks."""
 
 import io
+import json
 import tarfile
 from dataclasses import fields, replace
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from safetensors.torch import save
 
 import chat
 from configs.schema import Config, InputError, override, parse_args
-from data import SampleOrder, Samples, Shards, index_tar
+from data import Rows, SampleOrder, Samples, Shards, index_tar
 from llama import Tokenizer
 from model import load_tensors
 from tests.common import GOLDEN
@@ -65,6 +66,21 @@ def _tar() -> bytes:
     return file.getvalue()
 
 FIXTURES = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+KEYS = st.sampled_from(("image", "image_id", "caption", "text", "context", "conversation", "conversations", "x"))
+TURNS = st.lists(st.one_of(
+    st.dictionaries(st.sampled_from(("user", "assistant", "x")), st.text(max_size=5), max_size=2),
+    st.fixed_dictionaries({"from": st.sampled_from(("human", "gpt", "x")), "value": st.text(max_size=5)})))
+JSON = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=9), TURNS),
+                    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(KEYS, inner, max_size=4)))
+
+@FIXTURES
+@given(rows=st.lists(JSON, min_size=1, max_size=3), template=st.sampled_from(("", "vicuna", "llama2")))
+def test_any_json_is_a_sample_or_a_bad_one(tmp_path, rows, template):
+    (path := tmp_path / "rows.json").write_text(json.dumps(rows))
+    samples = Samples([Rows(path)], Config(template=template, trainable=("proj", "llama")), TOKENIZER, 28, 3)
+    read = [samples.read(key) for key in samples.keys()]
+    assert len(read) == len(rows) and len(samples.bad) == read.count(None)
 
 @FIXTURES
 @given(content=damaged(_tar()))
