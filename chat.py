@@ -25,8 +25,8 @@ from pathlib import Path
 import torch
 
 from configs.prompts import IMAGE, TEMPLATES, chat_segments, user_message
-from configs.schema import (ChatOptions as Options, InputError, check_name, override, parse_args, printable,
-                            read_saved_config, run_main)
+from configs.schema import (ChatOptions as Options, InputError, check_name, note, override, parse_args,
+                            printable, read_saved_config, run_main)
 from llama import KVCache
 from model import MiniGPT4, check_english, peak_mib, pick_device, replacing
 from vision import find_pictures, half_blocks, load_image
@@ -46,9 +46,8 @@ SETTINGS = ("temperature", "top_p", "repetition_penalty", "num_beams", "min_leng
 def load(options: Options) -> tuple[MiniGPT4, Options]:
     """The model of a run's folder, checked if asked for, and the options with the gaps filled in from it."""
     if not options.ckpt:
-        print("note: this is the tiny demonstration model. It knows only drawings of colored shapes, and "
-              "names shapes in any photograph. For a real model see the README, then --ckpt=RUN.",
-              file=sys.stderr)
+        note("note: this is the tiny demonstration model. It knows only drawings of colored shapes, and "
+             "names shapes in any photograph. For a real model see the README, then --ckpt=RUN.")
     run = options.ckpt or str(Path(__file__).parent / "assets/tiny")
     saved, device = read_saved_config(run), pick_device(options.device).type
     dtype = options.dtype or saved.dtype
@@ -58,7 +57,7 @@ def load(options: Options) -> tuple[MiniGPT4, Options]:
     if options.compile:
         model.llama.compile_rows()
     if not (template := options.template or saved.template):
-        print(f"note: {run} was trained without a template; --template=vicuna is used", file=sys.stderr)
+        note(f"note: {run} was trained without a template; --template=vicuna is used")
     template = template or "vicuna"
     end = options.answer_end or (saved.answer_end if template == saved.template else TEMPLATES[template].end)
     if options.check:
@@ -109,7 +108,7 @@ class Chat:
         text = text.encode("utf-8", "replace").decode()  # a terminal may send what is no text
         tokens, images = self.prompt(Turn(text, pictures=self.new_pictures))
         self.turns.append(Turn(text, "", self.new_pictures))
-        self.stats = {"prompt_tokens": len(tokens), "cached_tokens": self.cache.length}
+        self.stats = {"prompt_tokens": len(tokens), "cached_tokens": self.cache.length * (o.num_beams == 1)}
         self.new_pictures, stop, ids, shown = (), model.tokenizer.stop_sequences(end), [], ""
         room = min(o.max_new_tokens, self.context - len(tokens))
         for token in model.generate(tokens, images, room, o.temperature, o.top_p, o.repetition_penalty, stop,
@@ -121,7 +120,8 @@ class Chat:
             self.stats |= {"answer_tokens": len(ids), "seconds": time.perf_counter() - start}
             self.stats.setdefault("first_word_s", self.stats["seconds"])
             if not ended and len(ids) < room:
-                answer = answer.rstrip("\ufffd").rstrip(end[0])  # half a character, or half an end, waits
+                answer = answer.rstrip("\ufffd")  # half a character, or half an end, waits
+                answer = answer[:len(answer) - max(n for n in range(len(end)) if answer.endswith(end[:n]))]
             if answer.startswith(shown) and answer != shown:
                 yield answer[len(shown):]
                 shown = answer
@@ -149,7 +149,7 @@ class Chat:
                 raise InputError(f"the question takes {len(tokens)} tokens of the {limit} that the model has "
                                  "room for; shorten it, or take pictures back with /undo")
         if n_dropped > self.n_dropped == 0:
-            print(f"note: the context of {self.context} tokens is full: the oldest turns go", file=sys.stderr)
+            note(f"note: the context of {self.context} tokens is full: the oldest turns go")
         self.n_dropped = n_dropped
         numbers = iter([-p.number for p in pictures for _ in range(self.model.n_image_tokens)])
         keys = [next(numbers) if id == IMAGE else id for id in tokens]
@@ -179,9 +179,9 @@ def say(talk: Chat, question: str, is_script: bool = False):
     for path in paths:
         show(talk, path)
     if not question:
-        return print("What would you like to know?", file=sys.stderr)
+        return note("What would you like to know?")
     if talk.model.vision and not talk.n_pictures and not n_turns:
-        print("note: no picture has been shown; /image PATH shows one", file=sys.stderr)
+        note("note: no picture has been shown; /image PATH shows one")
     reason = f"stopped before its end; max_new_tokens is {o.max_new_tokens}"
     try:
         for piece in talk.ask(question):
@@ -196,11 +196,11 @@ def say(talk: Chat, question: str, is_script: bool = False):
                       "seconds": round(s.get("seconds", 0), 3), "ended": turn.ended}) if o.json else "")
     if not turn.ended:
         full = len(talk.cached) + s.get("answer_tokens", 0) >= talk.context and reason != "you stopped it"
-        print(f"({f'the context of {talk.context} tokens is full' if full else reason})", file=sys.stderr)
+        note(f"({f'the context of {talk.context} tokens is full' if full else reason})")
     if o.stats and "seconds" in s:
         rate = (s["answer_tokens"] - 1) / (s["seconds"] - s["first_word_s"] * (o.num_beams == 1) or 1)
-        print(f"({rate:.1f} tokens/s, first word after {s['first_word_s']:.2f} s, {s['cached_tokens']} of "
-              f"{s['prompt_tokens']} prompt tokens cached, {peak_mib(o.device):,.0f} MiB)", file=sys.stderr)
+        note(f"({rate:.1f} tokens/s, first word after {s['first_word_s']:.2f} s, {s['cached_tokens']} of "
+             f"{s['prompt_tokens']} prompt tokens cached, {peak_mib(o.device):,.0f} MiB)")
 
 def run_command(talk: Chat, command: str, argument: str):
     """Carry out what HELP lists, but /bye."""
@@ -296,7 +296,7 @@ def converse(talk: Chat):
         except KeyboardInterrupt:
             if not sys.stdin.isatty():
                 raise
-            print("\n(/bye or Ctrl-D leaves)", file=sys.stderr)
+            note("\n(/bye or Ctrl-D leaves)")
         except (InputError, torch.OutOfMemoryError) as e:
             talk.turns, talk.new_pictures = before  # a message that fails leaves nothing behind
             print("error:", *printable(str(e)).split(), file=sys.stderr)
@@ -316,11 +316,8 @@ def main(argv: list[str]):
     if options.prompt or text.strip() and not {*re.findall(r"^/\S+", text, re.MULTILINE)} & {*COMMANDS}:
         return say(talk, "\n".join(filter(None, (text.strip(), options.prompt))), is_script=True)
     sys.stdin = io.StringIO(text) if text else sys.stdin
-    print(f"{len(pictures)} picture(s) shown. /help lists what can be typed.", file=sys.stderr)
+    note(f"{len(pictures)} picture(s) shown. /help lists what can be typed.")
     converse(talk)
 
 if __name__ == "__main__":
-    for name in ("stdin", "stdout", "stderr"):
-        setattr(sys, name, getattr(sys, name) or open(os.devnull, "r+"))  # it may be closed
-        getattr(sys, name).reconfigure(errors="replace")  # a terminal may lack some characters
     run_main(main)

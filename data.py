@@ -11,7 +11,6 @@ import json
 import os
 import re
 import signal
-import sys
 import tarfile
 from collections import Counter, namedtuple
 from collections.abc import Iterator
@@ -26,10 +25,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from configs.prompts import BOS, IMAGE, INSTRUCTIONS, harmless, placed_message, training_segments
-from configs.schema import Config, InputError, printable
+from configs.prompts import (BOS, IMAGE, INSTRUCTIONS, clean_caption, harmless, placed_message,
+                             training_segments)
+from configs.schema import Config, InputError, note, printable, start_of
 from llama import IGNORE, Tokenizer
 from vision import load_image
+
+# that ask a run to save and stop, and reach all its processes; Windows has not all of them
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
 
 class BadSample(Exception):
     """A sample that cannot be used. The message names the kind of fault; samples are counted by it."""
@@ -65,19 +68,22 @@ class Shards:
         self.paths, known = paths, {}
         for folder in {Path(p).parent for p in paths}:
             for file in [*folder.glob("*_stats.json"), folder / "index.json"]:
-                with suppress(OSError, ValueError, AttributeError):  # no such file, or not of this form
+                with suppress(OSError, ValueError, AttributeError, RecursionError):  # none, or another form
                     content, shard = json.loads(file.read_bytes()), file.name.replace("_stats.json", ".tar")
                     found = content.get("samples", {shard: content.get("successes")})
                     known |= {folder / name: n for name, n in found.items() if type(n) is int and n >= 0}
         self.counts, faults = [], []
         for p in tqdm(paths, desc="reading tar headers", delay=1):
             n = known.get(Path(p), -1)
-            self.counts.append(n if 0 <= n <= 10**6 else count_samples(p, faults))  # no shard holds more
+            try:
+                self.counts.append(n if 0 <= n <= 10**6 else len(index_tar(p)))  # no shard holds more
+            except InputError as e:
+                self.counts.append(0)
+                faults.append(e)
         if faults and not sum(self.counts):
-            raise InputError(faults[0])
+            raise faults[0]
         if faults:
-            what = f"{len(faults):,} of {len(paths):,} shards are left out, the first is"
-            print(printable(f"warning: {what} {faults[0]}"), file=sys.stderr)
+            note(f"warning: {len(faults):,} of {len(paths):,} shards are left out, the first is {faults[0]}")
         self.content = [[Path(p).parts[-2:], n] for p, n in zip(paths, self.counts)]
 
     def describe(self, shard: int, row: int) -> str:
@@ -100,18 +106,10 @@ class Shards:
             content = {"caption": plain.read().decode("utf-8-sig", "replace")}
         return Sample([picture], content["caption"])
 
-def count_samples(path: str, faults: list[str]) -> int:
-    """The samples of a tar file; where there are none, `faults` gets the reason."""
-    try:
-        n, reason = len(index_tar(path)), f"{path}: no samples in it; if it is compressed, unpack it"
-    except InputError as e:
-        n, reason = 0, str(e)
-    faults += [reason] * (not n)
-    return n
-
 @lru_cache(maxsize=64)
 def index_tar(path: str) -> list[tuple[str, Member | None, Member | None, Member | None]]:
     """A tar's samples (key, picture, .json or else .txt, .txt), also behind damaged blocks."""
+    start_of(path)
     samples: dict[str, dict[str, Member]] = {}
     try:
         with tarfile.open(path, "r:", ignore_zeros=True) as tar:
@@ -123,6 +121,8 @@ def index_tar(path: str) -> list[tuple[str, Member | None, Member | None, Member
     except (OSError, tarfile.TarError) as e:
         if not samples:
             raise InputError(f"{path}: not a readable tar file ({e}); fetch it again or leave it out") from e
+    if not samples:
+        raise InputError(f"{path}: no samples in it; if it is compressed, unpack it")
     return [(key, next((files[k] for k in ("jpg", "jpeg", "png", "webp") if k in files), None),
              files.get("json") or files.get("txt"), files.get("txt")) for key, files in samples.items()]
 
@@ -134,6 +134,7 @@ class Rows:
 
     def __init__(self, path: Path):
         self.path = path
+        start_of(path)
         if path.suffix == ".jsonl":
             lines = path.read_text("utf-8-sig", "surrogateescape").split("\n")
             self.rows = [(f"line {i}", line) for i, line in enumerate(lines, 1) if line.strip()]
@@ -195,14 +196,15 @@ def open_source(path: str) -> Shards | Rows:
             shards = [f"{before}{i:0{len(first)}d}{after}" for i in range(int(first), int(last) + 1)]
         else:
             shards = sorted(glob.glob(f"{path}/*.tar" if file.is_dir() else path))
-        missing = {shard: None for shard in shards if not Path(shard).exists()}
+        missing = dict.fromkeys(shard for shard in shards if not Path(shard).exists())
         if 0 < len(missing) < len(shards):  # downloads of LAION always have holes
             what = f"{len(missing):,} of {len(shards):,} shards are missing and left out, the first is"
-            print(printable(f"warning: {path}: {what} {next(iter(missing))}"), file=sys.stderr)
+            note(f"warning: {path}: {what} {next(iter(missing))}")
         source = Shards([shard for shard in shards if shard not in missing])
     if sum(source.counts) == 0:
-        raise InputError(f"data {path}: no samples; give *.tar, a .txt or folder of them, a folder with "
-                         "filter_cap.json, a .jsonl, or LLaVA's .json")
+        there = "" if file.exists() else ", for nothing is there"
+        raise InputError(f"data {path}: no samples{there}; give *.tar, a .txt or folder of them, a folder "
+                         "with filter_cap.json, a .jsonl, or LLaVA's .json")
     return source
 
 Key = namedtuple("Key", "source shard row draw")  # `draw` seeds what is random about a sample
@@ -236,7 +238,8 @@ class Samples(Dataset):
         except Exception as e:
             cause = e.__cause__ if isinstance(e, InputError) and e.__cause__ else e
             kind = str(cause) if isinstance(cause, BadSample) else type(cause).__name__
-            self.bad.append((kind, f"{self.sources[key.source].describe(key.shard, key.row)} ({e})"))
+            why = e if isinstance(e, (BadSample, InputError)) else f"malformed, {kind}: {e}"
+            self.bad.append((kind, f"{self.sources[key.source].describe(key.shard, key.row)} ({why})"))
 
     __getitem__ = read
 
@@ -278,11 +281,6 @@ class Samples(Dataset):
             ids += prompt + answer
             targets += [IGNORE] * len(prompt) + answer
         return ids, targets
-
-def clean_caption(text: str, max_words: int = 50) -> str:
-    """A web caption -> lower case, less punctuation, white space folded, at most max_words words."""
-    text = re.sub(r"\s{2,}", " ", re.sub(r"[.!\"()*#:;~]", " ", text.lower())).rstrip("\n").strip(" ")
-    return " ".join(text.split(" ")[:max_words])
 
 def open_samples(data, config: Config, tokenizer: Tokenizer, image_size: int, n_image_tokens: int) -> tuple:
     """The config's `data` or `heldout_data` -> (Samples, {source's path: weight})."""
@@ -364,8 +362,7 @@ class Groups(Dataset):
 
     def describe(self, step: int) -> list[str]:
         """Where the samples of a step's global batch are."""
-        group, i = divmod(step, self.config.length_group)
-        source, keys = self.steps(group)[i]
+        source, keys = self.steps(step // self.config.length_group)[step % self.config.length_group]
         return [self.samples.sources[source].describe(key.shard, key.row) for key in keys]
 
     def steps(self, group: int) -> list[tuple[int, list[Key]]]:
@@ -394,8 +391,8 @@ class Groups(Dataset):
         return steps, bad
 
 def ignore_signals(worker: int):
-    """A scheduler's SIGTERM, or Ctrl-C, comes to all processes; the training process decides when to stop."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    """In a data worker: the training process decides when to stop."""
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 def split(items: list, n: int) -> list[list]:
@@ -418,11 +415,10 @@ class Reader:
             self.n_read += len(bad) + sum(len(b.tokens) for _, batches in steps for b in batches if b)
             for kind, where in bad:
                 if kind not in self.skipped:
-                    print(printable(f"skipped, the first of its kind: {where}"), file=sys.stderr)
+                    note(f"skipped, the first of its kind: {where}")
                 self.skipped[kind] += 1
-            n_bad, is_last = self.skipped.total(), group == len(self.groups) - 1
-            enough = self.n_read >= 200 or is_last and n_bad == self.n_read
-            if enough and n_bad > config.max_bad_fraction * self.n_read:
+            n_bad, n, is_last = self.skipped.total(), self.n_read, group == len(self.groups) - 1
+            if n_bad > config.max_bad_fraction * n and (n >= 200 or is_last and n_bad == n):
                 raise InputError(f"{self.account()}, more than max_bad_fraction; fix the data or raise it")
             for source, batches in steps[passed:]:
                 if None in batches:  # replaced by the dataset's first good sample

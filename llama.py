@@ -9,7 +9,6 @@ import math
 import os
 import re
 import shutil
-import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -24,7 +23,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from configs.prompts import BOS, IMAGE
-from configs.schema import InputError, override, read_json
+from configs.schema import InputError, note, override, read_json, start_of
 from vision import init_weights
 
 IGNORE = -100   # in the targets: no prediction here
@@ -54,13 +53,12 @@ class LlamaConfig:
         window = sizes.get("sliding_window")
         if not isinstance(rope, dict) or not isinstance(window or 0, int):
             raise InputError(f"{where}: rope_scaling or sliding_window is malformed; fetch it again")
-        model_type, activation = sizes.get("model_type", "llama"), sizes.get("hidden_act", "silu")
         for is_supported, what in (
                 (rope.get("rope_type", rope.get("type", "default")) == "default", f"rotary scaling {rope}"),
-                (model_type in ("llama", "mistral"), f"the architecture {model_type}"),
+                ((kind := sizes.get("model_type")) in (None, "llama", "mistral"), f"the architecture {kind}"),
                 (not window or window >= CONTEXT, f"a sliding window of {window} tokens, below {CONTEXT},"),
                 (not (sizes.get("attention_bias") or sizes.get("mlp_bias")), "a model with biases"),
-                (activation == "silu", f"the activation {activation}")):
+                ((kind := sizes.get("hidden_act", "silu")) == "silu", f"the activation {kind}")):
             if not is_supported:
                 raise InputError(f"{where}: {what} is not supported; take another model")
         needed = "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
@@ -71,7 +69,10 @@ class LlamaConfig:
         defaults["rope_theta"] = rope.get("rope_theta") or cls.rope_theta
         read = {k: sizes.get(k) or v for k, v in defaults.items()}
         read["max_position_embeddings"] = min(read["max_position_embeddings"], window or math.inf)
-        return override(cls(), read, where)
+        config = override(cls(), read, where)
+        if wrong := [f"{k} {v}" for k, v in asdict(config).items() if not (type(v) is str or 0 <= v < 1e12)]:
+            raise InputError(f"{where}: {wrong[0]} is no size; fetch it again")
+        return config
 
     def to_hub(self) -> dict:
         """The content of a Hugging Face config.json, the inverse of from_dict."""
@@ -269,7 +270,7 @@ class Llama(nn.Module):
     def compile_rows(self):
         """Compile the product with a single token: twice as fast as PyTorch's own in bfloat16 on a CPU."""
         if not self.norm.weight.is_cpu or not shutil.which(os.environ.get("CXX", "g++")):
-            return print("note: compiling needs a C++ compiler, a CPU; it goes on without", file=sys.stderr)
+            return note("note: compiling needs a C++ compiler, a CPU; it goes on without")
 
         @torch.compile(dynamic=False)
         def row_product(w, x):
@@ -339,6 +340,7 @@ class Tokenizer:
         try:
             if not os.path.isfile(path):  # a device would be read without end
                 raise OSError("no regular file")
+            start_of(path)
             self.sp = SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as e:
             raise InputError(f"{path}: no sentencepiece model; it is a LLaMA folder's tokenizer.model") from e
@@ -385,7 +387,7 @@ def read_llama_folder(folder: str) -> tuple[LlamaConfig, list[Path]]:
     if not (root / "config.json").is_file():
         raise InputError(f"{folder}: not a LLaMA folder, it has no config.json; see the README")
     config = LlamaConfig.from_dict(read_json(root / "config.json"), f"{folder}/config.json")
-    shards = indexed_files(index) if index.is_file() else sorted(root.glob("*.safetensors"))
+    shards = indexed_files(index) if index.is_file() else sorted(root.glob("[!.]*.safetensors"))
     if not shards:
         raise InputError(f"{folder}: no *.safetensors file; see the README on getting the weights")
     names = {shard.name for shard in shards}

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from configs.schema import DTYPES, QUANTIZED, InputError, override
+from configs.schema import DTYPES, QUANTIZED, InputError, note, override, start_of
 from llama import (IGNORE, IMAGE, KVCache, Llama, LlamaConfig, QuantizedLinear, Tokenizer, beam_search,
                    quantize, read_llama_folder, sample)
 from qformer import JoinPatches, QFormer, QFormerConfig
@@ -173,10 +173,10 @@ class MiniGPT4(nn.Module):
         model.fingerprints["llama"] = model.llama.config.fingerprint or model.fingerprints["llama"]
         trained_with = files["proj"].sizes if "proj" in files else model.fingerprints
         if not trained_with:
-            print(f"note: {proj} does not say which parts it was trained with", file=sys.stderr)
+            note(f"note: {proj} does not say which parts it was trained with")
         if other := [k for k, mark in model.fingerprints.items() if trained_with.get(k, mark) != mark]:
-            print(f"warning: {proj} was trained with another {' and another '.join(other)}: its answers will "
-                  "be meaningless; give the parts that it was trained with", file=sys.stderr)
+            note(f"warning: {proj} was trained with another {' and another '.join(other)}: its answers will "
+                 "be meaningless; give the parts that it was trained with")
         return model.eval()
 
     @classmethod
@@ -253,7 +253,8 @@ class MiniGPT4(nn.Module):
             path = Path(folder) / "llama/model.safetensors"
             path.parent.mkdir(parents=True, exist_ok=True)
             parameters = {k if k.startswith("lm_head") else f"model.{k}": p for k, p in parameters.items()}
-            (path.parent / "config.json").write_text(json.dumps(self.llama.config.to_hub(), indent=1))
+            with replacing(path.parent / "config.json") as temporary:
+                temporary.write_text(json.dumps(self.llama.config.to_hub(), indent=1))
             if Path(self.tokenizer.path) != path.parent / "tokenizer.model":
                 (path.parent / "tokenizer.model").write_bytes(Path(self.tokenizer.path).read_bytes())
         elif name in CONFIGS:
@@ -269,9 +270,9 @@ class MiniGPT4(nn.Module):
 def check_english(model: MiniGPT4):
     """Print the language model's perplexity on English, and a warning if its weights are broken."""
     value = model.perplexity((Path(__file__).parent / "assets/paragraph.txt").read_text().strip())
-    print(f"perplexity on a paragraph of English: {value:.1f} (a healthy LLaMA: below 20)", file=sys.stderr)
+    note(f"perplexity on a paragraph of English: {value:.1f} (a healthy LLaMA: below 20)")
     if value > 100:
-        print("warning: these weights are broken or not English; fetch or convert again", file=sys.stderr)
+        note("warning: these weights are broken or not English; fetch or convert again")
 
 def peak_mib(device: torch.device | str) -> float:
     """The peak of this process's tensors on a GPU, or of its resident memory; NaN on Windows."""
@@ -315,21 +316,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
 # sizes: a LlamaConfig, or a dict; of a projection, the fingerprints of the parts that it was trained with
 PartFile = namedtuple("PartFile", "path tensors sizes")
 
-def start_of(path: str | Path) -> bytes:
-    """A weight file's first bytes. Raises InputError if it is missing, or something saved in its place."""
-    if not Path(path).is_file():
-        raise InputError(f"{path}: there is no such weight file")
-    with open(path, "rb") as f:
-        start = f.read(64)
-    if start.startswith(b"version https://git-lfs"):
-        raise InputError(f"{path}: a Git LFS pointer, not the weights; run `git lfs pull` in its folder")
-    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        raise InputError(f"{path}: a saved web page, no PyTorch file or other weights; download again")
-    return start
-
 def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """A safetensors file -> its tensors, memory-mapped, and metadata. Raises InputError if unreadable."""
-    start_of(path)
+    start_of(path, "weight file")
     try:
         with safe_open(path, framework="pt") as f:
             return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}

@@ -20,7 +20,6 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
-from functools import partial
 from math import cos, log, pi
 from pathlib import Path
 from zipfile import ZipFile
@@ -31,8 +30,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from configs.schema import Config, InputError, load_config, parse_args, read_saved_config, run_main, to_json
-from data import Batch, Groups, Reader, Samples, collate, open_samples
+from configs.schema import (Config, InputError, append_row, load_config, note, outlive_reader, parse_args,
+                            read_saved_config, run_main, to_json)
+from data import SIGNALS, Batch, Groups, Reader, Samples, collate, open_samples
 from llama import IGNORE
 from model import PARTS, MiniGPT4, fingerprint, pick_device, replacing
 
@@ -122,7 +122,7 @@ def start_folder(config: Config):
 def open_log(config: Config, done: int):
     """log.jsonl, to append JSON lines to; without those of the steps that a resumed run does again. Raises
     InputError while another run writes to it."""
-    out = open(Path(config.out_dir, "log.jsonl"), "a+", 1, "utf-8", "surrogateescape")
+    out = open(Path(config.out_dir, "log.jsonl"), "a+", 1, "utf-8", "surrogateescape", "\n")
     with suppress(ImportError):  # on Windows
         from fcntl import LOCK_EX, LOCK_NB, lockf
         try:
@@ -130,19 +130,10 @@ def open_log(config: Config, done: int):
         except (BlockingIOError, PermissionError) as e:
             raise InputError(f"{config.out_dir}: another run writes to it; choose another --out_dir") from e
     out.seek(0)
-    rows = re.findall(r'^({"step": (\d+), .*})$', text := out.read(), re.MULTILINE)  # the last may be cut
-    kept = "".join(f"{row}\n" for row, step in rows if int(step) <= done)
-    same = os.path.commonprefix([text, kept])
-    out.truncate(len(same.encode("utf-8", "surrogateescape")))
-    out.write(kept[len(same):])
+    rows = re.finditer(r'^{"step": (\d+), .*}\r?\n', text := out.read(), re.MULTILINE)  # the last may be cut
+    end = max((row.end() for row in rows if int(row[1]) <= done), default=0)
+    out.truncate(len(text[:end].encode("utf-8", "surrogateescape")))
     return out
-
-def catch_signals() -> list[int]:
-    """The list to which the numbers of SIGTERM, SIGUSR1 and Ctrl-C are added when they come."""
-    caught: list[int] = []
-    for name in {"SIGTERM", "SIGUSR1", "SIGINT"} & {*dir(signal)}:  # Windows has not all of them
-        signal.signal(getattr(signal, name), lambda number, frame: caught.append(number))
-    return caught
 
 class Checkpoint:
     """The state of a run that state.pt keeps: the trained parameters, the optimizer and the scaler."""
@@ -173,35 +164,44 @@ class Checkpoint:
                 os.replace(self.path, self.older)
 
     def load(self) -> int:
-        """Restore state.pt, or the state before if it is damaged; returns its step, or 0 if there is none.
+        """Restore state.pt, or if it is damaged the state before; returns its step, or 0 if there is none.
         Raises InputError if all are damaged, or for another run's."""
-        paths = [path for path in (self.path, self.older) if path.is_file()]
-        if not paths:
-            return 0
-        for path in paths:
+        damaged = ""
+        for path in filter(Path.is_file, (self.path, self.older)):
+            if damaged:
+                note(f"warning: {damaged}; the run goes on from {path}")
             try:
-                if broken := ZipFile(path).testzip():  # by their checksums
-                    raise ValueError(f"the checksum of {broken} does not match")
-                state = torch.load(path, map_location="cpu", weights_only=True)
-                before, saved = state["identity"], state["parameters"]
-                break
+                return self.restore(path)
+            except InputError:
+                raise
             except Exception as e:  # a damaged file breaks the readers in many ways
-                damaged = f"{path}: damaged ({type(e).__name__}: {e}); "
-                if path == paths[-1]:
-                    raise InputError(f"{damaged}choose another --out_dir") from e
-                print(f"warning: {damaged}the run goes on from {paths[-1]}", file=sys.stderr)
+                damaged = f"{path}: damaged ({type(e).__name__}: {e})"
+        if damaged:
+            raise InputError(f"{damaged}; choose another --out_dir")
+        return 0
+
+    def restore(self, path: Path) -> int:
+        """Take over a saved state and return its step. Raises InputError for another run's."""
+        if broken := ZipFile(path).testzip():  # by their checksums
+            raise ValueError(f"the checksum of {broken} does not match")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        step, before, saved = int(state["step"]), state["identity"], state["parameters"]
         for name, now in self.identity.items():
             if (was := before.get(name)) != now:
-                raise InputError(f"{self.path}: {name} was {was}, now it is {now}; keep it or change out_dir")
+                raise InputError(f"{path}: {name} was {was}, now it is {now}; keep it or change out_dir")
         if {k: p.shape for k, p in self.parameters.items()} != {k: t.shape for k, t in saved.items()}:
-            raise InputError(f"{self.path}: its parts have other sizes; give them, or another --out_dir")
+            raise InputError(f"{path}: its parts have other sizes; give them, or another --out_dir")
         if other := [k for k, mark in self.frozen.items() if state["frozen"].get(k) != mark]:
-            print(f"warning: {self.path} was trained with another {', '.join(other)}", file=sys.stderr)
+            note(f"warning: {path} was trained with another {', '.join(other)}")
         for k, p in self.parameters.items():
             p.data.copy_(saved[k])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        return state["step"]
+        for p in self.parameters.values():
+            tensors = p, *(t for k, t in self.optimizer.state[p].items() if k != "step")
+            if not all(t.shape == p.shape and t.isfinite().all() for t in tensors):
+                raise ValueError("moments of odd sizes, or infinite values")
+        return step
 
 class Meter:
     """The losses and the speed since the last report, of all ranks together."""
@@ -255,7 +255,7 @@ def prepare_data(config: Config):
     missing = [path for path in config.prepare if not Path(path).exists()]
     if any(f"{u}/".startswith(f"{path}/") for u in used for path in missing):
         for path in missing:
-            print(f"{path} is missing; making it: python {config.prepare[path]}", file=sys.stderr)
+            note(f"{path} is missing; making it: python {config.prepare[path]}")
             if subprocess.run([sys.executable, *shlex.split(config.prepare[path])]).returncode:
                 raise InputError(f"{path} could not be made: the command above failed")
 
@@ -329,7 +329,7 @@ def train(config: Config, device, rank: int = 0, world: int = 1):
         if len(set(found)) > 1:
             raise InputError(f"resume: the processes found steps {found}; give all machines the same out_dir")
     if done >= config.max_steps:
-        return print(f"{config.out_dir}: its run is already at step {done:,}", file=sys.stderr)
+        return note(f"{config.out_dir}: its run is already at step {done:,}")
     if rank == 0:
         start_folder(config)  # not earlier: a refused resume changes nothing
     meter = Meter(model, config, list(weights), device)
@@ -341,7 +341,9 @@ def run_steps(checkpoint: Checkpoint, groups: Groups, meter: Meter, heldout: Sam
     config, model, rank, device = groups.config, checkpoint.model, groups.rank, meter.sums.device
     # without init_sync: all ranks start alike, by their seed
     wrapped = DistributedDataParallel(model, init_sync=False) if groups.world > 1 else model
-    reader, caught, launcher, failed = Reader(groups, first - 1), catch_signals(), os.getppid(), 0
+    reader, caught, launcher, failed = Reader(groups, first - 1), [], os.getppid(), 0
+    for number in SIGNALS:
+        signal.signal(number, lambda number, frame: caught.append(number))
     bar = tqdm(range(first, config.max_steps + 1), total=config.max_steps, initial=first - 1, unit="step",
                dynamic_ncols=True, disable=rank > 0)
     asked = time.perf_counter()
@@ -355,7 +357,7 @@ def run_steps(checkpoint: Checkpoint, groups: Groups, meter: Meter, heldout: Sam
         is_end, last = step == config.max_steps, step == config.max_steps or bool(stop)
         failed = 0 if loss_sum.isfinite() else failed + 1
         if failed:
-            write_row(out, step=step, not_finite=failed, samples=groups.describe(step - 1))
+            append_row(out, step=step, not_finite=failed, samples=groups.describe(step - 1))
         else:
             meter.add(source, loss_sum, batches)
         if failed == MOST_FAILED:
@@ -363,47 +365,32 @@ def run_steps(checkpoint: Checkpoint, groups: Groups, meter: Meter, heldout: Sam
         if step == 1 and rank == 0 and "llama" not in config.trainable:
             loss = loss_sum.item() / sum(batch.n_targets for batch in batches)
             if loss > log(model.llama.config.vocab_size) + 1:
-                print(f"warning: the first loss, {loss:.2f}, is worse than a uniform guess: LLaMA's weights "
-                      "or tokenizer are probably wrong; try chat.py --ckpt=OUT_DIR --check", file=sys.stderr)
+                note(f"warning: the first loss, {loss:.2f}, is worse than a uniform guess: LLaMA's weights "
+                     "or tokenizer are probably wrong; try chat.py --ckpt=OUT_DIR --check")
         if (last or step % config.log_interval == 0) and (report := meter.report()):
-            write_row(out, step=step, lr=lr, seen=step * groups.step_size, **report)
+            append_row(out, step=step, lr=lr, seen=step * groups.step_size, **report)
             report.pop("losses", None)  # too many for the bar
             bar.set_postfix(report | {"lr": f"{lr:.1e}"}, refresh=False)
         paused = time.perf_counter()
         if heldout and (is_end or step % config.eval_interval == 0) and (rank == 0 or config.shard):
             loss, shown = evaluate(model, heldout, config, device)  # shards need all ranks
-            write_row(out, step=step, heldout_loss=loss, samples=shown)
+            append_row(out, step=step, heldout_loss=loss, samples=shown)
             lines = [f"  answer: {s['answer']!r}\n  data:   {s['data']!r}" for s in shown]
             if rank == 0:
                 bar.write("\n".join([f"step {step}: held-out loss {loss:.4f}", *lines]), file=sys.stderr)
         if rank == 0 and (last or step % config.save_interval == 0):
             checkpoint.save(step)
             if reader.skipped:
-                write_row(out, step=step, skipped=reader.skipped, of=reader.n_read)
+                append_row(out, step=step, skipped=reader.skipped, of=reader.n_read)
                 bar.write(f"step {step}: {reader.account()}", file=sys.stderr)
         if last and not is_end:
             bar.close()
-            print(f"stopped after step {step}, which is saved; --resume continues", file=sys.stderr)
+            note(f"stopped after step {step}, which is saved; --resume continues")
             if signal.SIGINT in caught:
                 raise KeyboardInterrupt
             return
         asked = time.perf_counter()
         meter.since += asked - paused  # evaluation and saving do not count
-
-def write_row(out, **row):
-    """Append a row to the log."""
-    try:
-        print(json.dumps(row), file=out)
-    except OSError as e:
-        raise InputError(f"{out.name}: cannot be written ({e.strerror}); the last checkpoint is kept") from e
-
-def outlive_reader(stream):
-    """Let a stream lose what it cannot write: a run goes on when the reader of its messages has left."""
-    def attempt(function, *args):
-        with suppress(OSError):
-            return function(*args)
-    for name in ("write", "flush"):
-        setattr(stream, name, partial(attempt, getattr(stream, name)))
 
 def main(argv: list[str]):
     (path,), options = parse_args(argv, __doc__, "CONFIG", Config)
@@ -420,7 +407,7 @@ def main(argv: list[str]):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world,
                                 store=dist.PrefixStore(attempt, store), timeout=timedelta(hours=2))
     if (rank := dist.get_rank() if world > 1 else 0) == 0:
-        print(to_json(config), file=sys.stderr)
+        note(to_json(config))
     try:
         train(config, device, rank, world)
         if world > 1:
@@ -428,15 +415,14 @@ def main(argv: list[str]):
     except RuntimeError as e:
         if not re.search(r"DataLoader worker .*(is killed|exited)", str(e)):
             raise
-        raise InputError(f"{str(e).strip()} If memory ran out, lower length_group or num_workers; the last "
-                         "checkpoint is kept, and --resume continues") from e
+        raise InputError(f"{str(e).strip()} If memory ran out, lower num_workers; --resume continues") from e
     finally:
         if world > 1:
             gc.collect()  # frees what holds the process group, so that its threads end before Python does
             dist.destroy_process_group()
     if rank == 0:
         picture = ["assets/tiny/example.png"] * bool(config.vision)
-        print(shlex.join(["python", "chat.py", *picture, f"--ckpt={config.out_dir}"]), file=sys.stderr)
+        note(shlex.join(["python", "chat.py", *picture, f"--ckpt={config.out_dir}"]))
 
 if __name__ == "__main__":
     run_main(main)

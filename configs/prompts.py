@@ -44,6 +44,11 @@ def harmless(text: str, end: str = "</s>") -> str:
     text += " " * text.endswith("#")  # the template's ### may follow
     return text if end == "</s>" else text.replace(end, " ")  # the letters </s> are no control token
 
+def clean_caption(text: str, max_words: int = 50) -> str:
+    """A web caption -> lower case, less punctuation, white space folded, at most max_words words."""
+    text = re.sub(r"\s{2,}", " ", re.sub(r"[.!\"()*#:;~]", " ", text.lower())).rstrip("\n").strip(" ")
+    return " ".join(text.split(" ")[:max_words])
+
 def placed_message(text: str) -> list[str | int]:
     """"Look:\\n<image>" -> ["Look:", " ", "<Img>", IMAGE, "</Img>"], as LLaVA's data marks pictures."""
     segments = []

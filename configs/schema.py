@@ -14,6 +14,7 @@ import sys
 import unicodedata
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from math import inf
 from pathlib import Path
 from types import ModuleType, UnionType
@@ -112,7 +113,7 @@ class Config:
             self,
             ("betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "give two in [0, 1)"),
             ("trainable", 0 < len(self.trainable) == len(set(self.trainable)), "name each part once"),
-            ("out_dir", self.out_dir, "name a folder"),
+            ("out_dir", self.out_dir and not os.path.isfile(self.out_dir), "name a folder"),
             ("prepare", all(isinstance(v, str) for v in self.prepare.values()), "give {path: arguments}"),
             ("cache_features", frozen_vision or not self.cache_features, "needs a frozen vision side"),
             ("shard", frozen_llama or not self.shard, "needs a frozen language model from files"))
@@ -178,11 +179,34 @@ def _typed(name, value, kind, where):
             return k(value)
     raise InputError(f"{where}: {name} = {value!r} is not of type {' or '.join(k.__name__ for k in kinds)}")
 
+def note(text: str):
+    """Tell the user something, on stderr."""
+    print(printable(text), file=sys.stderr)
+
+def append_row(file, **row):
+    """Append a JSON line to an open file. Raises InputError when that fails."""
+    try:
+        print(json.dumps(row), file=file, flush=True)
+    except OSError as e:
+        raise InputError(f"{file.name}: cannot be written ({e.strerror}); what it holds is kept") from e
+
+def start_of(path: str | Path, kind: str = "file") -> bytes:
+    """A file's first bytes. Raises InputError if it is missing, a pipe, or something saved in its place."""
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: {'not a file' if os.path.exists(path) else f'there is no such {kind}'}")
+    with open(path, "rb") as f:
+        start = f.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        raise InputError(f"{path}: a Git LFS pointer, not the content; run `git lfs pull` in its folder")
+    if start.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype", b"<html")):
+        raise InputError(f"{path}: a saved web page, no PyTorch file or other data; download again")
+    return start
+
 def load_config(path: str, options: dict[str, str]) -> Config:
     """Read a config file, then the command line's `options` over it."""
     try:
         names = runpy.run_path(path)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         raise InputError(f"config file {path}: {type(e).__name__}: {e}") from e
     settings = {k: v for k, v in names.items() if not k.startswith("_") and not isinstance(v, ModuleType)}
     return override(override(Config(), settings, path), options)
@@ -200,8 +224,9 @@ def read_saved_config(folder: str) -> Config:
 
 def read_json(path: Path) -> dict:
     """A JSON file that holds an object."""
+    start_of(path)
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as e:
         raise InputError(f"{path}: not valid JSON ({e}); fetch or make it again") from e
     if not isinstance(content, dict):
@@ -211,6 +236,13 @@ def read_json(path: Path) -> dict:
 def to_json(config) -> str:
     """A config as JSON text, one field a line."""
     return json.dumps(asdict(config), indent=1)
+
+def outlive_reader(stream):
+    """Let a stream lose what it cannot write: a run goes on when the reader of its messages has left."""
+    def attempt(function, *args):
+        with suppress(OSError):
+            return function(*args)
+    stream.write, stream.flush = partial(attempt, stream.write), partial(attempt, stream.flush)
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -248,6 +280,11 @@ def printable(text: str) -> str:
 
 def run_main(main):
     """Call `main(argv)`; a mistake of the user becomes one line on stderr and exit status 2."""
+    for name in ("stdin", "stdout", "stderr"):
+        setattr(sys, name, getattr(sys, name) or open(os.devnull, "r+"))  # it may be closed
+        with suppress(AttributeError):  # it may be a replacement; a terminal may lack some characters
+            encoding = "utf-8-sig" if name == "stdin" else None
+            getattr(sys, name).reconfigure(encoding=encoding, errors="replace")
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:

@@ -67,12 +67,13 @@ def _tar() -> bytes:
 
 FIXTURES = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
-KEYS = st.sampled_from(("image", "image_id", "caption", "text", "context", "conversation", "conversations", "x"))
+KEYS = st.sampled_from("image image_id caption text context conversation conversations x".split())
 TURNS = st.lists(st.one_of(
     st.dictionaries(st.sampled_from(("user", "assistant", "x")), st.text(max_size=5), max_size=2),
     st.fixed_dictionaries({"from": st.sampled_from(("human", "gpt", "x")), "value": st.text(max_size=5)})))
-JSON = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=9), TURNS),
-                    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(KEYS, inner, max_size=4)))
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=9), TURNS),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(KEYS, inner, max_size=4)))
 
 @FIXTURES
 @given(rows=st.lists(JSON, min_size=1, max_size=3), template=st.sampled_from(("", "vicuna", "llama2")))

@@ -11,7 +11,7 @@ FOLDERS = ("*.py", "configs/**/*.py", "tools/*.py", "tests/*.py")
 TEXTS = {path.relative_to(ROOT): path.read_text() for folder in FOLDERS for path in ROOT.glob(folder)}
 TREES = {path: ast.parse(text) for path, text in TEXTS.items()}
 MODULES = {".".join(path.with_suffix("").parts): path for path in TEXTS}
-LIMITS = {"top": 2340, "configs": 610, "tools": 2830}  # lines
+LIMITS = {"top": 2300, "configs": 655, "tools": 2800}  # lines
 
 def place(path):
     """"top", or the top folder of a file."""
@@ -39,7 +39,7 @@ def test_files_are_short(folder):
     lengths = {str(path): len(text.splitlines()) for path, text in TEXTS.items() if place(path) == folder}
     assert sum(lengths.values()) <= LIMITS[folder], lengths
     if folder == "top":
-        assert len(lengths) == 7 and max(lengths.values()) <= 400, lengths
+        assert len(lengths) == 7 and max(lengths.values()) <= 440, lengths
 
 def test_functions_fit_on_a_screen_lines_in_110_columns_and_no_lambda_has_a_name():
     faults = []

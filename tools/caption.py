@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import chat
-from configs.schema import InputError, option, override, parse_args, printable, run_main
+from configs.schema import InputError, append_row, option, override, parse_args, printable, run_main
 from vision import SUFFIXES, load_image
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def main(argv: list[str]):
                 try:
                     loaded[image] = load_image(pictures[image], talk.model.image_size, smallest=2)
                 except InputError as e:
-                    print(json.dumps({"image": image, "error": str(e)}), file=bad, flush=True)
+                    append_row(bad, image=image, error=str(e))
             try:
                 embeds = encode(talk, [*loaded.values()]) if loaded else ()
                 captions = answers(talk, [tokens] * len(loaded), embeds) if loaded else ()
@@ -128,7 +128,7 @@ def main(argv: list[str]):
                 raise InputError(f"--batch_size={o.batch_size}: too much for the GPU; lower it") from e
             for image, (text, ended) in zip(loaded, captions):
                 result = {"caption": text} if text else {"error": "the answer is empty"}
-                print(json.dumps({"image": image} | result), file=good if text else bad, flush=True)
+                append_row(good if text else bad, image=image, **result)
                 n_cut += not ended
     print(f"{len(read_lines(out))} captions ({n_cut} new ones cut off), {len(read_lines(errors))} failures")
 

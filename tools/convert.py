@@ -33,10 +33,10 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configs.schema import (DTYPES, QUANTIZED, InputError, load_config, option, override, parse_args,
-                            read_json, read_saved_config, run_main)
+from configs.schema import (DTYPES, QUANTIZED, InputError, load_config, note, option, override, parse_args,
+                            read_json, read_saved_config, run_main, start_of)
 from llama import Llama, LlamaConfig, Tokenizer, indexed_files, quantize
-from model import PARTS, MiniGPT4, check_english, check_fit, fingerprint, load_tensors, replacing, start_of
+from model import PARTS, MiniGPT4, check_english, check_fit, fingerprint, load_tensors, replacing
 from qformer import QFormer, QFormerConfig
 from train import refuse_to_overwrite, start_folder
 from vision import VisionConfig, VisionTransformer
@@ -120,7 +120,7 @@ def report_dropped(names: list[str]):
     kinds = Counter(name.split(".")[0] for name in names)
     counts = f" ({', '.join(f'{k} {n}' for k, n in sorted(kinds.items()))})" if len(kinds) > 1 else ""
     if names:
-        print(f"left out on purpose: {len(names)} tensors, such as {names[0]}{counts}", file=sys.stderr)
+        note(f"left out on purpose: {len(names)} tensors, such as {names[0]}{counts}")
 
 @lru_cache(maxsize=1)  # only one file is mapped at a time
 def open_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -128,7 +128,7 @@ def open_weights(path: Path) -> dict[str, torch.Tensor]:
     InputError for a file that is missing, broken, or holds more than plain data."""
     if path.suffix == ".safetensors":
         return load_tensors(path)[0]
-    is_zip = start_of(path).startswith(b"PK")  # files from before PyTorch 1.6 cannot be memory-mapped
+    is_zip = start_of(path, "weight file")[:2] == b"PK"  # files from before PyTorch 1.6 cannot be mapped
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as e:
@@ -369,7 +369,7 @@ def trim(source: Source, vocab_size: int) -> Source:
     rows = len(source.layout.get("embed_tokens.weight", ()))
     if rows <= vocab_size:
         return source._replace(config=replace(source.config, vocab_size=rows))
-    print(f"embeddings: {rows} rows trimmed to {vocab_size}", file=sys.stderr)
+    note(f"embeddings: {rows} rows trimmed to {vocab_size}")
 
     def cut(k, tensor):
         return tensor[:vocab_size] if k in ("embed_tokens.weight", "lm_head.weight") else tensor
@@ -455,8 +455,9 @@ def write_llama(folder: Path, llama: Source, dtype: str = ""):
         weight_map |= {hub_names[k]: file for k in names}
         open_weights.cache_clear()  # unmaps the pages that were read
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-    (folder / "config.json").write_text(json.dumps(llama.config.to_hub(), indent=1))
+    for name, content in (("model.safetensors.index.json", index), ("config.json", llama.config.to_hub())):
+        with replacing(folder / name) as temporary:
+            temporary.write_text(json.dumps(content, indent=1))
 
 class LazyTensors(dict):
     """The layout of a Source, whose tensors are read when asked for."""
@@ -516,7 +517,7 @@ def main(argv: list[str]):
         raise InputError(f"--dtype={options.dtype}: only llama can be quantized")
     Path(target).parent.mkdir(parents=True, exist_ok=True)
     n = converters[kind](source, target, options)
-    print(f"{target}: {n} tensors written", file=sys.stderr)
+    note(f"{target}: {n} tensors written")
     if kind == "llama" and options.check:
         check_english(MiniGPT4.from_files(None, None, target))
 

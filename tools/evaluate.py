@@ -42,8 +42,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import chat
 from configs.prompts import INSTRUCTIONS
-from configs.schema import InputError, check_options, option, override, parse_args, printable, run_main
-from model import fingerprint
+from configs.schema import (InputError, append_row, check_options, note, option, override, parse_args,
+                            printable, run_main)
+from model import fingerprint, replacing
 from tools import caption, make_scenes as world
 from vision import load_image
 
@@ -146,8 +147,7 @@ def ask(talk: chat.Chat, o: Options, pairs: list[tuple[str, str]], label: str) -
                 new = caption.answers(talk, [*tokens], torch.stack([embeds[picture] for picture, _ in asked]))
                 for pair, answer in zip(asked, new):
                     known[keys[pair]] = answer
-                    print(json.dumps(dict(zip(KEYS, keys[pair] + answer))), file=file)
-                file.flush()
+                    append_row(file, **dict(zip(KEYS, keys[pair] + answer)))
                 bar.update(len(batch))
     answers = {pair: known[key] for pair, key in keys.items() if key in known}
     if unreadable:
@@ -155,7 +155,7 @@ def ask(talk: chat.Chat, o: Options, pairs: list[tuple[str, str]], label: str) -
         what, n = f"{len(unreadable)} pictures cannot be read ({names})", sum(p not in answers for p in pairs)
         if not answers:
             raise InputError(f"{what}, and there are no others; give pictures")
-        print(printable(f"warning: {what}; {n} of {len(pairs)} questions are left out"), file=sys.stderr)
+        note(f"warning: {what}; {n} of {len(pairs)} questions are left out")
     return answers
 
 def failed(answer: str, ended: bool) -> bool:
@@ -190,7 +190,7 @@ def scenes(o: Options) -> dict:
     if not folder.exists():
         world.main(["test", str(folder), f"--n={max(o.n, 500)}"])
     try:
-        drawn = [world.Scene.from_dict(d) for d in json.loads((folder / "scenes.json").read_text())]
+        drawn = [world.Scene.from_dict(d) for d in json.loads((folder / "scenes.json").read_bytes())]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise InputError(f"{folder}: no valid scenes.json ({e}); give a folder of make_scenes.py test") from e
     if len(drawn) < o.n:
@@ -323,7 +323,8 @@ def main(argv: list[str]):
     for row in result["rows"] + result.get("published", []):
         print(printable("| " + " | ".join(str(row.get(column, "")) for column in columns) + " |"))
     if o.save:
-        Path(o.save).write_text(json.dumps(result, indent=1) + "\n")
+        with replacing(o.save) as temporary:
+            temporary.write_text(json.dumps(result, indent=1) + "\n")
 
 if __name__ == "__main__":
     run_main(main)

@@ -494,7 +494,7 @@ def train_tokenizer(kind: str, path: Path, options: Options):
     """A sentencepiece BPE model with LLaMA's settings: bytes for rare characters, digits one by one."""
     lines, model = [], io.BytesIO()
     try:
-        for line in Path(options.text).read_text().splitlines():
+        for line in Path(options.text).read_text("utf-8-sig").splitlines():
             entry = json.loads(line)
             for turn in [entry] if "text" in entry else entry["conversation"]:
                 lines += [part for text in turn.values() for part in text.splitlines()]

@@ -32,7 +32,7 @@ from statistics import median
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configs.schema import InputError, option, override, parse_args, run_main
+from configs.schema import InputError, option, override, parse_args, printable, run_main
 from data import index_tar
 
 CHUNK, LARGEST = 2**20, 2**24  # characters: read at a time; of the largest entry
@@ -164,15 +164,13 @@ def examine(path: Path) -> tuple[int, int, Counter, list[str]]:
     try:
         table = index_tar(str(path))
         samples = len(table)
-        if not samples:
-            problems.append("no samples")
         if odd := sum(picture is None or text is None for _, picture, text, _ in table):
             problems.append(f"{odd:,} samples without picture or caption")
     except InputError as e:
         problems.append(f"unreadable ({e.__cause__ or e})")
     stats_file = path.with_name(f"{path.stem}_stats.json")
     try:
-        stats = json.loads(stats_file.read_text())
+        stats = json.loads(stats_file.read_bytes())
         asked, successes = int(stats["count"]), int(stats["successes"])
         causes = Counter({str(k): int(v) for k, v in stats["status_dict"].items() if k != "success"})
         if successes != samples:
@@ -208,11 +206,11 @@ def check(folder: Path):
     if sum(asked):
         print(f"{failed.total():,} of {sum(asked):,} downloads failed ({failed.total() / sum(asked):.1%})")
         for cause, n in failed.most_common(10):
-            print(f"{n:12,}  {cause}")
+            print(printable(f"{n:12,}  {cause}"))
     suspicious = [f"{tar.name}: {'; '.join(found)}" for tar, found in zip(tars, problems) if found]
     if missing := missing_shards(tars):
         suspicious.append(f"missing: {missing}")
-    print("\n  ".join([f"suspicious shards: {len(suspicious) or 'none'}", *suspicious]))
+    print(printable("\n  ".join([f"suspicious shards: {len(suspicious) or 'none'}", *suspicious])))
     if not sum(samples):
         raise InputError(f"{folder}: no sample in {len(tars):,} shards")
     index = {"samples": {tar.name: n for tar, n in zip(tars, samples)}}

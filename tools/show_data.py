@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configs.schema import Config, InputError, load_config, option, override, parse_args, run_main
+from configs.schema import Config, InputError, load_config, option, override, parse_args, printable, run_main
 from data import Groups, open_samples
 from llama import IGNORE, IMAGE, Tokenizer
 from tools.dry_run import meta_model
@@ -83,7 +83,7 @@ def main(argv: list[str]):
         unknown += ids.count(unk)
     for kind, count in Counter(kind for kind, _ in samples.bad).most_common():
         examples = [where for other, where in samples.bad if other == kind][:3]
-        print(f"cannot be used        {count:,}: {kind}", *examples, sep="\n  ")
+        print(printable("\n  ".join([f"cannot be used        {count:,}: {kind}", *examples])))
     if not lengths:
         raise InputError(f"none of {len(samples.bad):,} samples can be used; the first: {samples.bad[0][1]}")
     print(f"{len(lengths):,} good samples and {len(samples.bad):,} bad ones, the first of "
