@@ -412,10 +412,10 @@ def main(argv: list[str]):
         train(config, device, rank, world)
         if world > 1:
             dist.barrier()  # a rank that leaves while rank 0 evaluates and saves may crash on its way out
-    except RuntimeError as e:
-        if not re.search(r"DataLoader worker .*(is killed|exited)", str(e)):
+    except (RuntimeError, EOFError, ConnectionError) as e:
+        if isinstance(e, RuntimeError) and not re.search(r"DataLoader worker .*(is killed|exited)", str(e)):
             raise
-        raise InputError(f"{str(e).strip()} If memory ran out, lower num_workers; --resume continues") from e
+        raise InputError(f"a data worker died ({e}); if memory ran out, lower num_workers; --resume") from e
     finally:
         if world > 1:
             gc.collect()  # frees what holds the process group, so that its threads end before Python does

@@ -188,6 +188,8 @@ def append_row(file, **row):
     try:
         print(json.dumps(row), file=file, flush=True)
     except OSError as e:
+        with suppress(OSError):  # which would be the user's message instead
+            file.close()
         raise InputError(f"{file.name}: cannot be written ({e.strerror}); what it holds is kept") from e
 
 def start_of(path: str | Path, kind: str = "file") -> bytes:

@@ -5,6 +5,8 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tarfile
 import zlib
 from pathlib import Path
@@ -19,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import chat
 from configs.prompts import harmless
-from configs.schema import Config, InputError
+from configs.schema import Config, InputError, append_row, load_config
 from data import Sample, Samples, open_samples, open_source
 from llama import IMAGE, Tokenizer
 from model import MiniGPT4
@@ -68,6 +70,39 @@ def test_a_count_that_no_shard_can_have_is_not_believed(tmp_path):
     write_tar(tmp_path / "0.tar", ["a", "b"])
     (tmp_path / "index.json").write_text(json.dumps({"samples": {"0.tar": 10**13}}))
     assert open_source(str(tmp_path)).counts == [2]
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+PAGE = b"\n<!DOCTYPE html><html>"
+
+@pytest.mark.parametrize("name", ["0.tar", "rows.jsonl", "rows.json"])
+@pytest.mark.parametrize("content, words", [(POINTER, "a Git LFS pointer"), (PAGE, "a saved web page")])
+def test_what_lies_in_the_place_of_data_is_named(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=f"{name}: {words}"):
+        open_source(str(tmp_path / name))
+
+@pytest.mark.parametrize("name", ["0.tar", "rows.jsonl"])
+def test_a_pipe_is_no_data_and_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(InputError, match=f"{name}: not a file"):
+        open_source(str(tmp_path / name))
+
+def test_data_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(InputError, match="data .*rows.jsonl: no samples, for nothing is there"):
+        open_source(str(tmp_path / "rows.jsonl"))
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"samples": [1]}', "\xff", "[]"])
+def test_an_odd_index_is_not_used(tmp_path, content):
+    write_tar(tmp_path / "0.tar", ["a"])
+    (tmp_path / "index.json").write_text(content, "latin-1")
+    assert captions(open_source(str(tmp_path))) == ["a"]
+
+def test_a_malformed_row_is_called_so(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"conversation": [{}, {}]}\n5\n')
+    samples = Samples([open_source(str(tmp_path / "a.jsonl"))], Config(template="vicuna"), TOKENIZER, 28, N)
+    assert [samples.read(key) for key in samples.keys()] == [None, None]
+    assert "line 1 (malformed, StopIteration" in samples.bad[0][1]
+    assert "line 2 (malformed, TypeError" in samples.bad[1][1]
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "jpeg"])
 def test_pictures_of_stage_2_may_be_png_or_jpeg(tmp_path, suffix):
@@ -156,6 +191,37 @@ def test_a_picture_that_would_take_gigabytes_is_refused(tmp_path):
     with pytest.raises(InputError, match="too large: 13000 x 13000 pixels"):
         load_image(bytes(big), 28)
 
+# ---- programs ----------------------------------------------------------------------------------------------
+
+def python(*words, stdin="", **env):
+    return subprocess.run([sys.executable, *words], cwd=ROOT, input=stdin.encode(), capture_output=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"} | env)
+
+def test_stdin_is_utf_8_also_where_the_locale_is_not():
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = python("chat.py", "--json", "--max_new_tokens=2", stdin="\ufeffGr\u00f6\u00dfe?", **locale)
+    assert json.loads(done.stdout)["prompt"] == "Gr\u00f6\u00dfe?"
+
+@pytest.mark.parametrize("module", ["chat", "train", "data", "tools.convert", "tools.caption", "tools.bench"])
+def test_windows_modules_are_enough(module):
+    absent = "import sys; sys.modules |= dict.fromkeys(('fcntl', 'resource', 'readline', 'termios'))"
+    assert python("-c", f"{absent}; import {module}").returncode == 0
+
+@pytest.mark.parametrize("text", ["exit()", "raise SystemExit(0)", "1 / 0", "import nothing_of_this_name"])
+def test_a_config_that_ends_early_is_a_mistake_of_the_user(tmp_path, text):
+    (tmp_path / "c.py").write_text(text)
+    with pytest.raises(InputError, match=r"config file \S+c.py: \w+"):
+        load_config(str(tmp_path / "c.py"), {})
+
+def test_an_out_dir_that_is_a_file_is_refused_before_the_work(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="out_dir = .*file.: name a folder"):
+        Config(out_dir=str(tmp_path / "file"))
+
+def test_a_full_disk_is_named_with_the_file():
+    with pytest.raises(InputError, match="/dev/full: cannot be written"), open("/dev/full", "w") as file:
+        append_row(file, step=1)
+
 # ---- weights -----------------------------------------------------------------------------------------------
 
 @pytest.fixture
@@ -180,12 +246,30 @@ def test_weights_that_are_not_finite_are_named(tiny, file, value):
 @pytest.mark.parametrize("file, changes, words", [
     ("llama/config.json", {"num_hidden_layers": 10**7}, "10000000 layers, but 56 tensors"),
     ("config.json", {"image_size": 28000}, "image_size = 28000: give one from 0 to 2048"),
-    ("config.json", {"tokenizer": "/dev/zero"}, "/dev/zero: no sentencepiece model")])
+    ("config.json", {"tokenizer": "/dev/zero"}, "/dev/zero: no sentencepiece model"),
+    ("llama/config.json", {"rms_norm_eps": float("nan")}, "rms_norm_eps nan is no size"),
+    ("llama/config.json", {"rope_theta": -1.0}, "rope_theta -1.0 is no size"),
+    ("llama/config.json", {"num_key_value_heads": -1}, "num_key_value_heads -1 is no size"),
+    ("llama/config.json", {"head_dim": -4}, "head_dim -4 is no size")])
 def test_sizes_are_checked_before_memory_is_taken(tiny, file, changes, words):
     content = json.loads((tiny / file).read_text())
     (tiny / file).write_text(json.dumps(content | changes))
     with pytest.raises(InputError, match=words):
         load(tiny)
+
+@pytest.mark.parametrize("content, words", [(POINTER, "a Git LFS pointer"), (PAGE, "a saved web page")])
+@pytest.mark.parametrize("file", ["config.json", "proj.safetensors", "llama/config.json",
+                                  "llama/tokenizer.model", "llama/model.safetensors"])
+def test_what_lies_in_the_place_of_a_weight_file_is_named(tiny, file, content, words):
+    (tiny / file).write_bytes(content)
+    with pytest.raises(InputError, match=f"{file}: {words}"):
+        load(tiny)
+
+def test_a_mac_s_notes_beside_weights_and_byte_order_marks_do_not_matter(tiny):
+    (tiny / "llama/._model.safetensors").write_bytes(b"notes")
+    for file in ("config.json", "llama/config.json"):
+        (tiny / file).write_bytes(b"\xef\xbb\xbf" + (tiny / file).read_bytes())
+    assert load(tiny)[0].tokenizer.vocab_size == 1024
 
 def test_a_missing_shard_is_named_also_without_an_index(tiny):
     (tiny / "llama/model.safetensors").rename(tiny / "llama/model-00001-of-00002.safetensors")
