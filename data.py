@@ -411,7 +411,10 @@ class Reader:
         loader = DataLoader(self.groups, batch_size=None, sampler=range(group, len(self.groups)),
                             num_workers=config.num_workers, pin_memory=torch.cuda.is_available(),
                             worker_init_fn=ignore_signals)
-        for group, (steps, bad) in enumerate(loader, group):
+        received = enumerate(loader, group)  # starts the workers
+        if hasattr(signal, "SIGCHLD"):  # PyTorch's handler would raise anywhere, also while a file is written
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for group, (steps, bad) in received:
             self.n_read += len(bad) + sum(len(b.tokens) for _, batches in steps for b in batches if b)
             for kind, where in bad:
                 if kind not in self.skipped:

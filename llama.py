@@ -69,10 +69,9 @@ class LlamaConfig:
         defaults["rope_theta"] = rope.get("rope_theta") or cls.rope_theta
         read = {k: sizes.get(k) or v for k, v in defaults.items()}
         read["max_position_embeddings"] = min(read["max_position_embeddings"], window or math.inf)
-        config = override(cls(), read, where)
-        if wrong := [f"{k} {v}" for k, v in asdict(config).items() if not (type(v) is str or 0 <= v < 1e12)]:
+        if wrong := [f"{k} {v}" for k, v in read.items() if isinstance(v, (int, float)) and not 0 <= v < 1e9]:
             raise InputError(f"{where}: {wrong[0]} is no size; fetch it again")
-        return config
+        return override(cls(), read, where)
 
     def to_hub(self) -> dict:
         """The content of a Hugging Face config.json, the inverse of from_dict."""

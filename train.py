@@ -82,8 +82,7 @@ def train_step(model, batches: list[Batch], optimizer, scaler, lr: float, grad_c
 @torch.no_grad()
 def evaluate(model: MiniGPT4, samples: Samples, config: Config, device) -> tuple[float, list[dict]]:
     """The mean loss per answer token, and the greedy answers to some first prompts beside the data's."""
-    first = list(samples.first(config.eval_samples))
-    batches = list(DataLoader(first, config.batch_size, collate_fn=collate))
+    batches = list(DataLoader([*samples.first(config.eval_samples)], config.batch_size, collate_fn=collate))
     loss_sum = sum(model(*batch.to(device)).item() * batch.n_targets for batch in batches)
     shown, stop = [], model.tokenizer.stop_sequences(config.answer_end)
     for images, ids, targets in samples.first(config.show_samples):
@@ -120,8 +119,7 @@ def start_folder(config: Config):
         temporary.write_text(to_json(replace(config, **paths)))
 
 def open_log(config: Config, done: int):
-    """log.jsonl, to append JSON lines to; without those of the steps that a resumed run does again. Raises
-    InputError while another run writes to it."""
+    """log.jsonl, to append to, without the steps that come again. InputError: another run writes to it."""
     out = open(Path(config.out_dir, "log.jsonl"), "a+", 1, "utf-8", "surrogateescape", "\n")
     with suppress(ImportError):  # on Windows
         from fcntl import LOCK_EX, LOCK_NB, lockf
