@@ -299,7 +299,7 @@ def converse(talk: Chat):
             note("\n(/bye or Ctrl-D leaves)")
         except (InputError, torch.OutOfMemoryError) as e:
             talk.turns, talk.new_pictures = before  # a message that fails leaves nothing behind
-            print("error:", *printable(str(e)).split(), file=sys.stderr)
+            note("error: " + " ".join(str(e).split()))
 
 def main(argv: list[str]):
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages on Linux: weights are read faster

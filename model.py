@@ -117,7 +117,7 @@ class MiniGPT4(nn.Module):
                 logits[:, self.tokenizer.eos] = -torch.inf
             token = sample(logits, seen, temperature, top_p, repetition_penalty, generator)
             seen.scatter_(1, token, True)
-            new = token.flatten().tolist()  # the only wait for the device
+            new = token.flatten().tolist()  # waits for the device
             ids = [[*row, id] for row, id in zip(ids, new)]
             yield [None if end else id for end, id in zip(ended, new)] if batch is tokens else new[0]
             ended = [end or self.tokenizer.is_end(row, stop) for end, row in zip(ended, ids)]
@@ -339,7 +339,7 @@ def read_part(name: str, path: str) -> PartFile:
     try:
         sizes = metadata["config"] if name in CONFIGS else metadata.get("trained_with", "{}")
         return PartFile(path, tensors, dict(json.loads(sizes)))
-    except (KeyError, ValueError, TypeError) as e:
+    except (KeyError, ValueError, TypeError, RecursionError) as e:
         raise InputError(f"{path}: no metadata of a {name} file; make it with tools/convert.py {name}") from e
 
 def check_sources(sources: dict, trainable: tuple[str, ...], dtype: str, tokenizer: str | None):

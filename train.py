@@ -20,7 +20,7 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
-from math import cos, log, pi
+from math import cos, isfinite, log, pi
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -372,7 +372,7 @@ def run_steps(checkpoint: Checkpoint, groups: Groups, meter: Meter, heldout: Sam
         paused = time.perf_counter()
         if heldout and (is_end or step % config.eval_interval == 0) and (rank == 0 or config.shard):
             loss, shown = evaluate(model, heldout, config, device)  # shards need all ranks
-            append_row(out, step=step, heldout_loss=loss, samples=shown)
+            append_row(out, step=step, heldout_loss=loss if isfinite(loss) else None, samples=shown)
             lines = [f"  answer: {s['answer']!r}\n  data:   {s['data']!r}" for s in shown]
             if rank == 0:
                 bar.write("\n".join([f"step {step}: held-out loss {loss:.4f}", *lines]), file=sys.stderr)

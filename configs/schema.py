@@ -294,5 +294,5 @@ def run_main(main):
     except BrokenPipeError:  # the reader of our output, such as head, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (InputError, OSError) as e:  # OSError: no permission, no space left
-        print("error:", *printable(str(e)).split(), file=sys.stderr)
+        note("error: " + " ".join(str(e).split()))
         sys.exit(2)

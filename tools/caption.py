@@ -57,7 +57,7 @@ def read_lines(path: Path) -> set[str]:
         return set()
     lines, rows = path.read_bytes().split(b"\n"), {}
     for line in lines:
-        with suppress(ValueError, KeyError, TypeError):
+        with suppress(ValueError, KeyError, TypeError, RecursionError):
             rows[str(json.loads(line)["image"])] = line
     if lines[-1] in rows.values():
         path.open("ab").write(b"\n")

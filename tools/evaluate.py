@@ -114,7 +114,7 @@ def read_answers(path: Path) -> dict[tuple[str, ...], tuple[str, bool]]:
                 continue
             *key, answer, ended = map(json.loads(line).__getitem__, KEYS)
             known[tuple(key)] = answer, ended
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise InputError(f"{path}:{number}: not a line of answers; give another file as --answers") from e
     return known
 

@@ -531,7 +531,10 @@ def main(argv: list[str]):
     if kind != "tokenizer":
         part.mkdir()
     write, n = KINDS[kind]
-    write(kind, part, replace(options, n=options.n or n))
+    try:
+        write(kind, part, replace(options, n=options.n or n))
+    except OSError as e:
+        raise InputError(f"{target}: cannot be written ({e})") from e
     part.rename(target)
 
 if __name__ == "__main__":
