@@ -296,10 +296,10 @@ def converse(talk: Chat):
         except KeyboardInterrupt:
             if not sys.stdin.isatty():
                 raise
-            note("\n(/bye or Ctrl-D leaves)")
+            print("\n(/bye or Ctrl-D leaves)", file=sys.stderr)
         except (InputError, torch.OutOfMemoryError) as e:
             talk.turns, talk.new_pictures = before  # a message that fails leaves nothing behind
-            note("error: " + " ".join(str(e).split()))
+            note(f"error: {e}")
 
 def main(argv: list[str]):
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages on Linux: weights are read faster

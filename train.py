@@ -405,7 +405,7 @@ def main(argv: list[str]):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world,
                                 store=dist.PrefixStore(attempt, store), timeout=timedelta(hours=2))
     if (rank := dist.get_rank() if world > 1 else 0) == 0:
-        note(to_json(config))
+        print(to_json(config), file=sys.stderr)
     try:
         train(config, device, rank, world)
         if world > 1:

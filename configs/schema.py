@@ -180,8 +180,8 @@ def _typed(name, value, kind, where):
     raise InputError(f"{where}: {name} = {value!r} is not of type {' or '.join(k.__name__ for k in kinds)}")
 
 def note(text: str):
-    """Tell the user something, on stderr."""
-    print(printable(text), file=sys.stderr)
+    """Tell the user something in one line, on stderr."""
+    print(printable(" ".join(text.split())), file=sys.stderr)
 
 def append_row(file, **row):
     """Append a JSON line to an open file. Raises InputError when that fails."""
@@ -199,9 +199,9 @@ def start_of(path: str | Path, kind: str = "file") -> bytes:
     with open(path, "rb") as f:
         start = f.read(64)
     if start.startswith(b"version https://git-lfs"):
-        raise InputError(f"{path}: a Git LFS pointer, not the content; run `git lfs pull` in its folder")
+        raise InputError(f"{path}: a Git LFS pointer in its place; run `git lfs pull` in its folder")
     if start.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype", b"<html")):
-        raise InputError(f"{path}: a saved web page, no PyTorch file or other data; download again")
+        raise InputError(f"{path}: a saved web page in its place; download it again")
     return start
 
 def load_config(path: str, options: dict[str, str]) -> Config:
@@ -284,8 +284,8 @@ def run_main(main):
     """Call `main(argv)`; a mistake of the user becomes one line on stderr and exit status 2."""
     for name in ("stdin", "stdout", "stderr"):
         setattr(sys, name, getattr(sys, name) or open(os.devnull, "r+"))  # it may be closed
-        with suppress(AttributeError):  # it may be a replacement; a terminal may lack some characters
-            encoding = "utf-8-sig" if name == "stdin" else None
+        with suppress(AttributeError):  # tests replace it
+            encoding = "utf-8-sig" if name == "stdin" else None  # None: the terminal's
             getattr(sys, name).reconfigure(encoding=encoding, errors="replace")
     try:
         main(sys.argv[1:])
@@ -294,5 +294,5 @@ def run_main(main):
     except BrokenPipeError:  # the reader of our output, such as head, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (InputError, OSError) as e:  # OSError: no permission, no space left
-        note("error: " + " ".join(str(e).split()))
+        note(f"error: {e}")
         sys.exit(2)

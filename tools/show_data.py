@@ -82,7 +82,7 @@ def main(argv: list[str]):
         answers.append(sum(t != IGNORE for t in targets))
         unknown += ids.count(unk)
     for kind, count in Counter(kind for kind, _ in samples.bad).most_common():
-        examples = [where for other, where in samples.bad if other == kind][:3]
+        examples = [" ".join(where.split()) for other, where in samples.bad if other == kind][:3]
         print(printable("\n  ".join([f"cannot be used        {count:,}: {kind}", *examples])))
     if not lengths:
         raise InputError(f"none of {len(samples.bad):,} samples can be used; the first: {samples.bad[0][1]}")
