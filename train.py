@@ -121,7 +121,7 @@ def start_folder(config: Config):
 def open_log(config: Config, done: int):
     """log.jsonl, to append to, without the steps that come again. InputError: another run writes to it."""
     out = open(Path(config.out_dir, "log.jsonl"), "a+", 1, "utf-8", "surrogateescape", "\n")
-    with suppress(ImportError):  # on Windows
+    with suppress(ImportError, OSError):  # on Windows; on a file system without locks
         from fcntl import LOCK_EX, LOCK_NB, lockf
         try:
             lockf(out, LOCK_EX | LOCK_NB)  # of this process alone: it ends with it
