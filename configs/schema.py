@@ -199,9 +199,9 @@ def start_of(path: str | Path, kind: str = "file") -> bytes:
     with open(path, "rb") as f:
         start = f.read(64)
     if start.startswith(b"version https://git-lfs"):
-        raise InputError(f"{path}: a Git LFS pointer in its place; run `git lfs pull` in its folder")
+        raise InputError(f"{path}: a Git LFS pointer, not the content; run `git lfs pull` in its folder")
     if start.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype", b"<html")):
-        raise InputError(f"{path}: a saved web page in its place; download it again")
+        raise InputError(f"{path}: a saved web page, no PyTorch file or other data; download again")
     return start
 
 def load_config(path: str, options: dict[str, str]) -> Config:
