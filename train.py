@@ -370,7 +370,7 @@ def run_steps(checkpoint: Checkpoint, groups: Groups, meter: Meter, heldout: Sam
             report.pop("losses", None)  # too many for the bar
             bar.set_postfix(report | {"lr": f"{lr:.1e}"}, refresh=False)
         paused = time.perf_counter()
-        if heldout and (is_end or step % config.eval_interval == 0) and (rank == 0 or config.shard):
+        if heldout and (is_end or not (last or step % config.eval_interval)) and (not rank or config.shard):
             loss, shown = evaluate(model, heldout, config, device)  # shards need all ranks
             append_row(out, step=step, heldout_loss=loss if isfinite(loss) else None, samples=shown)
             lines = [f"  answer: {s['answer']!r}\n  data:   {s['data']!r}" for s in shown]
