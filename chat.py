@@ -121,7 +121,7 @@ class Chat:
             self.stats.setdefault("first_word_s", self.stats["seconds"])
             if not ended and len(ids) < room:
                 answer = answer.rstrip("\ufffd")  # half a character, or half an end, waits
-                answer = answer[:len(answer) - max(n for n in range(len(end)) if answer.endswith(end[:n]))]
+                answer = answer[:-max(n for n in range(len(end)) if answer.endswith(end[:n])) or None].rstrip()
             if answer.startswith(shown) and answer != shown:
                 yield answer[len(shown):]
                 shown = answer
@@ -162,7 +162,7 @@ class Chat:
         """The ids of these turns; those of n_pictures that are not theirs stand before the first one's."""
         counts = [len(turn.pictures) for turn in turns] or [0]
         counts[0] += n_pictures - sum(counts)
-        messages = [user_message(turn.question, n) for turn, n in zip(turns, counts)]
+        messages = [user_message(turn.question, n, self.template.end) for turn, n in zip(turns, counts)]
         segments = chat_segments(zip(messages, [turn.answer for turn in turns]), self.template)
         return self.model.tokenizer.encode_segments(segments, self.model.n_image_tokens)
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 from tqdm import tqdm
 
 from configs.prompts import (BOS, IMAGE, INSTRUCTIONS, clean_caption, harmless, placed_message,
@@ -31,7 +31,6 @@ from configs.schema import Config, InputError, note, printable, start_of
 from llama import IGNORE, Tokenizer
 from vision import load_image
 
-# that ask a run to save and stop, and reach all its processes; Windows has not all of them
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
 
 class BadSample(Exception):
@@ -68,10 +67,10 @@ class Shards:
         self.paths, known = paths, {}
         for folder in {Path(p).parent for p in paths}:
             for file in [*folder.glob("*_stats.json"), folder / "index.json"]:
-                with suppress(OSError, ValueError, AttributeError, RecursionError):  # none, or another form
-                    content, shard = json.loads(file.read_bytes()), file.name.replace("_stats.json", ".tar")
-                    found = content.get("samples", {shard: content.get("successes")})
-                    known |= {folder / name: n for name, n in found.items() if type(n) is int and n >= 0}
+                with suppress(Exception):  # there is none, or it is of another form
+                    content = start_of(file) and json.loads(file.read_bytes())
+                    found = content.get("samples", {f"{file.stem[:-6]}.tar": content.get("successes")})
+                    known |= {folder / name: n for name, n in found.items() if type(n) is int and n > 0}
         self.counts, faults = [], []
         for p in tqdm(paths, desc="reading tar headers", delay=1):
             n = known.get(Path(p), -1)
@@ -102,7 +101,7 @@ class Shards:
         if not (picture and picture.size and text and text.size):
             raise BadSample("no caption" if picture and picture.size else "no picture")
         content = {} if text is plain else json.loads(text.read())
-        if plain and "caption" not in content:
+        if plain and content.get("caption") is None:
             content = {"caption": plain.read().decode("utf-8-sig", "replace")}
         return Sample([picture], content["caption"])
 
@@ -111,9 +110,11 @@ def index_tar(path: str) -> list[tuple[str, Member | None, Member | None, Member
     """A tar's samples (key, picture, .json or else .txt, .txt), also behind damaged blocks."""
     start_of(path)
     samples: dict[str, dict[str, Member]] = {}
+    end, is_damaged = 0, False
     try:
         with tarfile.open(path, "r:", ignore_zeros=True) as tar:
             for m in tar:
+                is_damaged, end = is_damaged or m.offset - end > 20480, m.offset_data + m.size
                 key, _, kind = m.name.rpartition(".")
                 if not m.isfile() or os.path.basename(key).startswith("._"):  # a folder, or a Mac's notes
                     continue
@@ -123,6 +124,8 @@ def index_tar(path: str) -> list[tuple[str, Member | None, Member | None, Member
             raise InputError(f"{path}: not a readable tar file ({e}); fetch it again or leave it out") from e
     if not samples:
         raise InputError(f"{path}: no samples in it; if it is compressed, unpack it")
+    if (is_damaged or not 512 <= os.path.getsize(path) - end <= 20480) and not get_worker_info():
+        note(f"warning: {path}: cut or damaged, so samples are missing; fetch it again")
     return [(key, next((files[k] for k in ("jpg", "jpeg", "png", "webp") if k in files), None),
              files.get("json") or files.get("txt"), files.get("txt")) for key, files in samples.items()]
 
@@ -183,14 +186,14 @@ class Rows:
 
 def open_source(path: str) -> Shards | Rows:
     """The source at a path of the config's `data`."""
-    file, braces = Path(path), re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", path)
+    file, braces = Path(path), re.fullmatch(r"(.*)\{(\d{1,7})\.\.(\d{1,7})\}(.*)", path)
     rows = file if file.suffix in (".jsonl", ".json") else file / "filter_cap.json"
     if rows.is_file():
         source = Rows(rows)
     else:
         if file.suffix == ".txt" and file.is_file():
-            lines = file.read_text("utf-8-sig", "surrogateescape").splitlines()
-            shards = [line.strip() for line in lines if line.strip()]
+            lines = map(str.strip, file.read_text("utf-8-sig", "surrogateescape").splitlines())
+            shards = [*filter(None, lines)]
         elif braces:  # "a{08..10}.tar": a08.tar, a09.tar, a10.tar
             before, first, last, after = braces.groups()
             shards = [f"{before}{i:0{len(first)}d}{after}" for i in range(int(first), int(last) + 1)]
@@ -391,7 +394,7 @@ class Groups(Dataset):
         return steps, bad
 
 def ignore_signals(worker: int):
-    """In a data worker: the training process decides when to stop."""
+    """In a data worker: SIGNALS reach all processes of a run; the training process saves and stops it."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from configs.prompts import BOS, IMAGE
-from configs.schema import InputError, note, override, read_json, start_of
+from configs.schema import InputError, check_sizes, note, override, read_json, start_of
 from vision import init_weights
 
 IGNORE = -100   # in the targets: no prediction here
@@ -69,9 +69,7 @@ class LlamaConfig:
         defaults["rope_theta"] = rope.get("rope_theta") or cls.rope_theta
         read = {k: sizes.get(k) or v for k, v in defaults.items()}
         read["max_position_embeddings"] = min(read["max_position_embeddings"], window or math.inf)
-        if wrong := [f"{k} {v}" for k, v in read.items() if isinstance(v, (int, float)) and not 0 <= v < 1e9]:
-            raise InputError(f"{where}: {wrong[0]} is no size; fetch it again")
-        return override(cls(), read, where)
+        return check_sizes(override(cls(), read, where), where)
 
     def to_hub(self) -> dict:
         """The content of a Hugging Face config.json, the inverse of from_dict."""
@@ -398,7 +396,7 @@ def read_llama_folder(folder: str) -> tuple[LlamaConfig, list[Path]]:
 def indexed_files(index: Path) -> list[Path]:
     """The weight files that a Hugging Face *.index.json names."""
     names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not names:
+    if not isinstance(names, dict) or not {*map(type, names.values())} == {str}:
         raise InputError(f"{index}: it has no weight_map; fetch it again")
     files = [index.parent / name for name in sorted(set(names.values()))]
     if missing := [file for file in files if not file.is_file()]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from configs.schema import DTYPES, QUANTIZED, InputError, note, override, start_of
+from configs.schema import DTYPES, QUANTIZED, InputError, check_sizes, note, override, start_of
 from llama import (IGNORE, IMAGE, KVCache, Llama, LlamaConfig, QuantizedLinear, Tokenizer, beam_search,
                    quantize, read_llama_folder, sample)
 from qformer import JoinPatches, QFormer, QFormerConfig
@@ -213,7 +213,7 @@ class MiniGPT4(nn.Module):
             tensors = {k: t for k, t in tensors.items() if not k.startswith("ln_vision.")}
         elif name == "vision" and "ln_vision.weight" not in tensors:  # the original never loads it then
             tensors |= nn.LayerNorm(self.vision.config.width).state_dict(prefix="ln_vision.")
-        shapes = {k: (t.shape[0], 2 * t.shape[1]) if t.dtype == torch.uint8 else tuple(t.shape)  # two int4
+        shapes = {k: (*t.shape[:1], *(n * (1 + (t.dtype == torch.uint8)) for n in t.shape[1:]))  # two int4
                   for k, t in tensors.items() if not k.endswith(".weight_scale")}
         check_fit(file.path, name, shapes, {k: tuple(p.shape) for k, p in self.part_parameters(name).items()})
         if name == "llama" and (kind := self.llama.config.quantization):
@@ -223,17 +223,15 @@ class MiniGPT4(nn.Module):
                 for new_name, linears in module.quantized.items():
                     names = [f"{prefix}.{linear}.weight".lstrip(".") for linear in linears]
                     matrices = [(mapped[w], mapped[f"{w}_scale"]) if f"{w}_scale" in mapped else
-                                quantize(mapped[w], "int8" if w == "lm_head.weight" else kind) for w in names]
+                                quantize(finite(mapped[w], f"{file.path}: {w}"),
+                                         "int8" if w == "lm_head.weight" else kind) for w in names]
                     for linear in linears:
                         setattr(module, linear, None)
                     setattr(module, new_name, QuantizedLinear(matrices, device))
         for prefix, module in self.part_modules(name):
             own = {}
             for k, _ in tqdm([*module.named_parameters()], f"loading {name}", delay=1, leave=False):
-                own[k] = tensors[prefix + k].to(device, dtype)
-                some = own[k].flatten()[::1 if own[k].numel() < 2**22 else 2048]  # of each page of the file
-                if not some.float().sum().isfinite():
-                    raise InputError(f"{file.path}: {prefix}{k} holds NaN or infinity; get it again")
+                own[k] = finite(tensors[prefix + k], f"{file.path}: {prefix}{k}").to(device, dtype)
             module.load_state_dict(own, assign=True)
 
     def init_part(self, name: str, device):
@@ -332,8 +330,6 @@ def read_part(name: str, path: str) -> PartFile:
         unused = ("rotary_emb.inv_freq", *["lm_head.weight"] * config.tie_word_embeddings)  # in some files
         tensors = {k.removeprefix("model."): t for shard in shards for k, t in load_tensors(shard)[0].items()
                    if not k.endswith(unused)}
-        if (n := config.num_hidden_layers) > len(tensors):  # before a module is made for each
-            raise InputError(f"{path}: {n} layers, but {len(tensors)} tensors; fetch the files again")
         return PartFile(path, tensors, config)
     tensors, metadata = load_tensors(path)
     try:
@@ -363,8 +359,8 @@ def part_config(name: str, sources: dict, files: dict, **needed: int) -> VisionC
     if sources[name] in ("", None):
         return None
     file = files.get(name) or PartFile("the run's config", {}, needed | sources[name])
-    config = override(CONFIGS[name](), file.sizes, f"{file.path}: {name}")
-    if not all(0 < size < 2**31 for size in asdict(config).values()) or config.width % config.n_heads:
+    config = check_sizes(override(CONFIGS[name](), file.sizes, f"{file.path}: {name}"), file.path)
+    if config.width % config.n_heads:
         raise InputError(f"{file.path}: {config}: give sizes above 0, and width a multiple of n_heads")
     if needed.items() - asdict(config).items():
         raise InputError(f"{file.path}: {config} does not fit the vision part; needed is {needed}")
@@ -380,6 +376,13 @@ def check_fit(path: str, part: str, shapes: dict[str, tuple], expected: dict[str
              for what, names in problems.items() if names]
     if found:
         raise InputError(f"{path}: does not fit as {part}: {'; '.join(found)}; it is for another model")
+
+def finite(tensor: Tensor, where: str) -> Tensor:
+    """The tensor. Raises InputError unless it holds finite floats; of a large one, some are looked at."""
+    some = tensor.flatten()[::1 if tensor.numel() < 2**22 else 2048]  # of each page of a mapped file
+    if not tensor.is_floating_point() or not some.float().sum().isfinite():
+        raise InputError(f"{where} holds NaN or infinity, or no floats; get it again")
+    return tensor
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:
     """12 hex digits that identify a part's weights, also cast ones: of names, shapes and some values."""

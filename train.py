@@ -14,7 +14,6 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -31,12 +30,13 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from configs.schema import (Config, InputError, append_row, load_config, note, outlive_reader, parse_args,
-                            read_saved_config, run_main, to_json)
+                            prepare_data, read_saved_config, run_main, to_json)
 from data import SIGNALS, Batch, Groups, Reader, Samples, collate, open_samples
 from llama import IGNORE
 from model import PARTS, MiniGPT4, fingerprint, pick_device, replacing
 
 ADVICE = "the last checkpoint is kept; start again with a lower --lr, or with --grad_clip=1.0"
+LAUNCHER = os.getppid()  # torchrun, or a shell
 MOST_FAILED = 20  # steps in a row whose loss or gradient is not finite
 
 def learning_rate(step: int, config: Config) -> float:
@@ -102,8 +102,9 @@ def saved_parts(config: Config) -> dict[str, str]:
 
 def refuse_to_overwrite(config: Config):
     """Raise InputError when out_dir holds a run that this one does not resume, or is no run's folder."""
-    files = (f"{config.out_dir}/state.pt", f"{config.out_dir}/state.old.pt", *saved_parts(config).values())
-    if not config.resume and (held := list(filter(os.path.exists, files))):
+    files = [f"{config.out_dir}/{name}" for name in ("state.pt", "state.old.pt", "log.jsonl")]
+    files[2:2] = saved_parts(config).values()
+    if not config.resume and (held := [f for f in files if os.path.exists(f) and os.path.getsize(f)]):
         raise InputError(f"{held[0]}: already holds a run; continue it with --resume, or change --out_dir")
     if Path(config.out_dir, "config.json").exists():
         read_saved_config(config.out_dir)  # raises InputError for something else's config.json
@@ -120,6 +121,7 @@ def start_folder(config: Config):
 
 def open_log(config: Config, done: int):
     """log.jsonl, to append to, without the steps that come again. InputError: another run writes to it."""
+    Path(config.out_dir).mkdir(parents=True, exist_ok=True)
     out = open(Path(config.out_dir, "log.jsonl"), "a+", 1, "utf-8", "surrogateescape", "\n")
     with suppress(ImportError, OSError):  # on Windows; on a file system without locks
         from fcntl import LOCK_EX, LOCK_NB, lockf
@@ -138,7 +140,7 @@ class Checkpoint:
 
     def __init__(self, model: MiniGPT4, config: Config, identity: dict, device):
         self.model, self.config, self.path = model, config, Path(config.out_dir, "state.pt")
-        self.older = self.path.with_name("state.old.pt")  # the state before
+        self.older, self.damage = self.path.with_name("state.old.pt"), ""  # the state before; what is wrong
         self.parameters = {f"{name}.{k}": p for name in config.trainable
                            for k, p in model.part_parameters(name).items()}
         self.optimizer = make_optimizer(self.parameters, config)
@@ -158,24 +160,24 @@ class Checkpoint:
                  "identity": self.identity, "frozen": self.frozen, "config": asdict(self.config)}
         with replacing(self.path) as temporary:
             torch.save(state, temporary)
-            if self.path.exists():
+            if self.path.exists() and not self.damage:
                 os.replace(self.path, self.older)
+        self.damage = ""
 
     def load(self) -> int:
         """Restore state.pt, or if it is damaged the state before; returns its step, or 0 if there is none.
         Raises InputError if all are damaged, or for another run's."""
-        damaged = ""
         for path in filter(Path.is_file, (self.path, self.older)):
-            if damaged:
-                note(f"warning: {damaged}; the run goes on from {path}")
+            if self.damage:
+                note(f"warning: {self.damage}; the run goes on from {path}")
             try:
                 return self.restore(path)
             except InputError:
                 raise
             except Exception as e:  # a damaged file breaks the readers in many ways
-                damaged = f"{path}: damaged ({type(e).__name__}: {e})"
-        if damaged:
-            raise InputError(f"{damaged}; choose another --out_dir")
+                self.damage = f"{path}: damaged ({type(e).__name__}: {e})"
+        if self.damage:
+            raise InputError(f"{self.damage}; choose another --out_dir")
         return 0
 
     def restore(self, path: Path) -> int:
@@ -183,7 +185,8 @@ class Checkpoint:
         if broken := ZipFile(path).testzip():  # by their checksums
             raise ValueError(f"the checksum of {broken} does not match")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        step, before, saved = int(state["step"]), state["identity"], state["parameters"]
+        step, before, saved = state["step"], state["identity"], state["parameters"]
+        assert type(step) is int and step > 0, f"step {step}"
         for name, now in self.identity.items():
             if (was := before.get(name)) != now:
                 raise InputError(f"{path}: {name} was {was}, now it is {now}; keep it or change out_dir")
@@ -193,12 +196,14 @@ class Checkpoint:
             note(f"warning: {path} was trained with another {', '.join(other)}")
         for k, p in self.parameters.items():
             p.data.copy_(saved[k])
-        self.optimizer.load_state_dict(state["optimizer"])
+        groups = self.optimizer.state_dict()["param_groups"]  # with this run's options
+        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
         self.scaler.load_state_dict(state["scaler"])
         for p in self.parameters.values():
-            tensors = p, *(t for k, t in self.optimizer.state[p].items() if k != "step")
-            if not all(t.shape == p.shape and t.isfinite().all() for t in tensors):
-                raise ValueError("moments of odd sizes, or infinite values")
+            moments = self.optimizer.state[p].values()  # none before the first step
+            shapes = [t.shape if t.isfinite().all() else "not finite" for t in (p, *moments)]
+            if shapes not in ([p.shape], [p.shape, (), p.shape, p.shape]):
+                raise ValueError(f"{shapes} for a parameter, a count and two moments")
         return step
 
 class Meter:
@@ -246,17 +251,6 @@ def flops_per_position(model: MiniGPT4, trainable: tuple[str, ...]) -> tuple[flo
     qformer = n["qformer"] * model.n_image_tokens * (3 if {"vision", "qformer"} & set(trainable) else 1)
     return 2 * (vision + qformer), 2 * n["llama"] * (3 if "llama" in trainable else 2)
 
-def prepare_data(config: Config):
-    """If data is missing that `prepare` makes, run its commands in order, but not for what exists already."""
-    used = [path for data in ([config.tokenizer], config.data, config.heldout_data)
-            for path in ([data] if isinstance(data, str) else data)]
-    missing = [path for path in config.prepare if not Path(path).exists()]
-    if any(f"{u}/".startswith(f"{path}/") for u in used for path in missing):
-        for path in missing:
-            note(f"{path} is missing; making it: python {config.prepare[path]}")
-            if subprocess.run([sys.executable, *shlex.split(config.prepare[path])]).returncode:
-                raise InputError(f"{path} could not be made: the command above failed")
-
 def build(config: Config, device) -> MiniGPT4:
     """The model of a config, its blocks sharded, checkpointed and compiled as the config says."""
     if config.shard and not dist.is_initialized():
@@ -302,8 +296,10 @@ def open_data(config: Config, model: MiniGPT4, device) -> tuple[Samples, dict, S
     shape = (model.tokenizer, model.image_size, model.n_image_tokens)
     samples, weights = open_samples(config.data, config, *shape)
     heldout = open_samples(config.heldout_data, config, *shape)[0] if config.heldout_data else None
-    if heldout and not list(heldout.first(1)):
+    if heldout and not list(heldout.first(config.eval_samples)):
         raise InputError(f"heldout_data {config.heldout_data}: not one of its samples can be used; fix it")
+    if heldout and heldout.bad:
+        note(f"warning: {len(heldout.bad)} held-out samples cannot be used; the first: {heldout.bad[0][1]}")
     if config.cache_features:
         for each in filter(None, (samples, heldout)):
             cache_features(model, each, config, device)
@@ -328,10 +324,10 @@ def train(config: Config, device, rank: int = 0, world: int = 1):
             raise InputError(f"resume: the processes found steps {found}; give all machines the same out_dir")
     if done >= config.max_steps:
         return note(f"{config.out_dir}: its run is already at step {done:,}")
-    if rank == 0:
-        start_folder(config)  # not earlier: a refused resume changes nothing
     meter = Meter(model, config, list(weights), device)
     with open_log(config, done) if rank == 0 else open(os.devnull, "w") as out:
+        if rank == 0:
+            start_folder(config)  # not earlier: a refused run changes nothing
         run_steps(checkpoint, groups, meter, heldout, done + 1, out)
 
 def run_steps(checkpoint: Checkpoint, groups: Groups, meter: Meter, heldout: Samples | None, first: int, out):
@@ -339,15 +335,15 @@ def run_steps(checkpoint: Checkpoint, groups: Groups, meter: Meter, heldout: Sam
     config, model, rank, device = groups.config, checkpoint.model, groups.rank, meter.sums.device
     # without init_sync: all ranks start alike, by their seed
     wrapped = DistributedDataParallel(model, init_sync=False) if groups.world > 1 else model
-    reader, caught, launcher, failed = Reader(groups, first - 1), [], os.getppid(), 0
+    reader, caught, failed = Reader(groups, first - 1), [], 0
     for number in SIGNALS:
-        signal.signal(number, lambda number, frame: caught.append(number))
+        signal.signal(number, lambda number, frame: caught.append(number) or caught[3:] and sys.exit(130))
     bar = tqdm(range(first, config.max_steps + 1), total=config.max_steps, initial=first - 1, unit="step",
                dynamic_ncols=True, disable=rank > 0)
     asked = time.perf_counter()
     for step, (source, batches) in zip(bar, reader):
         meter.waited += time.perf_counter() - asked
-        lr, is_orphan = learning_rate(step - 1, config), groups.world > 1 and os.getppid() != launcher
+        lr, is_orphan = learning_rate(step - 1, config), groups.world > 1 and os.getppid() != LAUNCHER
         stop = torch.tensor(float(len(caught) + is_orphan), device=device)  # is_orphan: torchrun has died
         loss_sum = train_step(wrapped, batches, checkpoint.optimizer, checkpoint.scaler, lr, config.grad_clip)
         if groups.world > 1:

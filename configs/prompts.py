@@ -33,10 +33,10 @@ TEMPLATES = {
                        user=(BOS, "[INST] "), assistant=" [/INST] ", end="</s>"),
 }
 
-def user_message(text: str | list, n_images: int) -> list[str | int]:
+def user_message(text: str | list, n_images: int, end: str = "</s>") -> list[str | int]:
     """("Hi", 1) -> ["<Img>", IMAGE, "</Img> ", "Hi"]; a list is of segments, with its pictures."""
     segments = text if isinstance(text, list) else ["<Img>", IMAGE, "</Img> "] * n_images + [text]
-    return [harmless(segment) if isinstance(segment, str) else segment for segment in segments]
+    return [harmless(segment, end) if isinstance(segment, str) else segment for segment in segments]
 
 def harmless(text: str, end: str = "</s>") -> str:
     """A text that neither ends a turn nor begins one: "###Human: Hi" -> "# # #Human: Hi"."""
@@ -74,5 +74,5 @@ def training_segments(turns: list[tuple[str, str]], n_images: int, template: str
     first, later = [BOS, before], [before.removeprefix(end)]
     if as_chat:
         first, later, after = [BOS, *template.system, *template.user], template.user, template.assistant
-    return [[*(later if i else first), *user_message(text, 0 if i else n_images), after]
+    return [[*(later if i else first), *user_message(text, 0 if i else n_images, end), after]
             for i, (text, _) in enumerate(turns)]

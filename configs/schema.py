@@ -10,6 +10,8 @@ import difflib
 import json
 import os
 import runpy
+import shlex
+import subprocess
 import sys
 import unicodedata
 from contextlib import suppress
@@ -75,7 +77,7 @@ class Config:
     # The optimizer, AdamW. A step has processes x batch_size x grad_accum samples.
     batch_size: int = option(64, "samples per process and micro-batch", least=1)
     grad_accum: int = option(1, "micro-batches per step", least=1)
-    max_steps: int = option(20_000, "steps", least=1)
+    max_steps: int = option(20_000, "steps", least=1, most=10**8)
     lr: float = option(1e-4, "highest learning rate", least=0)
     min_lr: float = option(8e-5, "learning rate at the end", least=0)
     warmup_lr: float = option(1e-6, "learning rate of step 0", least=0)
@@ -192,6 +194,13 @@ def append_row(file, **row):
             file.close()
         raise InputError(f"{file.name}: cannot be written ({e.strerror}); what it holds is kept") from e
 
+def check_sizes(sizes, where: str):
+    """The dataclass `sizes`. Raises InputError for one that is NaN, not above 0, or would take all memory."""
+    for name, value in asdict(sizes).items():
+        if type(value) in (int, float) and not 0 < value < (1000 if "layers" in name else 1e9):
+            raise InputError(f"{where}: {name} {value} is no size; fetch it again")
+    return sizes
+
 def start_of(path: str | Path, kind: str = "file") -> bytes:
     """A file's first bytes. Raises InputError if it is missing, a pipe, or something saved in its place."""
     if not os.path.isfile(path):
@@ -212,6 +221,17 @@ def load_config(path: str, options: dict[str, str]) -> Config:
         raise InputError(f"config file {path}: {type(e).__name__}: {e}") from e
     settings = {k: v for k, v in names.items() if not k.startswith("_") and not isinstance(v, ModuleType)}
     return override(override(Config(), settings, path), options)
+
+def prepare_data(config: Config):
+    """If data is missing that `prepare` makes, run its commands in order, but not for what exists already."""
+    used = [path for data in ([config.tokenizer], config.data, config.heldout_data)
+            for path in ([data] if isinstance(data, str) else data)]
+    missing = [path for path in config.prepare if not Path(path).exists()]
+    if any(f"{u}/".startswith(f"{path}/") for u in used for path in missing):
+        for path in missing:
+            note(f"{path} is missing; making it: python {config.prepare[path]}")
+            if subprocess.run([sys.executable, *shlex.split(config.prepare[path])]).returncode:
+                raise InputError(f"{path} could not be made: the command above failed")
 
 def read_saved_config(folder: str) -> Config:
     """The configuration of a run's folder; the paths in its config.json are relative to the folder."""
@@ -266,7 +286,8 @@ def parse_args(argv: list[str], doc: str, positional: str, *classes) -> tuple[li
         if word.startswith("--") and word != "--help":
             key, equals, value = word[2:].partition("=")
             key = check_name(key.replace("-", "_"), options, "command line")
-            bare = options[key].type is bool and not equals and following.lower() not in ("true", "false")
+            is_value = following.lower() in ("true", "false", "on", "off")
+            bare = options[key].type is bool and not equals and not is_value
             word = f"--{key}=True" if bare else f"--{key}{equals}{value}"
         words.append(word)
     given = vars(parser.parse_intermixed_args(words))

@@ -51,10 +51,10 @@ def written_path(path: str, folder: Path) -> str:
         path = os.path.relpath(path, os.path.realpath(folder))
     return Path(path).as_posix()
 
-def read_lines(path: Path) -> set[str]:
-    """The pictures in a .jsonl, if there is one. Its last line is completed, or removed if it was cut."""
+def read_lines(path: Path) -> dict[str, bytes]:
+    """{picture: its line} of a .jsonl, if there is one. The last is completed, or removed if it was cut."""
     if not path.is_file():
-        return set()
+        return {}
     lines, rows = path.read_bytes().split(b"\n"), {}
     for line in lines:
         with suppress(ValueError, KeyError, TypeError, RecursionError):
@@ -65,7 +65,7 @@ def read_lines(path: Path) -> set[str]:
         raise InputError(f"{path}: its last line is not JSON; mend it")
     else:
         os.truncate(path, path.stat().st_size - len(lines[-1]))
-    return set(rows)
+    return rows
 
 def prompt_ids(talk: chat.Chat, question: str) -> list[int]:
     """The ids of a question about one picture, in a conversation of its own."""
@@ -100,18 +100,16 @@ def main(argv: list[str]):
         raise InputError(f"{len(pictures)} pictures, --out={o.out}: give pictures, and a .jsonl to write to")
     if not out.parent.is_dir():
         raise InputError(f"{out.parent}: there is no such folder for --out; make it")
-    new = sorted(pictures.keys() - read_lines(out) - (set() if o.retry else read_lines(errors)))
+    new = sorted(pictures.keys() - {*read_lines(out)} - {*({} if o.retry else read_lines(errors))})
     if not new:
-        n_failed = len(pictures.keys() & read_lines(errors))
+        n_failed = len(pictures.keys() & read_lines(errors).keys())
         done = f"{out}: nothing is left to do; {n_failed} have failed, --retry tries them again"
         return print(printable(done))
     talk = chat.Chat(*chat.load(o))
     if talk.model.vision is None:
         raise InputError(f"{o.ckpt}: this run sees no pictures; give one with vision")
-    if o.retry and read_lines(errors):  # completes its last line; the failures of other pictures stay
-        kept = [line for line in filter(str.strip, errors.read_text().splitlines())
-                if json.loads(line)["image"] not in pictures]
-        errors.write_text("".join(f"{line}\n" for line in kept))
+    if o.retry and (failed := read_lines(errors)):  # the failures of other pictures stay
+        errors.write_bytes(b"".join(line + b"\n" for image, line in failed.items() if image not in pictures))
     with open(out, "a") as good, open(errors, "a") as bad:
         tokens = prompt_ids(talk, o.prompt)
         for start in tqdm(range(0, len(new), o.batch_size), f"{len(new):,} pictures", unit="batch"):

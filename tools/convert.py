@@ -33,8 +33,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configs.schema import (DTYPES, QUANTIZED, InputError, load_config, note, option, override, parse_args,
-                            read_json, read_saved_config, run_main, start_of)
+from configs.schema import (DTYPES, QUANTIZED, InputError, check_sizes, load_config, note, option, override,
+                            parse_args, read_json, read_saved_config, run_main, start_of)
 from llama import Llama, LlamaConfig, Tokenizer, indexed_files, quantize
 from model import PARTS, MiniGPT4, check_english, check_fit, fingerprint, load_tensors, replacing
 from qformer import QFormer, QFormerConfig
@@ -137,8 +137,8 @@ def open_weights(path: Path) -> dict[str, torch.Tensor]:
     except Exception as e:  # PyTorch's reader raises nearly anything on a broken file
         raise InputError(f"{path}: not a complete PyTorch file ({type(e).__name__}); fetch it again") from e
     content = content if isinstance(content, dict) else {}
-    while isinstance(content.get("model"), dict):
-        content = content["model"]
+    for _ in range(3):
+        content = content["model"] if isinstance(content.get("model"), dict) else content
     tensors = {k: t for k, t in content.items() if isinstance(k, str) and isinstance(t, torch.Tensor)}
     if not tensors:
         raise InputError(f"{path}: holds no tensors by name; it is not a file of weights")
@@ -164,7 +164,7 @@ def write(path: Path, tensors: Iterable[tuple[str, torch.Tensor]], dtype: str, *
 def parameter_shapes(module_class, config) -> dict[str, tuple]:
     """{name: shape} of the parameters of module_class(config)."""
     with torch.device("meta"):
-        return {k: tuple(p.shape) for k, p in module_class(config).named_parameters()}
+        return {k: tuple(p.shape) for k, p in module_class(check_sizes(config, "sizes")).named_parameters()}
 
 # ---- vision, qformer, proj ---------------------------------------------------------------------------------
 
@@ -343,6 +343,8 @@ def open_meta(folder: Path) -> Source:
         return torch.cat(pieces, dim=int(columns)) if pieces[0].dim() > 1 else pieces[0]
 
     layout = {k: join(k, [tensors[name].to("meta")] * len(files)) for k, name in renamed.items()}
+    if missing := {"embed_tokens.weight", "layers.0.mlp.gate_proj.weight"} - layout.keys():
+        raise InputError(f"{files[0]}: it has no {min(missing)}; fetch it again")
     config = LlamaConfig.from_dict({
         "vocab_size": len(layout["embed_tokens.weight"]), "hidden_size": params["dim"],
         "intermediate_size": len(layout["layers.0.mlp.gate_proj.weight"]),

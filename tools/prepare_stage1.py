@@ -110,7 +110,7 @@ def _write_parquet(path, rows):
 def write_list(src: str, dst: Path) -> Counter:
     """Write SRC's URLs and captions to a .tsv or .parquet; count the entries written and left out."""
     counts, part = Counter(), Path(f"{dst}.part")
-    entries = tqdm(read_entries(src), desc=f"writing {dst}", unit="entry", unit_scale=True, delay=1)
+    entries = tqdm(read_entries(src), desc="writing the list", unit="entry", unit_scale=True, delay=1)
     dst.parent.mkdir(parents=True, exist_ok=True)
     try:
         (_write_parquet if dst.suffix == ".parquet" else _write_tsv)(part, _rows(entries, counts))
@@ -136,14 +136,14 @@ def prepare(src: str, dst: Path, options: Options):
     if not Path(src).is_file():
         raise InputError(f"{src}: there is no such file; give BLIP's *_synthetic_filtered_large.json")
     if listed.is_file() and listed.stat().st_mtime >= Path(src).stat().st_mtime:
-        print(f"{listed} exists already, and is newer than {src}")
+        print(printable(f"{listed} exists already, and is newer than {src}"))
     else:
         counts = write_list(src, listed)
-        left_out = [f"{n:,} {kind}" for kind, n in counts.items() if kind != "written"]
-        print(f"{listed}: {counts['written']:,} pictures; left out: {', '.join(left_out) or 'none'}")
+        left_out = ", ".join(f"{n:,} {kind}" for kind, n in counts.items() if kind != "written") or "none"
+        print(printable(f"{listed}: {counts['written']:,} pictures; left out: {left_out}"))
     command, index = fetch_command(listed, dst, options), dst / "index.json"
     # img2dataset takes every .json in the folder for a finished shard's, and fails on this one
-    print((f"rm {shlex.quote(str(index))} && " if index.exists() else "") + shlex.join(command))
+    print(printable((f"rm {shlex.quote(str(index))} && " if index.exists() else "") + shlex.join(command)))
     if options.run:
         near = str(Path(sys.executable).parent)
         program = shutil.which("img2dataset", path=near) or shutil.which("img2dataset")
@@ -202,7 +202,7 @@ def check(folder: Path):
         if stats and f"{tar.stem}_stats.json" not in stats:
             found.append(f"no {tar.stem}_stats.json: img2dataset has not finished it")
     n_bytes, failed = sum(tar.stat().st_size for tar in tars), sum(causes, Counter())
-    print(f"{folder}: {len(tars):,} shards, {sum(samples):,} samples, {n_bytes:,} bytes")
+    print(printable(f"{folder}: {len(tars):,} shards, {sum(samples):,} samples, {n_bytes:,} bytes"))
     if sum(asked):
         print(f"{failed.total():,} of {sum(asked):,} downloads failed ({failed.total() / sum(asked):.1%})")
         for cause, n in failed.most_common(10):

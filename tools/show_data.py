@@ -47,7 +47,8 @@ def tokens_as_text(ids: list[int], targets: list[int], tokenizer: Tokenizer, pla
     kinds = [(i == IMAGE, target != IGNORE) for i, target in zip(ids, targets)]
     for (is_image, trained), run in groupby(zip(kinds, ids), lambda pair: pair[0]):
         run = [i for _, i in run]
-        text = f"<image x {len(run)}>" if is_image else "|".join(tokenizer.sp.id_to_piece(i) for i in run)
+        pieces = f"<image x {len(run)}>" if is_image else "|".join(map(tokenizer.sp.id_to_piece, run))
+        text = printable(pieces)
         if plain:
             parts.append(f"[[{text}]]" if trained else text)
         else:
