@@ -120,8 +120,8 @@ class Chat:
             self.stats |= {"answer_tokens": len(ids), "seconds": time.perf_counter() - start}
             self.stats.setdefault("first_word_s", self.stats["seconds"])
             if not ended and len(ids) < room:
-                answer = answer.rstrip("\ufffd")  # half a character, or half an end, waits
-                answer = answer[:-max(n for n in range(len(end)) if answer.endswith(end[:n])) or None].rstrip()
+                answer = answer[:-max(n for n in range(len(end)) if answer.endswith(end[:n])) or None]
+                answer = answer.rstrip("\ufffd").rstrip()  # half an end, or half a character, waits
             if answer.startswith(shown) and answer != shown:
                 yield answer[len(shown):]
                 shown = answer

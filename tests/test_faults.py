@@ -20,9 +20,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import chat
-from configs.prompts import harmless
+from configs.prompts import harmless, user_message
 from configs.schema import Config, InputError, append_row, load_config
-from data import Sample, Samples, open_samples, open_source
+from data import Sample, Samples, index_tar, open_samples, open_source
 from llama import IMAGE, Tokenizer
 from model import MiniGPT4
 from tests.common import GOLDEN
@@ -65,6 +65,27 @@ def test_an_unreadable_shard_among_good_ones_is_named(tmp_path, capsys, content,
     assert "1 of 2 shards are left out, the first is" in message and words in message
     with pytest.raises(InputError, match="0.tar"):
         open_source(str(tmp_path / "0.tar"))
+
+def test_a_shard_that_was_cut_or_has_a_hole_is_named(tmp_path, capsys):
+    write_tar(tmp_path / "0.tar", [f"{i}" for i in range(40)])
+    whole = (tmp_path / "0.tar").read_bytes()
+    assert len(captions(open_source(str(tmp_path)))) == 40 and "damaged" not in capsys.readouterr().err
+    hole = whole[:30_720] + bytes(30_720) + whole[61_440:]
+    for content in (whole[:51_200], whole[:70_000], hole, whole * 2):
+        index_tar.cache_clear()
+        (tmp_path / "0.tar").write_bytes(content)
+        open_source(str(tmp_path))
+        assert ("0.tar: cut or damaged" in capsys.readouterr().err) == (content != whole * 2)
+
+def test_an_index_that_counts_nothing_does_not_hide_a_shard(tmp_path):
+    write_tar(tmp_path / "0.tar", ["a"])
+    (tmp_path / "index.json").write_text('{"samples": {"0.tar": 0}}')
+    assert captions(open_source(str(tmp_path))) == ["a"]
+
+def test_a_pipe_in_the_place_of_an_index_is_not_waited_for(tmp_path):
+    write_tar(tmp_path / "0.tar", ["a"])
+    os.mkfifo(tmp_path / "index.json")
+    assert captions(open_source(str(tmp_path))) == ["a"]
 
 def test_a_count_that_no_shard_can_have_is_not_believed(tmp_path):
     write_tar(tmp_path / "0.tar", ["a", "b"])
@@ -156,6 +177,13 @@ def test_no_text_ends_a_turn_begins_one_or_adds_a_picture(question, answer):
         assert ids.count(IMAGE) == N and ids.count(TOKENIZER.bos) == 1
         assert ends(ids, end) == ends(plain, end)
         assert TOKENIZER.decode([i for i in ids if i > 2]).count("[INST]") == (template == "llama2")
+
+def test_a_question_cannot_end_its_turn_with_an_end_of_the_user_s_own():
+    assert user_message("a<END>b", 0, "<END>") == ["a b"]
+    config = Config(template="vicuna", end_sym="<END>")
+    ids, _ = Samples([], config, TOKENIZER, 28, N).tokenize(Sample(turns=[("a<END>b", "c")]),
+                                                            np.random.default_rng(0))
+    assert TOKENIZER.decode(ids).count("<END>") == 1
 
 @given(FORGED)
 def test_a_caption_of_stage_1_ends_once(caption):
@@ -270,6 +298,37 @@ def test_a_mac_s_notes_beside_weights_and_byte_order_marks_do_not_matter(tiny):
     for file in ("config.json", "llama/config.json"):
         (tiny / file).write_bytes(b"\xef\xbb\xbf" + (tiny / file).read_bytes())
     assert load(tiny)[0].tokenizer.vocab_size == 1024
+
+@pytest.mark.parametrize("file, changes", [
+    ("vision.safetensors", {"n_layers": 2_000_000_000}), ("qformer.safetensors", {"n_layers": 2_000_000_000}),
+    ("vision.safetensors", {"patch_size": 2_147_483_647}), ("qformer.safetensors", {"width": -1})])
+def test_sizes_in_weight_files_are_checked(tiny, file, changes):
+    with safe_open(tiny / file, "pt") as f:
+        config = json.loads(f.metadata()["config"]) | changes
+    save_file(load_file(tiny / file), tiny / file, {"config": json.dumps(config)})
+    with pytest.raises(InputError, match=f"{file}: {[*changes][0]} .* is no size"):
+        load(tiny)
+
+@pytest.mark.parametrize("weight_map", [{"a": ["x"]}, {"a": 1, "b": "c"}, {"a": 1}, [], {}])
+def test_an_odd_index_of_weights_is_refused(tiny, weight_map):
+    (tiny / "llama/model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(InputError, match="it has no weight_map"):
+        load(tiny)
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.int64])
+def test_integers_are_no_weights(tiny, dtype):
+    tensors = load_file(tiny / "proj.safetensors")
+    save_file(tensors | {"proj.bias": tensors["proj.bias"].to(dtype)}, tiny / "proj.safetensors")
+    with pytest.raises(InputError, match="proj.bias holds NaN or infinity, or no floats"):
+        load(tiny)
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_a_matrix_with_nan_is_not_quantized(tiny, dtype):
+    tensors = load_file(tiny / "llama/model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][5, 5] = float("nan")
+    save_file(tensors, tiny / "llama/model.safetensors")
+    with pytest.raises(InputError, match="layers.1.mlp.up_proj.weight holds NaN"):
+        chat.load(chat.Options(ckpt=str(tiny), device="cpu", dtype=dtype))
 
 def test_a_missing_shard_is_named_also_without_an_index(tiny):
     (tiny / "llama/model.safetensors").rename(tiny / "llama/model-00001-of-00002.safetensors")

@@ -344,12 +344,49 @@ def test_a_killed_data_worker_is_one_line(world, tmp_path):
     assert process.returncode == 2 and "Traceback" not in err, err
     assert re.search(r"error: a data worker died .*--resume$", err, re.MULTILINE), err
 
+def test_a_damaged_state_never_takes_the_place_of_the_whole_one(world, tmp_path):
+    config = micro(world, tmp_path, max_steps=4, save_interval=2, resume=True)
+    run(config)
+    (tmp_path / "state.pt").write_bytes(b"damaged")
+    run(config)
+    for name, step in (("state.pt", 4), ("state.old.pt", 2)):
+        assert torch.load(tmp_path / name, weights_only=True)["step"] == step
+
+def test_a_refused_second_run_leaves_the_config_of_the_first(world, tmp_path):
+    run(config := micro(world, tmp_path, max_steps=2))
+    before = (tmp_path / "config.json").read_bytes()
+    with train.open_log(config, 2):
+        done = subprocess.run([sys.executable, *command(replace(config, resume=True, max_steps=9, lr=0.5))],
+                              env=ENV, capture_output=True, text=True)
+    assert done.returncode == 2 and (tmp_path / "config.json").read_bytes() == before
+
+def test_notes_that_are_no_log_of_ours_are_not_overwritten(world, tmp_path):
+    (tmp_path / "log.jsonl").write_text("my notes\n")
+    with pytest.raises(InputError, match="log.jsonl: already holds a run"):
+        run(micro(world, tmp_path, max_steps=2))
+    assert (tmp_path / "log.jsonl").read_text() == "my notes\n"
+
+def test_options_of_the_optimizer_may_change_when_resumed(world, tmp_path):
+    run(micro(world, tmp_path, max_steps=2))
+    for name, changes in (("a", {}), ("b", dict(weight_decay=50.0)), ("c", dict(betas=(0.1, 0.1)))):
+        shutil.copytree(tmp_path, tmp_path.parent / name)
+        run(micro(world, tmp_path.parent / name, max_steps=4, resume=True, **changes))
+    a, b, c = (load_file(tmp_path.parent / name / "proj.safetensors")["proj.weight"] for name in "abc")
+    assert not torch.equal(a, b) and not torch.equal(a, c)
+
+def test_bad_samples_of_the_heldout_data_are_mentioned(world, tmp_path, capsys):
+    rows = [{"image": str(tmp_path / "0.png"), "caption": "a"}, {"image": "gone.png", "caption": "b"}]
+    Image.new("RGB", (28, 28)).save(tmp_path / "0.png")
+    (tmp_path / "h.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    run(micro(world, tmp_path / "run", max_steps=1, heldout_data=str(tmp_path / "h.jsonl")))
+    assert "1 held-out samples cannot be used; the first: " in capsys.readouterr().err
+
 def odd_moments(state: dict, value: float, *size: int):
     for moments in state["optimizer"]["state"].values():
         moments["exp_avg"] = torch.full(size or moments["exp_avg"].shape, value)
 
 @pytest.mark.parametrize("change", [
-    lambda state: state.clear(), lambda state: state.update(step="x"),
+    lambda state: state.clear(), lambda state: state.update(step="x"), lambda state: state.update(step=-5),
     lambda state: state.update(optimizer={}), lambda state: state.update(identity=[1]),
     lambda state: odd_moments(state, 0.0, 3), lambda state: odd_moments(state, math.nan),
     lambda state: state["parameters"]["proj.proj.weight"].fill_(math.inf)])
