@@ -416,7 +416,7 @@ def main(argv: list[str]):
             dist.destroy_process_group()
     if rank == 0:
         picture = ["assets/tiny/example.png"] * bool(config.vision)
-        note(shlex.join(["python", "chat.py", *picture, f"--ckpt={config.out_dir}"]))
+        print(shlex.join(["python", "chat.py", *picture, f"--ckpt={config.out_dir}"]), file=sys.stderr)
 
 if __name__ == "__main__":
     run_main(main)
