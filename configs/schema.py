@@ -1,4 +1,4 @@
-"""The typed configuration of a training run, and the command line that all programs share.
+"""The typed configuration of a training run, and what all programs share: options, notes, looks at files.
 
 A config file is plain Python that assigns fields of `Config`; a variant imports another one and states the
 difference. The command line overrides any field: `--key=value`, `--key value`, or a bare `--key` for True.
