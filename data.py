@@ -27,11 +27,9 @@ from tqdm import tqdm
 
 from configs.prompts import (BOS, IMAGE, INSTRUCTIONS, clean_caption, harmless, placed_message,
                              training_segments)
-from configs.schema import Config, InputError, note, printable, start_of
+from configs.schema import SIGNALS, Config, InputError, note, printable, start_of
 from llama import IGNORE, Tokenizer
 from vision import load_image
-
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
 
 class BadSample(Exception):
     """A sample that cannot be used. The message names the kind of fault; samples are counted by it."""
@@ -70,12 +68,11 @@ class Shards:
                 with suppress(Exception):  # there is none, or it is of another form
                     content = start_of(file) and json.loads(file.read_bytes())
                     found = content.get("samples", {f"{file.stem[:-6]}.tar": content.get("successes")})
-                    known |= {folder / name: n for name, n in found.items() if type(n) is int and n > 0}
+                    known |= {folder / name: n for name, n in found.items() if type(n) is int and 0 < n < 1e6}
         self.counts, faults = [], []
         for p in tqdm(paths, desc="reading tar headers", delay=1):
-            n = known.get(Path(p), -1)
             try:
-                self.counts.append(n if 0 <= n <= 10**6 else len(index_tar(p)))  # no shard holds more
+                self.counts.append(known.get(Path(p)) or len(index_tar(p)))
             except InputError as e:
                 self.counts.append(0)
                 faults.append(e)
@@ -125,7 +122,7 @@ def index_tar(path: str) -> list[tuple[str, Member | None, Member | None, Member
     if not samples:
         raise InputError(f"{path}: no samples in it; if it is compressed, unpack it")
     if (is_damaged or not 512 <= os.path.getsize(path) - end <= 20480) and not get_worker_info():
-        note(f"warning: {path}: cut or damaged, so samples are missing; fetch it again")
+        note(f"warning: {path}: cut or damaged, samples may be missing; fetch it again")
     return [(key, next((files[k] for k in ("jpg", "jpeg", "png", "webp") if k in files), None),
              files.get("json") or files.get("txt"), files.get("txt")) for key, files in samples.items()]
 
@@ -163,7 +160,7 @@ class Rows:
                  for name in ([names] if isinstance(names, str) else names)]
         if "image_id" in row:
             paths = [[f"{folder}/image/{row['image_id']}.{suffix}" for suffix in ("jpg", "png", "jpeg")]]
-        images = [next(filter(os.path.exists, candidates), candidates[0]) for candidates in paths]
+        images = [next(filter(os.path.exists, some), some[0]) if some[1:] else some[0] for some in paths]
         if not is_llava and "conversation" not in row:
             if row.get("text") is not None and (images or type(row.get("context", "")) is not str):
                 raise BadSample("a text with a picture (name it caption), or a context that is no text")
@@ -192,8 +189,8 @@ def open_source(path: str) -> Shards | Rows:
         source = Rows(rows)
     else:
         if file.suffix == ".txt" and file.is_file():
-            lines = map(str.strip, file.read_text("utf-8-sig", "surrogateescape").splitlines())
-            shards = [*filter(None, lines)]
+            lines = file.read_text("utf-8-sig", "surrogateescape").splitlines()
+            shards = [line.strip() for line in lines if line.strip()]
         elif braces:  # "a{08..10}.tar": a08.tar, a09.tar, a10.tar
             before, first, last, after = braces.groups()
             shards = [f"{before}{i:0{len(first)}d}{after}" for i in range(int(first), int(last) + 1)]
@@ -241,7 +238,7 @@ class Samples(Dataset):
         except Exception as e:
             cause = e.__cause__ if isinstance(e, InputError) and e.__cause__ else e
             kind = str(cause) if isinstance(cause, BadSample) else type(cause).__name__
-            why = e if isinstance(e, (BadSample, InputError)) else f"malformed, {kind}: {e}"
+            why = e if isinstance(e, (BadSample, InputError, OSError)) else f"malformed, {kind}: {e}"
             self.bad.append((kind, f"{self.sources[key.source].describe(key.shard, key.row)} ({why})"))
 
     __getitem__ = read
@@ -423,8 +420,8 @@ class Reader:
                 if kind not in self.skipped:
                     note(f"skipped, the first of its kind: {where}")
                 self.skipped[kind] += 1
-            n_bad, n, is_last = self.skipped.total(), self.n_read, group == len(self.groups) - 1
-            if n_bad > config.max_bad_fraction * n and (n >= 200 or is_last and n_bad == n):
+            n_bad, n, is_end = self.skipped.total(), self.n_read, group == len(self.groups) - 1
+            if n_bad > config.max_bad_fraction * n and (n >= 200 or is_end and n_bad == n and not self.start):
                 raise InputError(f"{self.account()}, more than max_bad_fraction; fix the data or raise it")
             for source, batches in steps[passed:]:
                 if None in batches:  # replaced by the dataset's first good sample

@@ -267,7 +267,7 @@ class Llama(nn.Module):
     def compile_rows(self):
         """Compile the product with a single token: twice as fast as PyTorch's own in bfloat16 on a CPU."""
         if not self.norm.weight.is_cpu or not shutil.which(os.environ.get("CXX", "g++")):
-            return note("note: compiling needs a C++ compiler, a CPU; it goes on without")
+            return note("note: --compile needs a CPU and a C++ compiler; it goes on without")
 
         @torch.compile(dynamic=False)
         def row_product(w, x):
@@ -298,7 +298,9 @@ def sample(logits: torch.Tensor, seen: torch.Tensor, temperature: float, top_p: 
     return order.gather(-1, torch.multinomial(probs.masked_fill(beyond, 0), 1, generator=generator))
 
 def penalize(scores: torch.Tensor, seen: torch.Tensor, repetition_penalty: float) -> torch.Tensor:
-    """Lower the scores (..., V) of the ids where `seen`."""
+    """Lower the scores (..., V) of the ids where `seen`. Raises InputError for scores that are NaN."""
+    if scores.isnan().any():
+        raise InputError("the model computes NaN: weights are broken; fetch or train them again")
     penalized = torch.where(scores < 0, scores * repetition_penalty, scores / repetition_penalty)
     return torch.where(seen, penalized, scores)
 
@@ -388,7 +390,7 @@ def read_llama_folder(folder: str) -> tuple[LlamaConfig, list[Path]]:
     if not shards:
         raise InputError(f"{folder}: no *.safetensors file; see the README on getting the weights")
     names = {shard.name for shard in shards}
-    for name, n in re.findall(r"(\S+)-\d+-of-(\d{5})\.safetensors", " ".join(names)):
+    for name, n in re.findall(r"(.+)-\d+-of-(\d{5})\.safetensors", "\n".join(names)):
         if missing := {f"{name}-{i:05d}-of-{n}.safetensors" for i in range(1, int(n) + 1)} - names:
             raise InputError(f"{folder}/{min(missing)}: no such weight file, of {int(n)}; fetch it too")
     return config, shards
@@ -396,7 +398,7 @@ def read_llama_folder(folder: str) -> tuple[LlamaConfig, list[Path]]:
 def indexed_files(index: Path) -> list[Path]:
     """The weight files that a Hugging Face *.index.json names."""
     names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not {*map(type, names.values())} == {str}:
+    if not isinstance(names, dict) or {*map(type, names.values())} != {str}:
         raise InputError(f"{index}: it has no weight_map; fetch it again")
     files = [index.parent / name for name in sorted(set(names.values()))]
     if missing := [file for file in files if not file.is_file()]:

@@ -111,8 +111,6 @@ class MiniGPT4(nn.Module):
         ids, ended = [[] for _ in batch], [False for _ in batch]
         for n in range(1, max_new_tokens + 1):
             logits = self.llama.logits(self.llama(x, cache)[:, -1]).float()
-            if logits.isnan().any():
-                raise InputError("the model computes NaN: weights are broken; fetch or train them again")
             if n < min_length:
                 logits[:, self.tokenizer.eos] = -torch.inf
             token = sample(logits, seen, temperature, top_p, repetition_penalty, generator)
@@ -251,10 +249,10 @@ class MiniGPT4(nn.Module):
             path = Path(folder) / "llama/model.safetensors"
             path.parent.mkdir(parents=True, exist_ok=True)
             parameters = {k if k.startswith("lm_head") else f"model.{k}": p for k, p in parameters.items()}
-            with replacing(path.parent / "config.json") as temporary:
-                temporary.write_text(json.dumps(self.llama.config.to_hub(), indent=1))
-            if Path(self.tokenizer.path) != path.parent / "tokenizer.model":
-                (path.parent / "tokenizer.model").write_bytes(Path(self.tokenizer.path).read_bytes())
+            for file, content in (("config.json", json.dumps(self.llama.config.to_hub(), indent=1).encode()),
+                                  ("tokenizer.model", Path(self.tokenizer.path).read_bytes())):
+                with replacing(path.parent / file) as temporary:
+                    temporary.write_bytes(content)
         elif name in CONFIGS:
             metadata["config"] = json.dumps(asdict(self.part_modules(name)[0][1].config))
         else:
@@ -361,7 +359,7 @@ def part_config(name: str, sources: dict, files: dict, **needed: int) -> VisionC
     file = files.get(name) or PartFile("the run's config", {}, needed | sources[name])
     config = check_sizes(override(CONFIGS[name](), file.sizes, f"{file.path}: {name}"), file.path)
     if config.width % config.n_heads:
-        raise InputError(f"{file.path}: {config}: give sizes above 0, and width a multiple of n_heads")
+        raise InputError(f"{file.path}: {config}: give a width that is a multiple of n_heads")
     if needed.items() - asdict(config).items():
         raise InputError(f"{file.path}: {config} does not fit the vision part; needed is {needed}")
     return config

@@ -8,7 +8,7 @@ out_dir then holds proj.safetensors, config.json, log.jsonl, and state.pt, from 
 """
 
 import gc
-import json
+import multiprocessing
 import os
 import re
 import shlex
@@ -29,9 +29,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from configs.schema import (Config, InputError, append_row, load_config, note, outlive_reader, parse_args,
-                            prepare_data, read_saved_config, run_main, to_json)
-from data import SIGNALS, Batch, Groups, Reader, Samples, collate, open_samples
+from configs.schema import (SIGNALS, Config, InputError, append_row, load_config, note, outlive_reader,
+                            parse_args, prepare_data, read_saved_config, run_main, to_json)
+from data import Batch, Groups, Reader, Samples, collate, open_samples
 from llama import IGNORE
 from model import PARTS, MiniGPT4, fingerprint, pick_device, replacing
 
@@ -83,6 +83,8 @@ def train_step(model, batches: list[Batch], optimizer, scaler, lr: float, grad_c
 def evaluate(model: MiniGPT4, samples: Samples, config: Config, device) -> tuple[float, list[dict]]:
     """The mean loss per answer token, and the greedy answers to some first prompts beside the data's."""
     batches = list(DataLoader([*samples.first(config.eval_samples)], config.batch_size, collate_fn=collate))
+    if bad := {*samples.bad}:
+        note(f"warning: {len(bad)} held-out samples cannot be used, such as {min(bad)[1]}")
     loss_sum = sum(model(*batch.to(device)).item() * batch.n_targets for batch in batches)
     shown, stop = [], model.tokenizer.stop_sequences(config.answer_end)
     for images, ids, targets in samples.first(config.show_samples):
@@ -296,10 +298,8 @@ def open_data(config: Config, model: MiniGPT4, device) -> tuple[Samples, dict, S
     shape = (model.tokenizer, model.image_size, model.n_image_tokens)
     samples, weights = open_samples(config.data, config, *shape)
     heldout = open_samples(config.heldout_data, config, *shape)[0] if config.heldout_data else None
-    if heldout and not list(heldout.first(config.eval_samples)):
+    if heldout and not list(heldout.first(1)):
         raise InputError(f"heldout_data {config.heldout_data}: not one of its samples can be used; fix it")
-    if heldout and heldout.bad:
-        note(f"warning: {len(heldout.bad)} held-out samples cannot be used; the first: {heldout.bad[0][1]}")
     if config.cache_features:
         for each in filter(None, (samples, heldout)):
             cache_features(model, each, config, device)
@@ -319,41 +319,42 @@ def train(config: Config, device, rank: int = 0, world: int = 1):
     checkpoint = Checkpoint(model, config, groups.identity, device)
     done = checkpoint.load() if config.resume else 0
     if world > 1:
-        dist.all_gather_object(found := [None] * world, done)
-        if len(set(found)) > 1:
-            raise InputError(f"resume: the processes found steps {found}; give all machines the same out_dir")
+        dist.all_gather_object(found := [None] * world, (done, groups.identity))
+        if any(each != found[0] for each in found):
+            steps = [step for step, _ in found]
+            raise InputError(f"the processes found steps {steps} or other data; give all the same folders")
     if done >= config.max_steps:
         return note(f"{config.out_dir}: its run is already at step {done:,}")
     meter = Meter(model, config, list(weights), device)
     with open_log(config, done) if rank == 0 else open(os.devnull, "w") as out:
         if rank == 0:
             start_folder(config)  # not earlier: a refused run changes nothing
-        run_steps(checkpoint, groups, meter, heldout, done + 1, out)
+        return run_steps(checkpoint, groups, meter, heldout, done + 1, out)
 
 def run_steps(checkpoint: Checkpoint, groups: Groups, meter: Meter, heldout: Samples | None, first: int, out):
-    """The steps from `first` on: train, log, evaluate on rank 0, save; until a signal is caught."""
+    """The steps from `first` on: train, log, evaluate on rank 0, save; until a signal. True after Ctrl-C."""
     config, model, rank, device = groups.config, checkpoint.model, groups.rank, meter.sums.device
     # without init_sync: all ranks start alike, by their seed
     wrapped = DistributedDataParallel(model, init_sync=False) if groups.world > 1 else model
     reader, caught, failed = Reader(groups, first - 1), [], 0
-    for number in SIGNALS:
-        signal.signal(number, lambda number, frame: caught.append(number) or caught[3:] and sys.exit(130))
+    for name in SIGNALS:  # the third ends the run at once; two may be one, as torchrun passes them on
+        signal.signal(name, lambda n, f: caught.append(n) or caught[2:] and signal.default_int_handler(n, f))
     bar = tqdm(range(first, config.max_steps + 1), total=config.max_steps, initial=first - 1, unit="step",
                dynamic_ncols=True, disable=rank > 0)
     asked = time.perf_counter()
     for step, (source, batches) in zip(bar, reader):
         meter.waited += time.perf_counter() - asked
         lr, is_orphan = learning_rate(step - 1, config), groups.world > 1 and os.getppid() != LAUNCHER
-        stop = torch.tensor(float(len(caught) + is_orphan), device=device)  # is_orphan: torchrun has died
         loss_sum = train_step(wrapped, batches, checkpoint.optimizer, checkpoint.scaler, lr, config.grad_clip)
+        stop = len(caught) + is_orphan  # is_orphan: torchrun has died
         if groups.world > 1:
-            dist.all_reduce(stop)
+            dist.all_reduce(stop := torch.tensor(float(stop), device=device))
         is_end, last = step == config.max_steps, step == config.max_steps or bool(stop)
         failed = 0 if loss_sum.isfinite() else failed + 1
-        if failed:
-            append_row(out, step=step, not_finite=failed, samples=groups.describe(step - 1))
-        else:
+        if not failed:
             meter.add(source, loss_sum, batches)
+        elif rank == 0:
+            append_row(out, step=step, not_finite=failed, samples=groups.describe(step - 1))
         if failed == MOST_FAILED:
             raise InputError(f"step {step}: the last {failed} losses or gradients were not finite; {ADVICE}")
         if step == 1 and rank == 0 and "llama" not in config.trainable:
@@ -380,9 +381,7 @@ def run_steps(checkpoint: Checkpoint, groups: Groups, meter: Meter, heldout: Sam
         if last and not is_end:
             bar.close()
             note(f"stopped after step {step}, which is saved; --resume continues")
-            if signal.SIGINT in caught:
-                raise KeyboardInterrupt
-            return
+            return signal.SIGINT in caught
         asked = time.perf_counter()
         meter.since += asked - paused  # evaluation and saving do not count
 
@@ -397,20 +396,24 @@ def main(argv: list[str]):
         # torchrun's store outlives a restart on one machine, and with it the addresses of the ranks before
         one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(world)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "") if one_machine else ""
-        store, rank, _ = next(dist.rendezvous("env://"))
+        store, rank, _ = next(dist.rendezvous("env://", timeout=timedelta(hours=2)))
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world,
                                 store=dist.PrefixStore(attempt, store), timeout=timedelta(hours=2))
     if (rank := dist.get_rank() if world > 1 else 0) == 0:
         print(to_json(config), file=sys.stderr)
     try:
-        train(config, device, rank, world)
+        interrupted = train(config, device, rank, world)
         if world > 1:
             dist.barrier()  # a rank that leaves while rank 0 evaluates and saves may crash on its way out
+        if interrupted:
+            raise KeyboardInterrupt
     except (RuntimeError, EOFError, ConnectionError) as e:
         if isinstance(e, RuntimeError) and not re.search(r"DataLoader worker .*(is killed|exited)", str(e)):
             raise
         raise InputError(f"a data worker died ({e}); if memory ran out, lower num_workers; --resume") from e
     finally:
+        for worker in multiprocessing.active_children():  # of data: it may be stuck
+            worker.kill()
         if world > 1:
             gc.collect()  # frees what holds the process group, so that its threads end before Python does
             dist.destroy_process_group()

@@ -34,7 +34,7 @@ def load_image(source: str | bytes, image_size: int, smallest: int = 1) -> torch
     pixels on white. Raises InputError for an unreadable one, or a side of fewer pixels than `smallest`."""
     name = source if isinstance(source, str) else "picture"
     try:
-        if name is source and os.path.exists(source) and not os.path.isfile(source):
+        if name is source and not os.path.isfile(source) and os.path.exists(source):
             raise ValueError("no regular file")  # a pipe would be waited for
         with Image.open(source if name is source else io.BytesIO(source), formats=FORMATS) as image:
             plain = image.mode in ("1", "L", "RGB", "CMYK", "YCbCr") and "transparency" not in image.info

@@ -11,6 +11,7 @@ import json
 import os
 import runpy
 import shlex
+import signal
 import subprocess
 import sys
 import unicodedata
@@ -25,6 +26,9 @@ from typing import get_args, get_origin
 from configs.prompts import TEMPLATES
 
 DTYPES, QUANTIZED = ("float32", "bfloat16", "float16"), ("int8", "int4")  # the latter: LLaMA's matrices
+
+# that end a run after its step; Windows has not all of them
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
 
 class InputError(Exception):
     """A mistake of the user. The message is one line: what is wrong, where, and what to do."""
@@ -195,10 +199,10 @@ def append_row(file, **row):
         raise InputError(f"{file.name}: cannot be written ({e.strerror}); what it holds is kept") from e
 
 def check_sizes(sizes, where: str):
-    """The dataclass `sizes`. Raises InputError for one that is NaN, not above 0, or would take all memory."""
+    """The dataclass `sizes`. Raises InputError for one that is NaN, not above 0, or absurdly large."""
     for name, value in asdict(sizes).items():
         if type(value) in (int, float) and not 0 < value < (1000 if "layers" in name else 1e9):
-            raise InputError(f"{where}: {name} {value} is no size; fetch it again")
+            raise InputError(f"{where}: {name} {value} is no size; it has to be above 0, and not huge")
     return sizes
 
 def start_of(path: str | Path, kind: str = "file") -> bytes:
@@ -306,7 +310,7 @@ def run_main(main):
     for name in ("stdin", "stdout", "stderr"):
         setattr(sys, name, getattr(sys, name) or open(os.devnull, "r+"))  # it may be closed
         with suppress(AttributeError):  # tests replace it
-            encoding = "utf-8-sig" if name == "stdin" else None  # None: the terminal's
+            encoding = "utf-8-sig" if name == "stdin" and not sys.stdin.isatty() else None  # None: its own
             getattr(sys, name).reconfigure(encoding=encoding, errors="replace")
     try:
         main(sys.argv[1:])

@@ -11,7 +11,7 @@ FOLDERS = ("*.py", "configs/**/*.py", "tools/*.py", "tests/*.py")
 TEXTS = {path.relative_to(ROOT): path.read_text() for folder in FOLDERS for path in ROOT.glob(folder)}
 TREES = {path: ast.parse(text) for path, text in TEXTS.items()}
 MODULES = {".".join(path.with_suffix("").parts): path for path in TEXTS}
-LIMITS = {"top": 2300, "configs": 675, "tools": 2800}  # lines
+LIMITS = {"top": 2300, "configs": 680, "tools": 2800}  # lines
 
 def place(path):
     """"top", or the top folder of a file."""

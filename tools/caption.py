@@ -100,7 +100,7 @@ def main(argv: list[str]):
         raise InputError(f"{len(pictures)} pictures, --out={o.out}: give pictures, and a .jsonl to write to")
     if not out.parent.is_dir():
         raise InputError(f"{out.parent}: there is no such folder for --out; make it")
-    new = sorted(pictures.keys() - {*read_lines(out)} - {*({} if o.retry else read_lines(errors))})
+    new = sorted(pictures.keys() - read_lines(out).keys() - (set() if o.retry else read_lines(errors).keys()))
     if not new:
         n_failed = len(pictures.keys() & read_lines(errors).keys())
         done = f"{out}: nothing is left to do; {n_failed} have failed, --retry tries them again"

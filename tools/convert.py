@@ -157,7 +157,7 @@ def sound(name: str, tensor: torch.Tensor, path: Path) -> torch.Tensor:
 def write(path: Path, tensors: Iterable[tuple[str, torch.Tensor]], dtype: str, **metadata: str):
     """Write a safetensors file of (name, tensor), cast to dtype unless it is empty."""
     with replacing(path) as temporary:
-        tensors = {k: sound(k, t, path) for k, t in tensors}.items()
+        tensors = ((k, sound(k, t, path)) for k, t in tensors)
         cast = {k: t.to(dtype=TORCH_DTYPES[dtype], copy=True).contiguous() for k, t in tensors}
         save_file(cast, temporary, {"format": "pt"} | metadata)
 
