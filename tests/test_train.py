@@ -381,6 +381,21 @@ def test_bad_samples_of_the_heldout_data_are_mentioned(world, tmp_path, capsys):
     run(micro(world, tmp_path / "run", max_steps=1, heldout_data=str(tmp_path / "h.jsonl")))
     assert "1 held-out samples cannot be used, such as " in capsys.readouterr().err
 
+def test_the_third_signal_ends_a_run_whose_data_worker_hangs(world, tmp_path):
+    config = micro(world, tmp_path / "run", max_steps=100_000, num_workers=1)
+    process = subprocess.Popen([sys.executable, *command(config)], env=ENV, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "run/log.jsonl").exists() or not losses(read_log(tmp_path / "run")):
+        time.sleep(0.02)
+    worker = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[-1])
+    os.kill(worker, signal.SIGSTOP)
+    time.sleep(1)  # what it has made already is trained on
+    for _ in range(3):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and "Traceback" not in err, err
+    assert not Path(f"/proc/{worker}").exists()
+
 def odd_moments(state: dict, value: float, *size: int):
     for moments in state["optimizer"]["state"].values():
         moments["exp_avg"] = torch.full(size or moments["exp_avg"].shape, value)
