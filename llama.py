@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import groupby
