@@ -266,7 +266,7 @@ class Llama(nn.Module):
     def compile_rows(self):
         """Compile the product with a single token: twice as fast as PyTorch's own in bfloat16 on a CPU."""
         if not self.norm.weight.is_cpu or not shutil.which(os.environ.get("CXX", "g++")):
-            return note("note: --compile needs a CPU and a C++ compiler; it goes on without")
+            return note("note: compiling needs a C++ compiler and a CPU; it goes on without")
 
         @torch.compile(dynamic=False)
         def row_product(w, x):

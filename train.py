@@ -104,9 +104,10 @@ def saved_parts(config: Config) -> dict[str, str]:
 
 def refuse_to_overwrite(config: Config):
     """Raise InputError when out_dir holds a run that this one does not resume, or is no run's folder."""
-    files = [f"{config.out_dir}/{name}" for name in ("state.pt", "state.old.pt", "log.jsonl")]
-    files[2:2] = saved_parts(config).values()
-    if not config.resume and (held := [f for f in files if os.path.exists(f) and os.path.getsize(f)]):
+    rows = Path(config.out_dir, "log.jsonl")
+    files = [f"{config.out_dir}/state.pt", f"{config.out_dir}/state.old.pt", *saved_parts(config).values()]
+    files += [rows] * (rows.is_file() and rows.stat().st_size > 0)
+    if not config.resume and (held := list(filter(os.path.exists, files))):
         raise InputError(f"{held[0]}: already holds a run; continue it with --resume, or change --out_dir")
     if Path(config.out_dir, "config.json").exists():
         read_saved_config(config.out_dir)  # raises InputError for something else's config.json
