@@ -321,8 +321,8 @@ def test_a_second_run_in_a_folder_is_refused_and_changes_nothing(world, tmp_path
     config = micro(world, tmp_path, max_steps=6, resume=True)
     before = [(tmp_path / name).read_bytes() for name in ("log.jsonl", "config.json")]
     with train.open_log(config, 2):  # to open and close the file in this process again would end the lock
-        done = subprocess.run([sys.executable, *command(replace(config, lr=0.5))], env=ENV, capture_output=True,
-                              text=True)
+        other = [sys.executable, *command(replace(config, lr=0.5))]
+        done = subprocess.run(other, env=ENV, capture_output=True, text=True)
     assert done.returncode == 2 and f"{tmp_path}: another run writes to it" in done.stderr
     assert [(tmp_path / name).read_bytes() for name in ("log.jsonl", "config.json")] == before
     assert [row["step"] for row in run(config)] == [1, 2, 3, 4, 5, 6]
