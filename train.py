@@ -54,7 +54,7 @@ def make_optimizer(parameters: dict[str, torch.nn.Parameter], config: Config) ->
 
 def train_step(model, batches: list[Batch], optimizer, scaler, lr: float, grad_clip=0.0) -> torch.Tensor:
     """One step of AdamW along the gradient of the mean loss over all answer tokens, of all micro-batches and
-    ranks; none if that is not finite. Returns the sum of the loss over this rank's answer tokens, or NaN."""
+    ranks; none if one is not finite. Returns the sum of the loss over this rank's answer tokens, or NaN."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     total = torch.tensor(float(sum(batch.n_targets for batch in batches)), device=parameters[0].device)
@@ -67,7 +67,7 @@ def train_step(model, batches: list[Batch], optimizer, scaler, lr: float, grad_c
         loss_sum += loss.detach()
         if batch.images is None:  # DistributedDataParallel waits for every gradient, also the projection's
             loss = loss + 0 * sum(p.sum() for p in parameters)
-        scaler.scale(loss * (world / total)).backward()  # it averages the gradients over the ranks
+        scaler.scale(loss * (world / total + 0 * loss.detach())).backward()  # DDP averages; NaN if infinite
     for group in optimizer.param_groups:
         group["lr"] = lr
     scaler.unscale_(optimizer)

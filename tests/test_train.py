@@ -284,6 +284,15 @@ def test_a_step_that_is_not_finite_is_skipped_and_its_samples_are_named(world, t
     assert [row["step"] for row in log if "loss" in row] == [1, 2, 5, 6]  # nothing else to report
     assert all(t.isfinite().all() for t in weights(tmp_path).values())
 
+def test_an_infinite_loss_skips_the_step_although_its_gradient_is_finite(monkeypatch):
+    p = torch.nn.Parameter(torch.ones(2, 2))
+    optimizer, scaler = torch.optim.AdamW([p], 0.1), torch.amp.GradScaler("cpu", enabled=False)
+    batch = train.Batch(torch.zeros(1), torch.zeros(1, 2), torch.zeros(1, 2))
+    assert train.train_step(lambda *_: p.sum(), [batch], optimizer, scaler, 0.1).item() == 4
+    before = p.detach().clone()
+    assert train.train_step(lambda *_: p.sum() + torch.inf, [batch], optimizer, scaler, 0.1).isnan()
+    assert torch.equal(p, before) and not torch.equal(p, torch.ones(2, 2))
+
 @pytest.mark.parametrize("cut", [False, True])
 def test_a_damaged_state_is_passed_over_for_the_one_before(world, tmp_path, capsys, cut):
     whole = run(micro(world, tmp_path / "whole"))
