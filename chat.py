@@ -25,8 +25,19 @@ from pathlib import Path
 import torch
 
 from configs.prompts import IMAGE, TEMPLATES, chat_segments, user_message
-from configs.schema import (ChatOptions as Options, InputError, check_name, note, override, parse_args,
-                            printable, read_saved_config, run_main)
+from configs.schema import (
+    ChatOptions as Options,
+)
+from configs.schema import (
+    InputError,
+    check_name,
+    note,
+    override,
+    parse_args,
+    printable,
+    read_saved_config,
+    run_main,
+)
 from llama import KVCache
 from model import MiniGPT4, check_english, peak_mib, pick_device, replacing
 from vision import find_pictures, half_blocks, load_image
@@ -39,33 +50,64 @@ HELP = """\
 /save FILE           write the conversation, as JSON or else as Markdown
 /bye                 leave (also Ctrl-D); Ctrl-C stops an answer
 \"""                  begins and ends a message of several lines"""
-COMMANDS = [*re.findall(r"(?<!\S)/\w+", HELP), "/reset", "/quit", "/exit", "/help", "/?"]
-SETTINGS = ("temperature", "top_p", "repetition_penalty", "num_beams", "min_length", "length_penalty",
-            "max_new_tokens", "seed", "stats")
+COMMANDS = [
+    *re.findall(r"(?<!\S)/\w+", HELP),
+    "/reset",
+    "/quit",
+    "/exit",
+    "/help",
+    "/?",
+]
+SETTINGS = (
+    "temperature",
+    "top_p",
+    "repetition_penalty",
+    "num_beams",
+    "min_length",
+    "length_penalty",
+    "max_new_tokens",
+    "seed",
+    "stats",
+)
+
 
 def load(options: Options) -> tuple[MiniGPT4, Options]:
     """The model of a run's folder, checked if asked for, and the options with the gaps filled in from it."""
     if not options.ckpt:
-        note("note: this is the tiny demonstration model. It knows only drawings of colored shapes, and "
-             "names shapes in any photograph. For a real model see the README, then --ckpt=RUN.")
+        note(
+            "note: this is the tiny demonstration model. It knows only drawings of colored shapes, and "
+            "names shapes in any photograph. For a real model see the README, then --ckpt=RUN."
+        )
     run = options.ckpt or str(Path(__file__).parent / "assets/tiny")
     saved, device = read_saved_config(run), pick_device(options.device).type
     dtype = options.dtype or saved.dtype
     if dtype == "float16" and device == "cpu":
         dtype = "bfloat16"
-    model = MiniGPT4.from_files(**saved.parts(), dtype=dtype, device=device, image_size=saved.image_size)
+    model = MiniGPT4.from_files(
+        **saved.parts(), dtype=dtype, device=device, image_size=saved.image_size
+    )
     if options.compile:
         model.llama.compile_rows()
     if not (template := options.template or saved.template):
         note(f"note: {run} was trained without a template; --template=vicuna is used")
     template = template or "vicuna"
-    end = options.answer_end or (saved.answer_end if template == saved.template else TEMPLATES[template].end)
+    end = options.answer_end or (
+        saved.answer_end if template == saved.template else TEMPLATES[template].end
+    )
     if options.check:
         check_english(model)
-    return model, replace(options, device=device, dtype=dtype, template=template, answer_end=end)
+    return model, replace(
+        options, device=device, dtype=dtype, template=template, answer_end=end
+    )
 
-Picture = namedtuple("Picture", "path number embeds")  # counted from 1 in each chat; embeds: (1, N, d_llama)
-Turn = namedtuple("Turn", "question answer pictures ended", defaults=(None, (), False))  # ended: complete
+
+Picture = namedtuple(
+    "Picture", "path number embeds"
+)  # counted from 1 in each chat; embeds: (1, N, d_llama)
+Turn = namedtuple(
+    "Turn", "question answer pictures ended", defaults=(None, (), False)
+)  # ended: complete
+
 
 class Chat:
     """One conversation: its turns and its pictures. Start with Chat(*load(Options()))."""
@@ -81,15 +123,20 @@ class Chat:
         """Forget all turns and pictures."""
         self.turns: list[Turn] = []
         self.new_pictures: tuple[Picture, ...] = ()  # shown since the last question
-        self.n_pictures = self.n_dropped = 0         # turns that the context has no room for
-        self.cache, self.cached = KVCache(), []      # and the ids in it, with -n for picture number n
-        self.stats: dict[str, float] = {}            # of the last answer: tokens, and seconds
+        self.n_pictures = self.n_dropped = 0  # turns that the context has no room for
+        self.cache, self.cached = (
+            KVCache(),
+            [],
+        )  # and the ids in it, with -n for picture number n
+        self.stats: dict[str, float] = {}  # of the last answer: tokens, and seconds
 
     @torch.no_grad()
     def add_image(self, path: str, encoded: bytes | None = None):
         """Show a picture; it stands before the next question. Raises InputError when it cannot be read."""
         if self.model.vision is None:
-            raise InputError(f"{self.options.ckpt}: this run sees no pictures; give one with vision")
+            raise InputError(
+                f"{self.options.ckpt}: this run sees no pictures; give one with vision"
+            )
         image = load_image(path if encoded is None else encoded, self.model.image_size)
         embeds = self.model.encode_image(image.unsqueeze(0).to(self.options.device))
         self.n_pictures += 1
@@ -104,26 +151,63 @@ class Chat:
 
     def ask(self, text: str) -> Iterator[str]:
         """Yield the answer piece by piece and keep the turn. Raises InputError for too long a question."""
-        start, o, model, end = time.perf_counter(), self.options, self.model, self.template.end
-        text = text.encode("utf-8", "replace").decode()  # a terminal may send what is no text
+        start, o, model, end = (
+            time.perf_counter(),
+            self.options,
+            self.model,
+            self.template.end,
+        )
+        text = text.encode(
+            "utf-8", "replace"
+        ).decode()  # a terminal may send what is no text
         tokens, images = self.prompt(Turn(text, pictures=self.new_pictures))
         self.turns.append(Turn(text, "", self.new_pictures))
-        self.stats = {"prompt_tokens": len(tokens), "cached_tokens": self.cache.length * (o.num_beams == 1)}
-        self.new_pictures, stop, ids, shown = (), model.tokenizer.stop_sequences(end), [], ""
+        self.stats = {
+            "prompt_tokens": len(tokens),
+            "cached_tokens": self.cache.length * (o.num_beams == 1),
+        }
+        self.new_pictures, stop, ids, shown = (
+            (),
+            model.tokenizer.stop_sequences(end),
+            [],
+            "",
+        )
         room = min(o.max_new_tokens, self.context - len(tokens))
-        for token in model.generate(tokens, images, room, o.temperature, o.top_p, o.repetition_penalty, stop,
-                                    generator=self.generator, min_length=o.min_length, cache=self.cache,
-                                    num_beams=o.num_beams, length_penalty=o.length_penalty):
+        for token in model.generate(
+            tokens,
+            images,
+            room,
+            o.temperature,
+            o.top_p,
+            o.repetition_penalty,
+            stop,
+            generator=self.generator,
+            min_length=o.min_length,
+            cache=self.cache,
+            num_beams=o.num_beams,
+            length_penalty=o.length_penalty,
+        ):
             ids.append(token)
-            answer, ended = model.tokenizer.answer_text(ids, end), model.tokenizer.is_end(ids, stop)
+            answer, ended = (
+                model.tokenizer.answer_text(ids, end),
+                model.tokenizer.is_end(ids, stop),
+            )
             self.turns[-1] = self.turns[-1]._replace(answer=answer, ended=ended)
-            self.stats |= {"answer_tokens": len(ids), "seconds": time.perf_counter() - start}
+            self.stats |= {
+                "answer_tokens": len(ids),
+                "seconds": time.perf_counter() - start,
+            }
             self.stats.setdefault("first_word_s", self.stats["seconds"])
             if not ended and len(ids) < room:
-                answer = answer[:-max(n for n in range(len(end)) if answer.endswith(end[:n])) or None]
-                answer = answer.rstrip("\ufffd").rstrip()  # half an end, or half a character, waits
+                answer = answer[
+                    : -max(n for n in range(len(end)) if answer.endswith(end[:n]))
+                    or None
+                ]
+                answer = answer.rstrip(
+                    "\ufffd"
+                ).rstrip()  # half an end, or half a character, waits
             if answer.startswith(shown) and answer != shown:
-                yield answer[len(shown):]
+                yield answer[len(shown) :]
                 shown = answer
 
     @torch.no_grad()
@@ -131,8 +215,10 @@ class Chat:
         """Bring the last answer into the cache as later prompts have it. Call it while the user reads."""
         tokens, images = self.prompt(None)
         if self.cache.length < len(tokens) <= self.context:
-            x = self.model.embed(torch.tensor([tokens], device=self.options.device), images)
-            self.model.llama(x[:, self.cache.length:], self.cache)
+            x = self.model.embed(
+                torch.tensor([tokens], device=self.options.device), images
+            )
+            self.model.llama(x[:, self.cache.length :], self.cache)
 
     def prompt(self, new: Turn | None) -> tuple[list[int], torch.Tensor | None]:
         """The ids and pictures of the conversation, perhaps with a new turn. The cache keeps what it shares
@@ -146,12 +232,18 @@ class Chat:
             elif len(pictures) > max(1, len(new.pictures)):
                 pictures.pop(0)
             else:
-                raise InputError(f"the question takes {len(tokens)} tokens of the {limit} that the model has "
-                                 "room for; shorten it, or take pictures back with /undo")
+                raise InputError(
+                    f"the question takes {len(tokens)} tokens of the {limit} that the model has "
+                    "room for; shorten it, or take pictures back with /undo"
+                )
         if n_dropped > self.n_dropped == 0:
-            note(f"note: the context of {self.context} tokens is full: the oldest turns go")
+            note(
+                f"note: the context of {self.context} tokens is full: the oldest turns go"
+            )
         self.n_dropped = n_dropped
-        numbers = iter([-p.number for p in pictures for _ in range(self.model.n_image_tokens)])
+        numbers = iter(
+            [-p.number for p in pictures for _ in range(self.model.n_image_tokens)]
+        )
         keys = [next(numbers) if id == IMAGE else id for id in tokens]
         same = [a == b for a, b in zip(keys, self.cached)] + [False]
         length = min(same.index(False), self.cache.length, len(keys) - bool(new))
@@ -162,20 +254,34 @@ class Chat:
         """The ids of these turns; those of n_pictures that are not theirs stand before the first one's."""
         counts = [len(turn.pictures) for turn in turns] or [0]
         counts[0] += n_pictures - sum(counts)
-        messages = [user_message(turn.question, n, self.template.end) for turn, n in zip(turns, counts)]
-        segments = chat_segments(zip(messages, [turn.answer for turn in turns]), self.template)
+        messages = [
+            user_message(turn.question, n, self.template.end)
+            for turn, n in zip(turns, counts)
+        ]
+        segments = chat_segments(
+            zip(messages, [turn.answer for turn in turns]), self.template
+        )
         return self.model.tokenizer.encode_segments(segments, self.model.n_image_tokens)
+
 
 def show(talk: Chat, path: str, encoded: bytes | None = None):
     """Show a picture to the model and, in half-blocks, to the user."""
     talk.add_image(path, encoded)
     if not talk.options.plain:
         width = max(2, min(40, shutil.get_terminal_size().columns // 2 * 2))
-        print(half_blocks(load_image(path if encoded is None else encoded, width)), file=sys.stderr)
+        print(
+            half_blocks(load_image(path if encoded is None else encoded, width)),
+            file=sys.stderr,
+        )
+
 
 def say(talk: Chat, question: str, is_script: bool = False):
     """Show the pictures that a question names, and print the answer as it comes; Ctrl-C stops it."""
-    o, (question, paths), n_turns = talk.options, find_pictures(question), len(talk.turns)
+    o, (question, paths), n_turns = (
+        talk.options,
+        find_pictures(question),
+        len(talk.turns),
+    )
     for path in paths:
         show(talk, path)
     if not question:
@@ -191,22 +297,43 @@ def say(talk: Chat, question: str, is_script: bool = False):
             raise
         reason = "you stopped it"
     turn, s = talk.turns[-1], talk.stats
-    print(json.dumps({"prompt": turn.question, "pictures": [p.path for p in turn.pictures],
-                      "answer": turn.answer, "tokens": s.get("answer_tokens", 0),
-                      "seconds": round(s.get("seconds", 0), 3), "ended": turn.ended}) if o.json else "")
+    print(
+        json.dumps(
+            {
+                "prompt": turn.question,
+                "pictures": [p.path for p in turn.pictures],
+                "answer": turn.answer,
+                "tokens": s.get("answer_tokens", 0),
+                "seconds": round(s.get("seconds", 0), 3),
+                "ended": turn.ended,
+            }
+        )
+        if o.json
+        else ""
+    )
     if not turn.ended:
-        full = len(talk.cached) + s.get("answer_tokens", 0) >= talk.context and reason != "you stopped it"
+        full = (
+            len(talk.cached) + s.get("answer_tokens", 0) >= talk.context
+            and reason != "you stopped it"
+        )
         note(f"({f'the context of {talk.context} tokens is full' if full else reason})")
     if o.stats and "seconds" in s:
-        rate = (s["answer_tokens"] - 1) / (s["seconds"] - s["first_word_s"] * (o.num_beams == 1) or 1)
-        note(f"({rate:.1f} tokens/s, first word after {s['first_word_s']:.2f} s, {s['cached_tokens']} of "
-             f"{s['prompt_tokens']} prompt tokens cached, {peak_mib(o.device):,.0f} MiB)")
+        rate = (s["answer_tokens"] - 1) / (
+            s["seconds"] - s["first_word_s"] * (o.num_beams == 1) or 1
+        )
+        note(
+            f"({rate:.1f} tokens/s, first word after {s['first_word_s']:.2f} s, {s['cached_tokens']} of "
+            f"{s['prompt_tokens']} prompt tokens cached, {peak_mib(o.device):,.0f} MiB)"
+        )
+
 
 def run_command(talk: Chat, command: str, argument: str):
     """Carry out what HELP lists, but /bye."""
     if command == "/image":
         rest, paths = find_pictures(argument)
-        for path in paths + [rest.strip("'\"") or "/image wants a path"] * bool(rest or not paths):
+        for path in paths + [rest.strip("'\"") or "/image wants a path"] * bool(
+            rest or not paths
+        ):
             show(talk, path)
             print(f"{printable(path)}: seen. What would you like to know?")
     elif command in ("/clear", "/reset"):
@@ -222,11 +349,15 @@ def run_command(talk: Chat, command: str, argument: str):
     elif command == "/regenerate":
         old = talk.turns[-1]
         say(talk, talk.undo().question)
-        if not (talk.turns[-1].answer or talk.turns[-1].ended):  # stopped before it began
+        if not (
+            talk.turns[-1].answer or talk.turns[-1].ended
+        ):  # stopped before it began
             talk.turns[-1] = old
     elif command == "/set" and argument:
         name, _, value = argument.replace("=", " ", 1).partition(" ")
-        talk.options = override(talk.options, {check_name(name, SETTINGS, "/set"): value.strip()}, "/set")
+        talk.options = override(
+            talk.options, {check_name(name, SETTINGS, "/set"): value.strip()}, "/set"
+        )
         if name == "seed":
             talk.generator.manual_seed(talk.options.seed)
     elif command in ("/set", "/show"):
@@ -234,21 +365,38 @@ def run_command(talk: Chat, command: str, argument: str):
     elif command == "/save":
         save(talk, argument)
     else:
-        print(HELP if command in ("/help", "/?") else f"{printable(command)}: unknown command\n{HELP}")
+        print(
+            HELP
+            if command in ("/help", "/?")
+            else f"{printable(command)}: unknown command\n{HELP}"
+        )
+
 
 def save(talk: Chat, path: str):
     """Write the conversation as JSON, or else as Markdown."""
-    rows = [turn._asdict() | {"pictures": [p.path for p in turn.pictures]} for turn in talk.turns]
-    text = "\n".join("".join(f"![](<{p}>)\n\n" for p in row["pictures"]) +
-                     f"**{row['question']}**\n\n{row['answer']}\n" for row in rows)
+    rows = [
+        turn._asdict() | {"pictures": [p.path for p in turn.pictures]}
+        for turn in talk.turns
+    ]
+    text = "\n".join(
+        "".join(f"![](<{p}>)\n\n" for p in row["pictures"])
+        + f"**{row['question']}**\n\n{row['answer']}\n"
+        for row in rows
+    )
     with replacing(path := os.path.expanduser(path.strip("'\""))) as file:
-        file.write_text(json.dumps(rows, indent=1) if path.endswith(".json") else text, "utf-8", "replace")
+        file.write_text(
+            json.dumps(rows, indent=1) if path.endswith(".json") else text,
+            "utf-8",
+            "replace",
+        )
     print(f"{printable(path)}: {len(rows)} answers written")
+
 
 def set_up_readline():
     """Arrow keys, a history that is kept, and Tab for commands and paths, where the system has readline."""
     import atexit
     import readline
+
     history = Path(os.path.expanduser("~/.nanominigpt4_history"))
     with suppress(OSError):  # no folder to write to
         history.touch()
@@ -257,22 +405,33 @@ def set_up_readline():
 
     def complete(text: str, state: int) -> str | None:
         found = COMMANDS if readline.get_begidx() == 0 and text.startswith("/") else []
-        paths = [p + "/" * os.path.isdir(p) for p in glob(escape(os.path.expanduser(text)) + "*")]
-        return dict(enumerate([name for name in found if name.startswith(text)] + paths)).get(state)
+        paths = [
+            p + "/" * os.path.isdir(p)
+            for p in glob(escape(os.path.expanduser(text)) + "*")
+        ]
+        return dict(
+            enumerate([name for name in found if name.startswith(text)] + paths)
+        ).get(state)
 
     readline.set_completer(complete)
     readline.set_completer_delims(" \t\n\"'")
-    readline.parse_and_bind("bind ^I rl_complete" if "libedit" in str(readline.__doc__) else "tab: complete")
+    readline.parse_and_bind(
+        "bind ^I rl_complete" if "libedit" in str(readline.__doc__) else "tab: complete"
+    )
+
 
 def read_message() -> tuple[str, bool]:
     """A line, or what stands between two \"\"\" (or one and the end), and whether it may be a command."""
     you, more = ("you> ", "...> ") if sys.stdin.isatty() else ("", "")
     message = input(you)
     with suppress(EOFError):
-        while (is_long := message.lstrip().startswith('"""')) and message.count('"""') < 2:
+        while (is_long := message.lstrip().startswith('"""')) and message.count(
+            '"""'
+        ) < 2:
             message += "\n" + input(more)
     message = message.split('"""', 1)[1].replace('"""', " ") if is_long else message
     return message.replace("\0", "").strip(), not is_long
+
 
 def converse(talk: Chat):
     """Read messages and commands until /bye or the end of stdin."""
@@ -283,10 +442,16 @@ def converse(talk: Chat):
         before = talk.turns[:], talk.new_pictures
         try:
             message, may_command = read_message()
-            command, *argument = (message.split(maxsplit=1)[:2] if may_command else []) or [""]
+            command, *argument = (
+                message.split(maxsplit=1)[:2] if may_command else []
+            ) or [""]
             if command in ("/bye", "/quit", "/exit"):
                 return
-            elif command in COMMANDS or command.startswith("/") and not find_pictures(message)[1]:
+            elif (
+                command in COMMANDS
+                or command.startswith("/")
+                and not find_pictures(message)[1]
+            ):
                 run_command(talk, command, "".join(argument).strip())
             elif message:
                 say(talk, message)
@@ -298,13 +463,22 @@ def converse(talk: Chat):
                 raise
             print("\n(/bye or Ctrl-D leaves)", file=sys.stderr)
         except (InputError, torch.OutOfMemoryError) as e:
-            talk.turns, talk.new_pictures = before  # a message that fails leaves nothing behind
+            talk.turns, talk.new_pictures = (
+                before  # a message that fails leaves nothing behind
+            )
             note(f"error: {e}")
 
+
 def main(argv: list[str]):
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages on Linux: weights are read faster
+    os.environ.setdefault(
+        "THP_MEM_ALLOC_ENABLE", "1"
+    )  # huge pages on Linux: weights are read faster
     pictures, given = parse_args(argv, __doc__, "[IMAGE ...]", Options)
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stderr.isatty()
+    plain = (
+        os.environ.get("NO_COLOR")
+        or os.environ.get("TERM") == "dumb"
+        or not sys.stderr.isatty()
+    )
     options = override(Options(plain=bool(plain)), given)
     os.environ["TQDM_DISABLE"] = str(int(options.plain))
     talk = Chat(*load(options))
@@ -312,12 +486,25 @@ def main(argv: list[str]):
         show(talk, path, sys.stdin.buffer.read() if path == "-" else None)
     text = ""
     with suppress(OSError):  # it cannot be read
-        text = "" if sys.stdin.isatty() or "-" in pictures else sys.stdin.read().replace("\0", "")
-    if options.prompt or text.strip() and not {*re.findall(r"^/\S+", text, re.MULTILINE)} & {*COMMANDS}:
-        return say(talk, "\n".join(filter(None, (text.strip(), options.prompt))), is_script=True)
+        text = (
+            ""
+            if sys.stdin.isatty() or "-" in pictures
+            else sys.stdin.read().replace("\0", "")
+        )
+    if (
+        options.prompt
+        or text.strip()
+        and not {*re.findall(r"^/\S+", text, re.MULTILINE)} & {*COMMANDS}
+    ):
+        return say(
+            talk,
+            "\n".join(filter(None, (text.strip(), options.prompt))),
+            is_script=True,
+        )
     sys.stdin = io.StringIO(text) if text else sys.stdin
     note(f"{len(pictures)} picture(s) shown. /help lists what can be typed.")
     converse(talk)
+
 
 if __name__ == "__main__":
     run_main(main)

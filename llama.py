@@ -25,12 +25,14 @@ from configs.prompts import BOS, IMAGE
 from configs.schema import InputError, check_sizes, note, override, read_json, start_of
 from vision import init_weights
 
-IGNORE = -100   # in the targets: no prediction here
+IGNORE = -100  # in the targets: no prediction here
 CONTEXT = 2000  # most tokens of a conversation
+
 
 @dataclass(frozen=True)
 class LlamaConfig:
     """Sizes, under the names of Hugging Face's config.json; the defaults are LLaMA-7B's."""
+
     vocab_size: int = 32000
     hidden_size: int = 4096
     intermediate_size: int = 11008
@@ -42,8 +44,8 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 2048  # most tokens of a conversation
-    quantization: str = ""               # of the matrices: int8 or int4
-    fingerprint: str = ""                # of the weights before they were quantized
+    quantization: str = ""  # of the matrices: int8 or int4
+    fingerprint: str = ""  # of the weights before they were quantized
 
     @classmethod
     def from_dict(cls, sizes: dict, where: str = "config.json") -> "LlamaConfig":
@@ -51,29 +53,65 @@ class LlamaConfig:
         rope = sizes.get("rope_parameters") or sizes.get("rope_scaling") or {}
         window = sizes.get("sliding_window")
         if not isinstance(rope, dict) or not isinstance(window or 0, int):
-            raise InputError(f"{where}: rope_scaling or sliding_window is malformed; fetch it again")
+            raise InputError(
+                f"{where}: rope_scaling or sliding_window is malformed; fetch it again"
+            )
         for is_supported, what in (
-                (rope.get("rope_type", rope.get("type", "default")) == "default", f"rotary scaling {rope}"),
-                ((kind := sizes.get("model_type")) in (None, "llama", "mistral"), f"the architecture {kind}"),
-                (not window or window >= CONTEXT, f"a sliding window of {window} tokens, below {CONTEXT},"),
-                (not (sizes.get("attention_bias") or sizes.get("mlp_bias")), "a model with biases"),
-                ((kind := sizes.get("hidden_act", "silu")) == "silu", f"the activation {kind}")):
+            (
+                rope.get("rope_type", rope.get("type", "default")) == "default",
+                f"rotary scaling {rope}",
+            ),
+            (
+                (kind := sizes.get("model_type")) in (None, "llama", "mistral"),
+                f"the architecture {kind}",
+            ),
+            (
+                not window or window >= CONTEXT,
+                f"a sliding window of {window} tokens, below {CONTEXT},",
+            ),
+            (
+                not (sizes.get("attention_bias") or sizes.get("mlp_bias")),
+                "a model with biases",
+            ),
+            (
+                (kind := sizes.get("hidden_act", "silu")) == "silu",
+                f"the activation {kind}",
+            ),
+        ):
             if not is_supported:
-                raise InputError(f"{where}: {what} is not supported; take another model")
-        needed = "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
-        if wrong := [k for k in needed if not isinstance(sizes.get(k), int) or sizes[k] < 1]:
-            raise InputError(f"{where}: no whole number above 0 for {', '.join(wrong)}; this is no LLaMA")
+                raise InputError(
+                    f"{where}: {what} is not supported; take another model"
+                )
+        needed = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+        )
+        if wrong := [
+            k for k in needed if not isinstance(sizes.get(k), int) or sizes[k] < 1
+        ]:
+            raise InputError(
+                f"{where}: no whole number above 0 for {', '.join(wrong)}; this is no LLaMA"
+            )
         heads = sizes["num_attention_heads"]
-        defaults = asdict(cls()) | {"num_key_value_heads": heads, "head_dim": sizes["hidden_size"] // heads}
+        defaults = asdict(cls()) | {
+            "num_key_value_heads": heads,
+            "head_dim": sizes["hidden_size"] // heads,
+        }
         defaults["rope_theta"] = rope.get("rope_theta") or cls.rope_theta
         read = {k: sizes.get(k) or v for k, v in defaults.items()}
-        read["max_position_embeddings"] = min(read["max_position_embeddings"], window or math.inf)
+        read["max_position_embeddings"] = min(
+            read["max_position_embeddings"], window or math.inf
+        )
         return check_sizes(override(cls(), read, where), where)
 
     def to_hub(self) -> dict:
         """The content of a Hugging Face config.json, the inverse of from_dict."""
         sizes = {k: v for k, v in asdict(self).items() if v != ""}
         return {"architectures": ["LlamaForCausalLM"], "model_type": "llama"} | sizes
+
 
 class RMSNorm(nn.Module):
     """x (..., D) over its root mean square, in float32, times a weight."""
@@ -88,16 +126,23 @@ class RMSNorm(nn.Module):
         h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * h.to(x.dtype)
 
-def rotary_angles(positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype):
+
+def rotary_angles(
+    positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype
+):
     """positions (T,) -> cos, sin (T, head_dim), both halves equal (Hugging Face's layout)."""
-    inv_freq = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
+    inv_freq = 1.0 / theta ** (
+        torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
+    )
     angles = torch.outer(positions.float(), inv_freq).repeat(1, 2)
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
 
 def rotate(x, cos, sin):
     """Rotate each pair (x[i], x[i + head_dim/2]) of x (B, H, T, head_dim) by its position's angle."""
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-b, a), dim=-1) * sin
+
 
 class KVCache:
     """Keys and values of the tokens so far: per layer two (B, K, capacity, head_dim) that grow as needed."""
@@ -108,17 +153,22 @@ class KVCache:
 
     def select(self, rows: torch.Tensor):
         """Keep these rows of the batch, in this order; a row may come more than once."""
-        self.layers = {layer: [t[rows] for t in stored] for layer, stored in self.layers.items()}
+        self.layers = {
+            layer: [t[rows] for t in stored] for layer, stored in self.layers.items()
+        }
 
     def append(self, layer: int, *new: torch.Tensor) -> list[torch.Tensor]:
         """Append keys and values (B, K, T, head_dim); returns all of them, (B, K, S, head_dim) each."""
         stored, end = self.layers.get(layer), self.length + new[0].shape[2]
         if stored is None or end > stored[0].shape[2]:
             old = stored or [t[:, :, :0] for t in new]
-            stored = self.layers[layer] = [F.pad(t, (0, 0, 0, max(256, 2 * end) - t.shape[2])) for t in old]
+            stored = self.layers[layer] = [
+                F.pad(t, (0, 0, 0, max(256, 2 * end) - t.shape[2])) for t in old
+            ]
         for whole, t in zip(stored, new):
-            whole[:, :, self.length:end] = t
+            whole[:, :, self.length : end] = t
         return [whole[:, :, :end] for whole in stored]
+
 
 def quantize(weight: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
     """A matrix (out, in) -> int8 (out, in) with scales float32 (out,); or two int4 in a uint8 (out, in / 2),
@@ -129,47 +179,85 @@ def quantize(weight: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Tens
         scale = w.abs().amax(1).clamp(min=1e-12) / 127
         return (w / scale[:, None]).round_().to(torch.int8), scale
     if w.shape[0] % 16 or w.shape[1] % 64:
-        raise InputError(f"int4: a matrix of {tuple(w.shape)}, not multiples of 16 and 64; take int8")
+        raise InputError(
+            f"int4: a matrix of {tuple(w.shape)}, not multiples of 16 and 64; take int8"
+        )
     groups = w.unflatten(1, (-1, 64))
     low, high = groups.aminmax(dim=2, keepdim=True)
     scale = ((high - low) / 15).clamp(min=1e-12).bfloat16().float()
     middle = (low + 8 * scale).bfloat16().float()
-    q = ((groups - middle) / scale).round_().add_(8).clamp_(0, 15).to(torch.uint8).flatten(1)
-    return q[:, ::2] << 4 | q[:, 1::2], torch.cat((scale, middle), 2).transpose(0, 1).bfloat16().contiguous()
+    q = (
+        ((groups - middle) / scale)
+        .round_()
+        .add_(8)
+        .clamp_(0, 15)
+        .to(torch.uint8)
+        .flatten(1)
+    )
+    return q[:, ::2] << 4 | q[:, 1::2], torch.cat((scale, middle), 2).transpose(
+        0, 1
+    ).bfloat16().contiguous()
+
 
 class QuantizedLinear(nn.Module):
     """x (..., in) -> x @ W.T for one W of `quantize`, or a tuple for several, computed together."""
 
-    def __init__(self, matrices: list[tuple[torch.Tensor, torch.Tensor]], device: torch.device):
+    def __init__(
+        self, matrices: list[tuple[torch.Tensor, torch.Tensor]], device: torch.device
+    ):
         super().__init__()
         weights, scales = zip(*matrices)
-        self.sizes, self.is_int8 = [len(w) for w in weights], weights[0].dtype == torch.int8
-        w, self.scale = torch.cat(weights).to(device), torch.cat(scales, -2 + self.is_int8).to(device)
+        self.sizes, self.is_int8 = (
+            [len(w) for w in weights],
+            weights[0].dtype == torch.int8,
+        )
+        w, self.scale = (
+            torch.cat(weights).to(device),
+            torch.cat(scales, -2 + self.is_int8).to(device),
+        )
         if self.is_int8 and w.is_cpu:  # in the layout of this CPU's kernels
-            with warnings.catch_warnings(action="ignore"):  # quantized tensors are deprecated, but fastest
+            with warnings.catch_warnings(
+                action="ignore"
+            ):  # quantized tensors are deprecated, but fastest
                 zeros = torch.zeros(len(w), dtype=torch.long)
-                w = torch._make_per_channel_quantized_tensor(w, self.scale.double(), zeros, 0)
+                w = torch._make_per_channel_quantized_tensor(
+                    w, self.scale.double(), zeros, 0
+                )
             w = torch.ops.quantized.linear_prepack(w, None)
         elif w.is_cpu:
             columns = torch.stack((w >> 4, w & 15), 2).flatten(1)
             w = torch.ops.aten._convert_weight_to_int4pack_for_cpu(columns.int(), 1)
         elif not self.is_int8:
-            w = torch.ops.aten._convert_weight_to_int4pack(w, 4 if w.shape[1] % 64 else 8)  # tiles of 16
+            w = torch.ops.aten._convert_weight_to_int4pack(
+                w, 4 if w.shape[1] % 64 else 8
+            )  # tiles of 16
         self.weight = w
 
     def forward(self, x):
         rows = x.flatten(0, -2)
-        if self.is_int8 and x.is_cpu:  # x is quantized, too, with one scale for all rows: give them one range
-            largest = rows.float().abs().amax(1, keepdim=True).clamp(min=1e-12) if len(rows) > 1 else 1.0
-            y = torch.ops.quantized.linear_dynamic(rows.float() / largest, self.weight) * largest
+        if (
+            self.is_int8 and x.is_cpu
+        ):  # x is quantized, too, with one scale for all rows: give them one range
+            largest = (
+                rows.float().abs().amax(1, keepdim=True).clamp(min=1e-12)
+                if len(rows) > 1
+                else 1.0
+            )
+            y = (
+                torch.ops.quantized.linear_dynamic(rows.float() / largest, self.weight)
+                * largest
+            )
             y = y.to(x.dtype)
         elif self.is_int8:
             y = F.linear(rows, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
         else:
-            product = "_weight_int4pack_mm_for_cpu" if x.is_cpu else "_weight_int4pack_mm"
+            product = (
+                "_weight_int4pack_mm_for_cpu" if x.is_cpu else "_weight_int4pack_mm"
+            )
             y = getattr(torch.ops.aten, product)(rows, self.weight, 64, self.scale)
         y = y.unflatten(0, x.shape[:-1])
         return y.split(self.sizes, -1) if len(self.sizes) > 1 else y
+
 
 class Attention(nn.Module):
     """Causal self-attention with rotary positions, x (B, T, D) -> (B, T, D)."""
@@ -184,37 +272,77 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(D, kv_width, bias=False)
         self.o_proj = nn.Linear(q_width, D, bias=False)
         self.qkv_proj = None  # these three in one, when quantized
-        self.quantized = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "o_proj": ["o_proj"]}
+        self.quantized = {
+            "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+            "o_proj": ["o_proj"],
+        }
 
     def forward(self, x, cos, sin, cache):
         B, T, D = x.shape
-        qkv = self.qkv_proj(x) if self.qkv_proj else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in qkv)  # (B, H, T, head_dim)
+        qkv = (
+            self.qkv_proj(x)
+            if self.qkv_proj
+            else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        )
+        q, k, v = (
+            t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in qkv
+        )  # (B, H, T, head_dim)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        S = k.shape[2]  # a single new token attends to everything, several ones each to those before it
-        mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T) if 1 < T < S else None
-        if cache is not None and T == 1:  # a key head's query heads become its queries: one read of its keys
+        S = k.shape[
+            2
+        ]  # a single new token attends to everything, several ones each to those before it
+        mask = (
+            torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
+            if 1 < T < S
+            else None
+        )
+        if (
+            cache is not None and T == 1
+        ):  # a key head's query heads become its queries: one read of its keys
             q = q.reshape(B, k.shape[1], -1, self.head_dim)
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=cache is None or S == T > 1,
-                                           enable_gqa=q.shape[1] != k.shape[1])
-        return self.o_proj(y.reshape(B, -1, T, self.head_dim).transpose(1, 2).reshape(B, T, -1))
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            mask,
+            is_causal=cache is None or S == T > 1,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        return self.o_proj(
+            y.reshape(B, -1, T, self.head_dim).transpose(1, 2).reshape(B, T, -1)
+        )
+
 
 class MLP(nn.Module):
     """SwiGLU, x (B, T, D) -> (B, T, D)."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(
+            config.hidden_size, config.intermediate_size, bias=False
+        )
+        self.up_proj = nn.Linear(
+            config.hidden_size, config.intermediate_size, bias=False
+        )
+        self.down_proj = nn.Linear(
+            config.intermediate_size, config.hidden_size, bias=False
+        )
         self.gate_up_proj = None  # these two in one, when quantized
-        self.quantized = {"gate_up_proj": ["gate_proj", "up_proj"], "down_proj": ["down_proj"]}
+        self.quantized = {
+            "gate_up_proj": ["gate_proj", "up_proj"],
+            "down_proj": ["down_proj"],
+        }
 
     def forward(self, x):
-        gate, up = self.gate_up_proj(x) if self.gate_up_proj else (self.gate_proj(x), self.up_proj(x))
+        gate, up = (
+            self.gate_up_proj(x)
+            if self.gate_up_proj
+            else (self.gate_proj(x), self.up_proj(x))
+        )
         return self.down_proj(F.silu(gate) * up)
+
 
 class Block(nn.Module):
     """Pre-norm attention and MLP, x (B, T, D) -> (B, T, D)."""
@@ -230,26 +358,35 @@ class Block(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
+
 class Llama(nn.Module):
     """Embeddings (B, T, D), as image tokens have no id -> hidden states (B, T, D) after the final norm."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        self.grad_checkpoint = False  # recompute the blocks' activations in the backward pass
+        self.grad_checkpoint = (
+            False  # recompute the blocks' activations in the backward pass
+        )
         V, D = config.vocab_size, config.hidden_size
         # _weight: to draw a random one on the meta device, PyTorch would import code for a second
         self.embed_tokens = nn.Embedding(V, D, _weight=torch.empty(V, D))
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            Block(config, i) for i in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = None if config.tie_word_embeddings else nn.Linear(D, V, bias=False)
+        self.lm_head = (
+            None if config.tie_word_embeddings else nn.Linear(D, V, bias=False)
+        )
         self.quantized = {"lm_head": ["lm_head"]} if self.lm_head else {}
 
     def forward(self, x, cache: KVCache | None = None):
         """With a cache, x are the tokens that follow those in it."""
         T, seen = x.shape[1], cache.length if cache is not None else 0
         positions = torch.arange(seen, seen + T, device=x.device)
-        cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
+        cos, sin = rotary_angles(
+            positions, self.config.head_dim, self.config.rope_theta, x.dtype
+        )
         for block in self.layers:
             if self.grad_checkpoint and x.requires_grad:
                 x = checkpoint(block, x, cos, sin, cache, use_reentrant=False)
@@ -261,12 +398,20 @@ class Llama(nn.Module):
 
     def logits(self, hidden):
         """Hidden states (..., D) -> logits (..., V) in the same dtype."""
-        return self.lm_head(hidden) if self.lm_head else F.linear(hidden, self.embed_tokens.weight)
+        return (
+            self.lm_head(hidden)
+            if self.lm_head
+            else F.linear(hidden, self.embed_tokens.weight)
+        )
 
     def compile_rows(self):
         """Compile the product with a single token: twice as fast as PyTorch's own in bfloat16 on a CPU."""
-        if not self.norm.weight.is_cpu or not shutil.which(os.environ.get("CXX", "g++")):
-            return note("note: compiling needs a C++ compiler and a CPU; it goes on without")
+        if not self.norm.weight.is_cpu or not shutil.which(
+            os.environ.get("CXX", "g++")
+        ):
+            return note(
+                "note: compiling needs a C++ compiler and a CPU; it goes on without"
+            )
 
         @torch.compile(dynamic=False)
         def row_product(w, x):
@@ -277,59 +422,118 @@ class Llama(nn.Module):
 
         for linear in self.modules():
             if isinstance(linear, nn.Linear):
-                linear.weight.data = linear.weight.clone()  # from the mapped file to huge pages: faster
+                linear.weight.data = (
+                    linear.weight.clone()
+                )  # from the mapped file to huge pages: faster
                 linear.forward = partial(forward, linear.weight)
 
     def reset_parameters(self):
-        init_weights(self, {"embed_tokens.weight": 0.02}, ("o_proj.weight", "down_proj.weight"),
-                     len(self.layers))
+        init_weights(
+            self,
+            {"embed_tokens.weight": 0.02},
+            ("o_proj.weight", "down_proj.weight"),
+            len(self.layers),
+        )
 
-def sample(logits: torch.Tensor, seen: torch.Tensor, temperature: float, top_p: float,
-           repetition_penalty: float, generator: torch.Generator | None = None) -> torch.Tensor:
+
+def sample(
+    logits: torch.Tensor,
+    seen: torch.Tensor,
+    temperature: float,
+    top_p: float,
+    repetition_penalty: float,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
     """Draw the next ids, int64 (..., 1), from logits float32 (..., V): repetition penalty on the ids where
     `seen`, bool (..., V), temperature, then top_p. 0 is greedy. Order and penalty as in Hugging Face's."""
     logits = penalize(logits, seen, repetition_penalty)
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     probs, order = (logits / temperature).softmax(-1).sort(descending=True)
-    beyond = probs.cumsum(-1) - probs >= top_p  # the token that reaches top_p is kept, and always the first
+    beyond = (
+        probs.cumsum(-1) - probs >= top_p
+    )  # the token that reaches top_p is kept, and always the first
     beyond[..., 0] = False
-    return order.gather(-1, torch.multinomial(probs.masked_fill(beyond, 0), 1, generator=generator))
+    return order.gather(
+        -1, torch.multinomial(probs.masked_fill(beyond, 0), 1, generator=generator)
+    )
 
-def penalize(scores: torch.Tensor, seen: torch.Tensor, repetition_penalty: float) -> torch.Tensor:
+
+def penalize(
+    scores: torch.Tensor, seen: torch.Tensor, repetition_penalty: float
+) -> torch.Tensor:
     """Lower the scores (..., V) of the ids where `seen`. Raises InputError for scores that are NaN."""
     if scores.isnan().any():
-        raise InputError("the model computes NaN: weights are broken; fetch or train them again")
-    penalized = torch.where(scores < 0, scores * repetition_penalty, scores / repetition_penalty)
+        raise InputError(
+            "the model computes NaN: weights are broken; fetch or train them again"
+        )
+    penalized = torch.where(
+        scores < 0, scores * repetition_penalty, scores / repetition_penalty
+    )
     return torch.where(seen, penalized, scores)
 
+
 @torch.no_grad()
-def beam_search(llama: Llama, tokenizer: "Tokenizer", x: torch.Tensor, seen: torch.Tensor,
-                max_new_tokens: int, repetition_penalty: float, stop: tuple[list[int], ...], min_length: int,
-                num_beams: int, length_penalty: float) -> list[int]:
+def beam_search(
+    llama: Llama,
+    tokenizer: "Tokenizer",
+    x: torch.Tensor,
+    seen: torch.Tensor,
+    max_new_tokens: int,
+    repetition_penalty: float,
+    stop: tuple[list[int], ...],
+    min_length: int,
+    num_beams: int,
+    length_penalty: float,
+) -> list[int]:
     """The ids of the likeliest answer to a prompt x (1, T, D), as in Hugging Face's: by the sum of its ids'
     log-probabilities, over (its length with `<s>`, without its end) ** length_penalty."""
-    cache, beams, finished = KVCache(), [(0.0, [])], []  # (sum of log-probabilities, ids)
+    cache, beams, finished = (
+        KVCache(),
+        [(0.0, [])],
+        [],
+    )  # (sum of log-probabilities, ids)
     for length in range(1, max_new_tokens + 1):
         logp = llama.logits(llama(x, cache)[:, -1]).float().log_softmax(-1)
         logp = penalize(logp, seen, repetition_penalty)
         if length < min_length:
             logp[:, tokenizer.eos] = -torch.inf
         sums = torch.tensor([[total] for total, _ in beams], device=x.device) + logp
-        best, index = sums.flatten().topk(4 * num_beams)  # enough for num_beams that have not ended
-        candidates = [(total, [*beams[i // logp.shape[1]][1], i % logp.shape[1]], i // logp.shape[1])
-                      for total, i in zip(best.tolist(), index.tolist())]
-        finished += [(total / length ** length_penalty, ids) for total, ids, _ in candidates[:num_beams]
-                     if tokenizer.is_end(ids, stop)]
+        best, index = sums.flatten().topk(
+            4 * num_beams
+        )  # enough for num_beams that have not ended
+        candidates = [
+            (
+                total,
+                [*beams[i // logp.shape[1]][1], i % logp.shape[1]],
+                i // logp.shape[1],
+            )
+            for total, i in zip(best.tolist(), index.tolist())
+        ]
+        finished += [
+            (total / length**length_penalty, ids)
+            for total, ids, _ in candidates[:num_beams]
+            if tokenizer.is_end(ids, stop)
+        ]
         finished = sorted(finished, reverse=True)[:num_beams]
-        if len(finished) == num_beams and finished[-1][0] >= candidates[0][0] / length ** length_penalty:
+        if (
+            len(finished) == num_beams
+            and finished[-1][0] >= candidates[0][0] / length**length_penalty
+        ):
             return finished[0][1]
         kept = [c for c in candidates if not tokenizer.is_end(c[1], stop)][:num_beams]
-        beams, rows = [c[:2] for c in kept], torch.tensor([c[2] for c in kept], device=x.device)
+        beams, rows = (
+            [c[:2] for c in kept],
+            torch.tensor([c[2] for c in kept], device=x.device),
+        )
         token = torch.tensor([ids[-1:] for _, ids in beams], device=x.device)
         cache.select(rows)
         seen, x = seen[rows].scatter(1, token, True), llama.embed_tokens(token)
-    return max(finished + [(total / (length + 1) ** length_penalty, ids) for total, ids in beams])[1]
+    return max(
+        finished
+        + [(total / (length + 1) ** length_penalty, ids) for total, ids in beams]
+    )[1]
+
 
 class Tokenizer:
     """A sentencepiece `tokenizer.model`. In a text, the letters `<s>` and `</s>` are plain text."""
@@ -341,29 +545,43 @@ class Tokenizer:
             start_of(path)
             self.sp = SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as e:
-            raise InputError(f"{path}: no sentencepiece model; it is a LLaMA folder's tokenizer.model") from e
+            raise InputError(
+                f"{path}: no sentencepiece model; it is a LLaMA folder's tokenizer.model"
+            ) from e
         self.path = str(path)
-        self.bos, self.eos, self.vocab_size = self.sp.bos_id(), self.sp.eos_id(), self.sp.vocab_size()
+        self.bos, self.eos, self.vocab_size = (
+            self.sp.bos_id(),
+            self.sp.eos_id(),
+            self.sp.vocab_size(),
+        )
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
-        """"a dog" -> [263, 11203]. Sentencepiece adds a leading space piece; `bos` prepends `<s>`."""
+        """ "a dog" -> [263, 11203]. Sentencepiece adds a leading space piece; `bos` prepends `<s>`."""
         return [self.bos] * bos + self.sp.encode(text)
 
     def decode(self, ids: list[int]) -> str:
         """[263, 11203] -> "a dog", without the leading space piece; control tokens give no text."""
         return self.sp.decode(ids)
 
-    def encode_segments(self, segments: list[str | int], n_image_tokens: int) -> list[int]:
+    def encode_segments(
+        self, segments: list[str | int], n_image_tokens: int
+    ) -> list[int]:
         """A prompt's segments (configs/prompts.py) -> ids; adjacent texts are encoded as one."""
         ids = []
         markers = {IMAGE: [IMAGE] * n_image_tokens, BOS: [self.bos]}
         for kind, run in groupby(segments, key=type):
-            ids += self.encode("".join(run)) if kind is str else sum(map(markers.get, run), [])
+            ids += (
+                self.encode("".join(run))
+                if kind is str
+                else sum(map(markers.get, run), [])
+            )
         return ids
 
     def encode_answer(self, text: str, end: str) -> list[int]:
         """An answer with its end, a text or the control token "</s>"."""
-        return self.encode(text) + [self.eos] if end == "</s>" else self.encode(text + end)
+        return (
+            self.encode(text) + [self.eos] if end == "</s>" else self.encode(text + end)
+        )
 
     def answer_text(self, ids: list[int], end: str) -> str:
         """What a user is shown of an answer: everything before its first end."""
@@ -371,28 +589,47 @@ class Tokenizer:
 
     def is_end(self, ids: list[int], stop: tuple[list[int], ...]) -> bool:
         """Whether ids of an answer end it, with `</s>` or one of the `stop` sequences."""
-        return ids[-1] == self.eos or any(ids[-len(s):] == list(s) for s in stop)
+        return ids[-1] == self.eos or any(ids[-len(s) :] == list(s) for s in stop)
 
     def stop_sequences(self, end: str) -> tuple[list[int], ...]:
         """The ids that end an answer, alone and after text: "###" -> [835], [2277, 29937]."""
         if end == "</s>":
             return ([self.eos],)
-        return self.encode(end), self.encode("a" + end)[len(self.encode("a")):]
+        return self.encode(end), self.encode("a" + end)[len(self.encode("a")) :]
+
 
 def read_llama_folder(folder: str) -> tuple[LlamaConfig, list[Path]]:
     """The sizes and safetensors files of a Hugging Face folder."""
     root, index = Path(folder), Path(folder) / "model.safetensors.index.json"
     if not (root / "config.json").is_file():
-        raise InputError(f"{folder}: not a LLaMA folder, it has no config.json; see the README")
-    config = LlamaConfig.from_dict(read_json(root / "config.json"), f"{folder}/config.json")
-    shards = indexed_files(index) if index.is_file() else sorted(root.glob("[!.]*.safetensors"))
+        raise InputError(
+            f"{folder}: not a LLaMA folder, it has no config.json; see the README"
+        )
+    config = LlamaConfig.from_dict(
+        read_json(root / "config.json"), f"{folder}/config.json"
+    )
+    shards = (
+        indexed_files(index)
+        if index.is_file()
+        else sorted(root.glob("[!.]*.safetensors"))
+    )
     if not shards:
-        raise InputError(f"{folder}: no *.safetensors file; see the README on getting the weights")
+        raise InputError(
+            f"{folder}: no *.safetensors file; see the README on getting the weights"
+        )
     names = {shard.name for shard in shards}
     for name, n in re.findall(r"(.+)-\d+-of-(\d{5})\.safetensors", "\n".join(names)):
-        if missing := {f"{name}-{i:05d}-of-{n}.safetensors" for i in range(1, int(n) + 1)} - names:
-            raise InputError(f"{folder}/{min(missing)}: no such weight file, of {int(n)}; fetch it too")
+        if (
+            missing := {
+                f"{name}-{i:05d}-of-{n}.safetensors" for i in range(1, int(n) + 1)
+            }
+            - names
+        ):
+            raise InputError(
+                f"{folder}/{min(missing)}: no such weight file, of {int(n)}; fetch it too"
+            )
     return config, shards
+
 
 def indexed_files(index: Path) -> list[Path]:
     """The weight files that a Hugging Face *.index.json names."""
@@ -401,5 +638,7 @@ def indexed_files(index: Path) -> list[Path]:
         raise InputError(f"{index}: it has no weight_map; fetch it again")
     files = [index.parent / name for name in sorted(set(names.values()))]
     if missing := [file for file in files if not file.is_file()]:
-        raise InputError(f"{missing[0]}: no such weight file, but {index.name} names it; fetch it too")
+        raise InputError(
+            f"{missing[0]}: no such weight file, but {index.name} names it; fetch it too"
+        )
     return files

@@ -14,17 +14,20 @@ from torch import nn
 
 from vision import init_weights
 
+
 @dataclass(frozen=True)
 class QFormerConfig:
     """Sizes; the defaults are BLIP-2's, over EVA-ViT-g."""
+
     n_queries: int = 32
     width: int = 768
     n_layers: int = 12
     n_heads: int = 12
     ffn_hidden: int = 3072
     vision_width: int = 1408
-    cross_attention_every: int = 2   # layers 0, 2, 4, ... attend to the vision tokens
+    cross_attention_every: int = 2  # layers 0, 2, 4, ... attend to the vision tokens
     norm_eps: float = 1e-12
+
 
 class Attention(nn.Module):
     """Attention from x (B, Q, D) to context (B, N, context_width), then projection, residual, LayerNorm."""
@@ -40,7 +43,11 @@ class Attention(nn.Module):
 
     def forward(self, x, context):
         B, Q, D = x.shape
-        q, k, v = self.heads(self.query(x)), self.heads(self.key(context)), self.heads(self.value(context))
+        q, k, v = (
+            self.heads(self.query(x)),
+            self.heads(self.key(context)),
+            self.heads(self.value(context)),
+        )
         y = F.scaled_dot_product_attention(q, k, v)
         return self.norm(x + self.out(y.transpose(1, 2).reshape(B, Q, D)))
 
@@ -48,13 +55,16 @@ class Attention(nn.Module):
         """(B, Q or N, D) -> (B, H, Q or N, D/H)."""
         return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
 
+
 class Layer(nn.Module):
     """Post-norm: self-attention of the queries x (B, Q, D), cross-attention in some layers, MLP."""
 
     def __init__(self, config: QFormerConfig, has_cross_attention: bool):
         super().__init__()
         self.self_attn = Attention(config, config.width)
-        self.cross_attn = Attention(config, config.vision_width) if has_cross_attention else None
+        self.cross_attn = (
+            Attention(config, config.vision_width) if has_cross_attention else None
+        )
         self.fc1 = nn.Linear(config.width, config.ffn_hidden)
         self.fc2 = nn.Linear(config.ffn_hidden, config.width)
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
@@ -64,6 +74,7 @@ class Layer(nn.Module):
         if self.cross_attn is not None:
             x = self.cross_attn(x, image)
         return self.norm(x + self.fc2(F.gelu(self.fc1(x))))
+
 
 class QFormer(nn.Module):
     """Vision tokens (B, N, vision_width) -> image tokens (B, Q, D)."""
@@ -76,7 +87,9 @@ class QFormer(nn.Module):
         self.query_tokens = nn.Parameter(torch.zeros(1, config.n_queries, config.width))
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.layers = nn.ModuleList(
-            Layer(config, i % config.cross_attention_every == 0) for i in range(config.n_layers))
+            Layer(config, i % config.cross_attention_every == 0)
+            for i in range(config.n_layers)
+        )
 
     def forward(self, image):
         image = self.ln_vision(image.to(self.query_tokens.dtype))
@@ -91,6 +104,7 @@ class QFormer(nn.Module):
     def reset_parameters(self):
         """A norm follows the queries, in which steps on small ones would be too large."""
         init_weights(self, {"query_tokens": 1})
+
 
 class JoinPatches(nn.Module):
     """Vision tokens (B, 1 + P, D) -> image tokens (B, P / 4, 4 * D): 4 patches each, no class token."""

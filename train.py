@@ -29,8 +29,20 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from configs.schema import (SIGNALS, Config, InputError, append_row, load_config, note, outlive_reader,
-                            parse_args, prepare_data, read_saved_config, run_main, to_json)
+from configs.schema import (
+    SIGNALS,
+    Config,
+    InputError,
+    append_row,
+    load_config,
+    note,
+    outlive_reader,
+    parse_args,
+    prepare_data,
+    read_saved_config,
+    run_main,
+    to_json,
+)
 from data import Batch, Groups, Reader, Samples, collate, open_samples
 from llama import IGNORE
 from model import PARTS, MiniGPT4, fingerprint, pick_device, replacing
@@ -39,128 +51,242 @@ ADVICE = "the last checkpoint is kept; start again with a lower --lr, or with --
 LAUNCHER = os.getppid()  # torchrun, or a shell
 MOST_FAILED = 20  # steps in a row whose loss or gradient is not finite
 
+
 def learning_rate(step: int, config: Config) -> float:
     """Linear from warmup_lr to lr, then a cosine to min_lr. Quirk kept: the cosine counts the warm-up too."""
     if step < config.warmup_steps:
-        return config.warmup_lr + (config.lr - config.warmup_lr) * step / config.warmup_steps
-    return config.min_lr + (config.lr - config.min_lr) * (1 + cos(pi * step / config.max_steps)) / 2
+        return (
+            config.warmup_lr
+            + (config.lr - config.warmup_lr) * step / config.warmup_steps
+        )
+    return (
+        config.min_lr
+        + (config.lr - config.min_lr) * (1 + cos(pi * step / config.max_steps)) / 2
+    )
 
-def make_optimizer(parameters: dict[str, torch.nn.Parameter], config: Config) -> torch.optim.AdamW:
+
+def make_optimizer(
+    parameters: dict[str, torch.nn.Parameter], config: Config
+) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices, none on biases and norms."""
-    groups = [{"params": [p for p in parameters.values() if p.dim() > 1]},
-              {"params": [p for p in parameters.values() if p.dim() <= 1], "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], config.lr, config.betas, eps=1e-8,
-                             weight_decay=config.weight_decay)
+    groups = [
+        {"params": [p for p in parameters.values() if p.dim() > 1]},
+        {
+            "params": [p for p in parameters.values() if p.dim() <= 1],
+            "weight_decay": 0.0,
+        },
+    ]
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]],
+        config.lr,
+        config.betas,
+        eps=1e-8,
+        weight_decay=config.weight_decay,
+    )
 
-def train_step(model, batches: list[Batch], optimizer, scaler, lr: float, grad_clip=0.0) -> torch.Tensor:
+
+def train_step(
+    model, batches: list[Batch], optimizer, scaler, lr: float, grad_clip=0.0
+) -> torch.Tensor:
     """One step of AdamW along the gradient of the mean loss over all answer tokens, of all micro-batches and
     ranks; none if one is not finite. Returns the sum of the loss over this rank's answer tokens, or NaN."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    total = torch.tensor(float(sum(batch.n_targets for batch in batches)), device=parameters[0].device)
+    total = torch.tensor(
+        float(sum(batch.n_targets for batch in batches)), device=parameters[0].device
+    )
     loss_sum = torch.zeros_like(total)
     if world > 1:
         dist.all_reduce(total)
     for i, batch in enumerate(batches, 1):
-        model.require_backward_grad_sync = i == len(batches)  # for DistributedDataParallel
+        model.require_backward_grad_sync = i == len(
+            batches
+        )  # for DistributedDataParallel
         loss = model(*batch.to(total.device)) * batch.n_targets
         loss_sum += loss.detach()
-        if batch.images is None:  # DistributedDataParallel waits for every gradient, also the projection's
+        if (
+            batch.images is None
+        ):  # DistributedDataParallel waits for every gradient, also the projection's
             loss = loss + 0 * sum(p.sum() for p in parameters)
-        scaler.scale(loss * (world / total + 0 * loss.detach())).backward()  # DDP averages; NaN if infinite
+        scaler.scale(
+            loss * (world / total + 0 * loss.detach())
+        ).backward()  # DDP averages; NaN if infinite
     for group in optimizer.param_groups:
         group["lr"] = lr
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or torch.inf)  # of all ranks' gradients
-    is_finite = norm.isfinite() | scaler.is_enabled()  # a scaler tries infinite ones, and skips the step
+    norm = torch.nn.utils.clip_grad_norm_(
+        parameters, grad_clip or torch.inf
+    )  # of all ranks' gradients
+    is_finite = (
+        norm.isfinite() | scaler.is_enabled()
+    )  # a scaler tries infinite ones, and skips the step
     if is_finite:
         scaler.step(optimizer)
         scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return loss_sum if is_finite else loss_sum * torch.nan
 
+
 @torch.no_grad()
-def evaluate(model: MiniGPT4, samples: Samples, config: Config, device) -> tuple[float, list[dict]]:
+def evaluate(
+    model: MiniGPT4, samples: Samples, config: Config, device
+) -> tuple[float, list[dict]]:
     """The mean loss per answer token, and the greedy answers to some first prompts beside the data's."""
-    batches = list(DataLoader([*samples.first(config.eval_samples)], config.batch_size, collate_fn=collate))
+    batches = list(
+        DataLoader(
+            [*samples.first(config.eval_samples)], config.batch_size, collate_fn=collate
+        )
+    )
     if bad := {*samples.bad}:
-        note(f"warning: {len(bad)} held-out samples cannot be used, such as {min(bad)[1]}")
-    loss_sum = sum(model(*batch.to(device)).item() * batch.n_targets for batch in batches)
+        note(
+            f"warning: {len(bad)} held-out samples cannot be used, such as {min(bad)[1]}"
+        )
+    loss_sum = sum(
+        model(*batch.to(device)).item() * batch.n_targets for batch in batches
+    )
     shown, stop = [], model.tokenizer.stop_sequences(config.answer_end)
     for images, ids, targets in samples.first(config.show_samples):
         start = next(i for i, target in enumerate(targets) if target != IGNORE)
         embeds = model.encode_image(torch.stack(images).to(device)) if images else None
-        answer = model.generate(ids[:start], embeds, config.max_txt_len, temperature=0, stop=stop,
-                                context=start + config.max_txt_len)
+        answer = model.generate(
+            ids[:start],
+            embeds,
+            config.max_txt_len,
+            temperature=0,
+            stop=stop,
+            context=start + config.max_txt_len,
+        )
         end = [*targets, IGNORE].index(IGNORE, start)
-        shown.append({"answer": model.tokenizer.decode(list(answer)),
-                      "data": model.tokenizer.decode(targets[start:end])})
+        shown.append(
+            {
+                "answer": model.tokenizer.decode(list(answer)),
+                "data": model.tokenizer.decode(targets[start:end]),
+            }
+        )
     return loss_sum / sum(batch.n_targets for batch in batches), shown
+
 
 def saved_parts(config: Config) -> dict[str, str]:
     """{part: its file in out_dir}: the trained ones, and the projection, which identifies them."""
     names = (*config.trainable, "proj") if config.vision else config.trainable
-    return {k: f"{config.out_dir}/{k}" + ("" if k == "llama" else ".safetensors") for k in names}
+    return {
+        k: f"{config.out_dir}/{k}" + ("" if k == "llama" else ".safetensors")
+        for k in names
+    }
+
 
 def refuse_to_overwrite(config: Config):
     """Raise InputError when out_dir holds a run that this one does not resume, or is no run's folder."""
     rows = Path(config.out_dir, "log.jsonl")
-    files = [f"{config.out_dir}/state.pt", f"{config.out_dir}/state.old.pt", *saved_parts(config).values()]
+    files = [
+        f"{config.out_dir}/state.pt",
+        f"{config.out_dir}/state.old.pt",
+        *saved_parts(config).values(),
+    ]
     files += [rows] * (rows.is_file() and rows.stat().st_size > 0)
     if not config.resume and (held := list(filter(os.path.exists, files))):
-        raise InputError(f"{held[0]}: already holds a run; continue it with --resume, or change --out_dir")
+        raise InputError(
+            f"{held[0]}: already holds a run; continue it with --resume, or change --out_dir"
+        )
     if Path(config.out_dir, "config.json").exists():
-        read_saved_config(config.out_dir)  # raises InputError for something else's config.json
+        read_saved_config(
+            config.out_dir
+        )  # raises InputError for something else's config.json
+
 
 def start_folder(config: Config):
     """Make out_dir, with a config.json that leads chat.py to all parts."""
     Path(config.out_dir).mkdir(parents=True, exist_ok=True)
-    own = saved_parts(config) | ({"tokenizer": ""} if "llama" in config.trainable else {})
+    own = saved_parts(config) | (
+        {"tokenizer": ""} if "llama" in config.trainable else {}
+    )
     real = os.path.realpath  # out_dir may be a link
-    paths = {k: os.path.relpath(real(v), real(config.out_dir)) if isinstance(v, str) and v else v
-             for k, v in (config.parts() | own).items()}
+    paths = {
+        k: os.path.relpath(real(v), real(config.out_dir))
+        if isinstance(v, str) and v
+        else v
+        for k, v in (config.parts() | own).items()
+    }
     with replacing(Path(config.out_dir, "config.json")) as temporary:
         temporary.write_text(to_json(replace(config, **paths)))
+
 
 def open_log(config: Config, done: int):
     """log.jsonl, to append to, without the steps that come again. InputError: another run writes to it."""
     Path(config.out_dir).mkdir(parents=True, exist_ok=True)
-    out = open(Path(config.out_dir, "log.jsonl"), "a+", 1, "utf-8", "surrogateescape", "\n")
+    out = open(
+        Path(config.out_dir, "log.jsonl"), "a+", 1, "utf-8", "surrogateescape", "\n"
+    )
     with suppress(ImportError, OSError):  # on Windows; on a file system without locks
         from fcntl import LOCK_EX, LOCK_NB, lockf
+
         try:
             lockf(out, LOCK_EX | LOCK_NB)  # of this process alone: it ends with it
         except (BlockingIOError, PermissionError) as e:
-            raise InputError(f"{config.out_dir}: another run writes to it; choose another --out_dir") from e
+            raise InputError(
+                f"{config.out_dir}: another run writes to it; choose another --out_dir"
+            ) from e
     out.seek(0)
-    rows = re.finditer(r'^{"step": (\d+), .*}\r?\n', text := out.read(), re.MULTILINE)  # the last may be cut
+    rows = re.finditer(
+        r'^{"step": (\d+), .*}\r?\n', text := out.read(), re.MULTILINE
+    )  # the last may be cut
     end = max((row.end() for row in rows if int(row[1]) <= done), default=0)
     out.truncate(len(text[:end].encode("utf-8", "surrogateescape")))
     return out
+
 
 class Checkpoint:
     """The state of a run that state.pt keeps: the trained parameters, the optimizer and the scaler."""
 
     def __init__(self, model: MiniGPT4, config: Config, identity: dict, device):
-        self.model, self.config, self.path = model, config, Path(config.out_dir, "state.pt")
-        self.older, self.damage = self.path.with_name("state.old.pt"), ""  # the state before; what is wrong
-        self.parameters = {f"{name}.{k}": p for name in config.trainable
-                           for k, p in model.part_parameters(name).items()}
+        self.model, self.config, self.path = (
+            model,
+            config,
+            Path(config.out_dir, "state.pt"),
+        )
+        self.older, self.damage = (
+            self.path.with_name("state.old.pt"),
+            "",
+        )  # the state before; what is wrong
+        self.parameters = {
+            f"{name}.{k}": p
+            for name in config.trainable
+            for k, p in model.part_parameters(name).items()
+        }
         self.optimizer = make_optimizer(self.parameters, config)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
-        self.identity = identity | {"trainable": config.trainable, "use of float16": self.scaler.is_enabled()}
-        proj = {"proj": fingerprint(model.part_parameters("proj"))} if model.proj else {}
-        self.frozen = {k: v for k, v in (model.fingerprints | proj).items() if k not in config.trainable}
+        self.scaler = torch.amp.GradScaler(
+            device.type, enabled=config.dtype == "float16"
+        )
+        self.identity = identity | {
+            "trainable": config.trainable,
+            "use of float16": self.scaler.is_enabled(),
+        }
+        proj = (
+            {"proj": fingerprint(model.part_parameters("proj"))} if model.proj else {}
+        )
+        self.frozen = {
+            k: v
+            for k, v in (model.fingerprints | proj).items()
+            if k not in config.trainable
+        }
 
     def save(self, step: int):
         """Write the trained parts, then state.pt. Raises InputError for weights that are not finite."""
         if not all(p.isfinite().all() for p in self.parameters.values()):
-            raise InputError(f"step {step}: the weights have become infinite or NaN; {ADVICE}")
+            raise InputError(
+                f"step {step}: the weights have become infinite or NaN; {ADVICE}"
+            )
         for name in saved_parts(self.config):
             self.model.save_part(name, self.config.out_dir, self.config.save_dtype)
-        state = {"step": step, "parameters": {k: p.detach() for k, p in self.parameters.items()},
-                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                 "identity": self.identity, "frozen": self.frozen, "config": asdict(self.config)}
+        state = {
+            "step": step,
+            "parameters": {k: p.detach() for k, p in self.parameters.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "identity": self.identity,
+            "frozen": self.frozen,
+            "config": asdict(self.config),
+        }
         with replacing(self.path) as temporary:
             torch.save(state, temporary)
             if self.path.exists() and not self.damage:
@@ -192,35 +318,60 @@ class Checkpoint:
         assert type(step) is int and step > 0, f"step {step}"
         for name, now in self.identity.items():
             if (was := before.get(name)) != now:
-                raise InputError(f"{path}: {name} was {was}, now it is {now}; keep it or change out_dir")
-        if {k: p.shape for k, p in self.parameters.items()} != {k: t.shape for k, t in saved.items()}:
-            raise InputError(f"{path}: its parts have other sizes; give them, or another --out_dir")
-        if other := [k for k, mark in self.frozen.items() if state["frozen"].get(k) != mark]:
+                raise InputError(
+                    f"{path}: {name} was {was}, now it is {now}; keep it or change out_dir"
+                )
+        if {k: p.shape for k, p in self.parameters.items()} != {
+            k: t.shape for k, t in saved.items()
+        }:
+            raise InputError(
+                f"{path}: its parts have other sizes; give them, or another --out_dir"
+            )
+        if other := [
+            k for k, mark in self.frozen.items() if state["frozen"].get(k) != mark
+        ]:
             note(f"warning: {path} was trained with another {', '.join(other)}")
         for k, p in self.parameters.items():
             p.data.copy_(saved[k])
         groups = self.optimizer.state_dict()["param_groups"]  # with this run's options
-        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
+        self.optimizer.load_state_dict(
+            {"state": state["optimizer"]["state"], "param_groups": groups}
+        )
         self.scaler.load_state_dict(state["scaler"])
         for p in self.parameters.values():
             moments = self.optimizer.state[p].values()  # none before the first step
-            shapes = [t.shape if t.isfinite().all() else "not finite" for t in (p, *moments)]
+            shapes = [
+                t.shape if t.isfinite().all() else "not finite" for t in (p, *moments)
+            ]
             if shapes not in ([p.shape], [p.shape, (), p.shape, p.shape]):
                 raise ValueError(f"{shapes} for a parameter, a count and two moments")
         return step
+
 
 class Meter:
     """The losses and the speed since the last report, of all ranks together."""
 
     def __init__(self, model: MiniGPT4, config: Config, sources: list[str], device):
         self.sources, self.flops = sources, flops_per_position(model, config.trainable)
-        self.peak = config.peak_tflops * 1e12 * (dist.get_world_size() if dist.is_initialized() else 1)
-        self.sums = torch.zeros(4, len(sources), device=device, dtype=torch.float64)  # rows: see `add`
-        self.since, self.waited = time.perf_counter(), 0.0  # seconds of waiting for data
+        self.peak = (
+            config.peak_tflops
+            * 1e12
+            * (dist.get_world_size() if dist.is_initialized() else 1)
+        )
+        self.sums = torch.zeros(
+            4, len(sources), device=device, dtype=torch.float64
+        )  # rows: see `add`
+        self.since, self.waited = (
+            time.perf_counter(),
+            0.0,
+        )  # seconds of waiting for data
 
     def add(self, source: int, loss_sum: torch.Tensor, batches: list[Batch]):
         """Count a step: the sum of its loss, its answer tokens, its pictures (or texts), and its tokens."""
-        counts = [(b.n_targets, len(b.tokens if b.images is None else b.images), b.n_tokens) for b in batches]
+        counts = [
+            (b.n_targets, len(b.tokens if b.images is None else b.images), b.n_tokens)
+            for b in batches
+        ]
         for row, value in enumerate((loss_sum, *map(sum, zip(*counts)))):
             self.sums[row, source] += value  # without waiting for the device
 
@@ -234,10 +385,14 @@ class Meter:
         seconds = time.perf_counter() - self.since
         report = {"loss": sum(losses) / sum(targets)}
         if len(self.sources) > 1:
-            report["losses"] = {name: x / n for name, x, n in zip(self.sources, losses, targets) if n}
-        report |= {"images_per_s": round(sum(images) / seconds, 1),
-                   "tokens_per_s": round(sum(tokens) / seconds),
-                   "data_wait": round(self.waited / seconds, 3)}
+            report["losses"] = {
+                name: x / n for name, x, n in zip(self.sources, losses, targets) if n
+            }
+        report |= {
+            "images_per_s": round(sum(images) / seconds, 1),
+            "tokens_per_s": round(sum(tokens) / seconds),
+            "data_wait": round(self.waited / seconds, 3),
+        }
         if self.peak:
             flops = sum(images) * self.flops[0] + sum(tokens) * self.flops[1]
             report["mfu"] = round(flops / seconds / self.peak, 3)
@@ -245,67 +400,118 @@ class Meter:
         self.since, self.waited = time.perf_counter(), 0.0
         return report
 
-def flops_per_position(model: MiniGPT4, trainable: tuple[str, ...]) -> tuple[float, float]:
+
+def flops_per_position(
+    model: MiniGPT4, trainable: tuple[str, ...]
+) -> tuple[float, float]:
     """Training FLOPs per (picture, token): 2 per weight forward, 2 for each gradient; without attention."""
-    n = {k: sum(p.numel() for p in model.part_parameters(k).values() if p.dim() > 1) for k in PARTS}
-    n["llama"] -= model.llama.embed_tokens.weight.numel() * (model.llama.lm_head is not None)  # a lookup
+    n = {
+        k: sum(p.numel() for p in model.part_parameters(k).values() if p.dim() > 1)
+        for k in PARTS
+    }
+    n["llama"] -= model.llama.embed_tokens.weight.numel() * (
+        model.llama.lm_head is not None
+    )  # a lookup
     n_patches = model.vision.pos_embed.shape[1] if model.vision else 0
     vision = n["vision"] * n_patches * (3 if "vision" in trainable else 1)
-    qformer = n["qformer"] * model.n_image_tokens * (3 if {"vision", "qformer"} & set(trainable) else 1)
+    qformer = (
+        n["qformer"]
+        * model.n_image_tokens
+        * (3 if {"vision", "qformer"} & set(trainable) else 1)
+    )
     return 2 * (vision + qformer), 2 * n["llama"] * (3 if "llama" in trainable else 2)
+
 
 def build(config: Config, device) -> MiniGPT4:
     """The model of a config, its blocks sharded, checkpointed and compiled as the config says."""
     if config.shard and not dist.is_initialized():
-        raise InputError("shard = True: there is only one process; start several with torchrun")
+        raise InputError(
+            "shard = True: there is only one process; start several with torchrun"
+        )
     torch.manual_seed(config.seed)
-    model = MiniGPT4.from_files(**config.parts(), dtype=config.dtype, trainable=config.trainable,
-                                device="cpu" if config.shard else device, image_size=config.image_size)
+    model = MiniGPT4.from_files(
+        **config.parts(),
+        dtype=config.dtype,
+        trainable=config.trainable,
+        device="cpu" if config.shard else device,
+        image_size=config.image_size,
+    )
     if config.shard:
         from torch.distributed.fsdp import fully_shard  # takes a second to import
+
         mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
-        for block in model.llama.layers:  # one at a time is moved to the device, and sharded there
+        for block in (
+            model.llama.layers
+        ):  # one at a time is moved to the device, and sharded there
             fully_shard(block, mesh=mesh)
         model.to(device)
     model.llama.grad_checkpoint = config.grad_checkpoint
     if config.compile:
         if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-            raise InputError("compile = True: on a CPU it needs a C++ compiler; install g++ or switch it off")
-        vision, bridge = getattr(model.vision, "blocks", ()), getattr(model.bridge, "layers", ())
+            raise InputError(
+                "compile = True: on a CPU it needs a C++ compiler; install g++ or switch it off"
+            )
+        vision, bridge = (
+            getattr(model.vision, "blocks", ()),
+            getattr(model.bridge, "layers", ()),
+        )
         for blocks in (vision, bridge, model.llama.layers):
             for block in blocks:
-                block.compile(dynamic=True)  # one graph for all blocks of a kind and any number of tokens
+                block.compile(
+                    dynamic=True
+                )  # one graph for all blocks of a kind and any number of tokens
     return model
+
 
 @torch.no_grad()
 def cache_features(model: MiniGPT4, samples: Samples, config: Config, device):
     """Keep the frozen vision features of all pictures in `samples`; each rank computes its share."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = (
+        (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    )
     features, keys, n = {}, list(samples.keys())[rank::world], config.batch_size
-    loader = DataLoader(samples, n, sampler=keys, collate_fn=list, num_workers=config.num_workers)
-    for at, rows in enumerate(tqdm(loader, desc="features", disable=rank > 0, dynamic_ncols=True)):
+    loader = DataLoader(
+        samples, n, sampler=keys, collate_fn=list, num_workers=config.num_workers
+    )
+    for at, rows in enumerate(
+        tqdm(loader, desc="features", disable=rank > 0, dynamic_ncols=True)
+    ):
         if images := [image for row in rows if row for image in row[0]]:
             computed = iter(model.image_features(torch.stack(images).to(device)).cpu())
-            for key, row in zip(keys[at * n:], rows):
-                features[key[:3]] = [next(computed).clone() for _ in row[0]] if row else []
+            for key, row in zip(keys[at * n :], rows):
+                features[key[:3]] = (
+                    [next(computed).clone() for _ in row[0]] if row else []
+                )
     shares = [features] * world
     if world > 1:
         dist.all_gather_object(shares, features)
-    samples.features = {key: value for share in shares for key, value in share.items() if value}
+    samples.features = {
+        key: value for share in shares for key, value in share.items() if value
+    }
     samples.bad = []  # training counts them
 
-def open_data(config: Config, model: MiniGPT4, device) -> tuple[Samples, dict, Samples | None]:
+
+def open_data(
+    config: Config, model: MiniGPT4, device
+) -> tuple[Samples, dict, Samples | None]:
     """The samples to train on, the weights of their sources, and the held-out samples, if there are any."""
     shape = (model.tokenizer, model.image_size, model.n_image_tokens)
     samples, weights = open_samples(config.data, config, *shape)
-    heldout = open_samples(config.heldout_data, config, *shape)[0] if config.heldout_data else None
+    heldout = (
+        open_samples(config.heldout_data, config, *shape)[0]
+        if config.heldout_data
+        else None
+    )
     if heldout and not list(heldout.first(1)):
-        raise InputError(f"heldout_data {config.heldout_data}: not one of its samples can be used; fix it")
+        raise InputError(
+            f"heldout_data {config.heldout_data}: not one of its samples can be used; fix it"
+        )
     if config.cache_features:
         for each in filter(None, (samples, heldout)):
             cache_features(model, each, config, device)
         model.vision = model.bridge = None  # to free their memory
     return samples, weights, heldout
+
 
 def train(config: Config, device, rank: int = 0, world: int = 1):
     """Run the config from its first or its last saved step to max_steps, or until a signal."""
@@ -323,7 +529,9 @@ def train(config: Config, device, rank: int = 0, world: int = 1):
         dist.all_gather_object(found := [None] * world, (done, groups.identity))
         if any(each != found[0] for each in found):
             steps = [step for step, _ in found]
-            raise InputError(f"the processes found steps {steps} or other data; give all the same folders")
+            raise InputError(
+                f"the processes found steps {steps} or other data; give all the same folders"
+            )
     if done >= config.max_steps:
         return note(f"{config.out_dir}: its run is already at step {done:,}")
     meter = Meter(model, config, list(weights), device)
@@ -332,21 +540,59 @@ def train(config: Config, device, rank: int = 0, world: int = 1):
             start_folder(config)  # not earlier: a refused run changes nothing
         return run_steps(checkpoint, groups, meter, heldout, done + 1, out)
 
-def run_steps(checkpoint: Checkpoint, groups: Groups, meter: Meter, heldout: Samples | None, first: int, out):
+
+def run_steps(
+    checkpoint: Checkpoint,
+    groups: Groups,
+    meter: Meter,
+    heldout: Samples | None,
+    first: int,
+    out,
+):
     """The steps from `first` on: train, log, evaluate on rank 0, save; until a signal. True after Ctrl-C."""
-    config, model, rank, device = groups.config, checkpoint.model, groups.rank, meter.sums.device
+    config, model, rank, device = (
+        groups.config,
+        checkpoint.model,
+        groups.rank,
+        meter.sums.device,
+    )
     # without init_sync: all ranks start alike, by their seed
-    wrapped = DistributedDataParallel(model, init_sync=False) if groups.world > 1 else model
+    wrapped = (
+        DistributedDataParallel(model, init_sync=False) if groups.world > 1 else model
+    )
     reader, caught, failed = Reader(groups, first - 1), [], 0
-    for name in SIGNALS:  # the third ends the run at once; two may be one, as torchrun passes them on
-        signal.signal(name, lambda n, f: caught.append(n) or caught[2:] and signal.default_int_handler(n, f))
-    bar = tqdm(range(first, config.max_steps + 1), total=config.max_steps, initial=first - 1, unit="step",
-               dynamic_ncols=True, disable=rank > 0)
+    for name in (
+        SIGNALS
+    ):  # the third ends the run at once; two may be one, as torchrun passes them on
+        signal.signal(
+            name,
+            lambda n, f: (
+                caught.append(n) or caught[2:] and signal.default_int_handler(n, f)
+            ),
+        )
+    bar = tqdm(
+        range(first, config.max_steps + 1),
+        total=config.max_steps,
+        initial=first - 1,
+        unit="step",
+        dynamic_ncols=True,
+        disable=rank > 0,
+    )
     asked = time.perf_counter()
     for step, (source, batches) in zip(bar, reader):
         meter.waited += time.perf_counter() - asked
-        lr, is_orphan = learning_rate(step - 1, config), groups.world > 1 and os.getppid() != LAUNCHER
-        loss_sum = train_step(wrapped, batches, checkpoint.optimizer, checkpoint.scaler, lr, config.grad_clip)
+        lr, is_orphan = (
+            learning_rate(step - 1, config),
+            groups.world > 1 and os.getppid() != LAUNCHER,
+        )
+        loss_sum = train_step(
+            wrapped,
+            batches,
+            checkpoint.optimizer,
+            checkpoint.scaler,
+            lr,
+            config.grad_clip,
+        )
         stop = len(caught) + is_orphan  # is_orphan: torchrun has died
         if groups.world > 1:
             dist.all_reduce(stop := torch.tensor(float(stop), device=device))
@@ -355,25 +601,47 @@ def run_steps(checkpoint: Checkpoint, groups: Groups, meter: Meter, heldout: Sam
         if not failed:
             meter.add(source, loss_sum, batches)
         elif rank == 0:
-            append_row(out, step=step, not_finite=failed, samples=groups.describe(step - 1))
+            append_row(
+                out, step=step, not_finite=failed, samples=groups.describe(step - 1)
+            )
         if failed == MOST_FAILED:
-            raise InputError(f"step {step}: the last {failed} losses or gradients were not finite; {ADVICE}")
+            raise InputError(
+                f"step {step}: the last {failed} losses or gradients were not finite; {ADVICE}"
+            )
         if step == 1 and rank == 0 and "llama" not in config.trainable:
             loss = loss_sum.item() / sum(batch.n_targets for batch in batches)
             if loss > log(model.llama.config.vocab_size) + 1:
-                note(f"warning: the first loss, {loss:.2f}, is worse than a uniform guess: LLaMA's weights "
-                     "or tokenizer are probably wrong; try chat.py --ckpt=OUT_DIR --check")
+                note(
+                    f"warning: the first loss, {loss:.2f}, is worse than a uniform guess: LLaMA's weights "
+                    "or tokenizer are probably wrong; try chat.py --ckpt=OUT_DIR --check"
+                )
         if (last or step % config.log_interval == 0) and (report := meter.report()):
             append_row(out, step=step, lr=lr, seen=step * groups.step_size, **report)
             report.pop("losses", None)  # too many for the bar
             bar.set_postfix(report | {"lr": f"{lr:.1e}"}, refresh=False)
         paused = time.perf_counter()
-        if heldout and (is_end or not (last or step % config.eval_interval)) and (not rank or config.shard):
-            loss, shown = evaluate(model, heldout, config, device)  # shards need all ranks
-            append_row(out, step=step, heldout_loss=loss if isfinite(loss) else None, samples=shown)
-            lines = [f"  answer: {s['answer']!r}\n  data:   {s['data']!r}" for s in shown]
+        if (
+            heldout
+            and (is_end or not (last or step % config.eval_interval))
+            and (not rank or config.shard)
+        ):
+            loss, shown = evaluate(
+                model, heldout, config, device
+            )  # shards need all ranks
+            append_row(
+                out,
+                step=step,
+                heldout_loss=loss if isfinite(loss) else None,
+                samples=shown,
+            )
+            lines = [
+                f"  answer: {s['answer']!r}\n  data:   {s['data']!r}" for s in shown
+            ]
             if rank == 0:
-                bar.write("\n".join([f"step {step}: held-out loss {loss:.4f}", *lines]), file=sys.stderr)
+                bar.write(
+                    "\n".join([f"step {step}: held-out loss {loss:.4f}", *lines]),
+                    file=sys.stderr,
+                )
         if rank == 0 and (last or step % config.save_interval == 0):
             checkpoint.save(step)
             if reader.skipped:
@@ -386,20 +654,33 @@ def run_steps(checkpoint: Checkpoint, groups: Groups, meter: Meter, heldout: Sam
         asked = time.perf_counter()
         meter.since += asked - paused  # evaluation and saving do not count
 
+
 def main(argv: list[str]):
     (path,), options = parse_args(argv, __doc__, "CONFIG", Config)
     config = load_config(path, options)
     outlive_reader(sys.stderr)
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages on Linux: pictures are normalized faster
-    world, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    os.environ.setdefault(
+        "THP_MEM_ALLOC_ENABLE", "1"
+    )  # huge pages on Linux: pictures are normalized faster
+    world, local_rank = (
+        int(os.environ.get("WORLD_SIZE", 1)),
+        int(os.environ.get("LOCAL_RANK", 0)),
+    )
     device = pick_device(config.device, local_rank)
     if world > 1:  # the others wait while rank 0 makes data, evaluates and saves
         # torchrun's store outlives a restart on one machine, and with it the addresses of the ranks before
         one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(world)
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "") if one_machine else ""
+        attempt = (
+            os.environ.get("TORCHELASTIC_RESTART_COUNT", "") if one_machine else ""
+        )
         store, rank, _ = next(dist.rendezvous("env://", timeout=timedelta(hours=2)))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world,
-                                store=dist.PrefixStore(attempt, store), timeout=timedelta(hours=2))
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            rank=rank,
+            world_size=world,
+            store=dist.PrefixStore(attempt, store),
+            timeout=timedelta(hours=2),
+        )
     if (rank := dist.get_rank() if world > 1 else 0) == 0:
         print(to_json(config), file=sys.stderr)
     try:
@@ -409,9 +690,13 @@ def main(argv: list[str]):
         if interrupted:
             raise KeyboardInterrupt
     except (RuntimeError, EOFError, ConnectionError) as e:
-        if isinstance(e, RuntimeError) and not re.search(r"DataLoader worker .*(is killed|exited)", str(e)):
+        if isinstance(e, RuntimeError) and not re.search(
+            r"DataLoader worker .*(is killed|exited)", str(e)
+        ):
             raise
-        raise InputError(f"a data worker died ({e}); if memory ran out, lower num_workers; --resume") from e
+        raise InputError(
+            f"a data worker died ({e}); if memory ran out, lower num_workers; --resume"
+        ) from e
     finally:
         for worker in multiprocessing.active_children():  # of data: it may be stuck
             worker.kill()
@@ -420,7 +705,11 @@ def main(argv: list[str]):
             dist.destroy_process_group()
     if rank == 0:
         picture = ["assets/tiny/example.png"] * bool(config.vision)
-        print(shlex.join(["python", "chat.py", *picture, f"--ckpt={config.out_dir}"]), file=sys.stderr)
+        print(
+            shlex.join(["python", "chat.py", *picture, f"--ckpt={config.out_dir}"]),
+            file=sys.stderr,
+        )
+
 
 if __name__ == "__main__":
     run_main(main)

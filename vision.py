@@ -24,10 +24,18 @@ from configs.schema import InputError
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # no others: PIL would start Ghostscript for EPS
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "BMP",
+    "GIF",
+    "TIFF",
+)  # no others: PIL would start Ghostscript for EPS
 MOST_BYTES = 1_200_000_000  # that decoding a picture may take
 # a word, quoted or with its spaces escaped, as terminals insert paths: 'it'\''s a.png', it\'s\ a.png
 WORD = re.compile(r"""(?<!\S)(?:"([^"]+)"|'((?:[^']|'\\'')+)'|((?:\\.|\S)+))""")
+
 
 def load_image(source: str | bytes, image_size: int, smallest: int = 1) -> torch.Tensor:
     """A picture's path or bytes -> uint8 (3, image_size, image_size), RGB; turned as EXIF says, transparent
@@ -36,32 +44,56 @@ def load_image(source: str | bytes, image_size: int, smallest: int = 1) -> torch
     try:
         if name is source and not os.path.isfile(source) and os.path.exists(source):
             raise ValueError("no regular file")  # a pipe would be waited for
-        with Image.open(source if name is source else io.BytesIO(source), formats=FORMATS) as image:
-            plain = image.mode in ("1", "L", "RGB", "CMYK", "YCbCr") and "transparency" not in image.info
-            if image.width * image.height * (6 if plain else 20) > MOST_BYTES:  # with the copies made below
+        with Image.open(
+            source if name is source else io.BytesIO(source), formats=FORMATS
+        ) as image:
+            plain = (
+                image.mode in ("1", "L", "RGB", "CMYK", "YCbCr")
+                and "transparency" not in image.info
+            )
+            if (
+                image.width * image.height * (6 if plain else 20) > MOST_BYTES
+            ):  # with the copies made below
                 raise ValueError(f"too large: {image.width} x {image.height} pixels")
             if min(image.size) >= smallest:
                 exif = image.getexif()
                 for tag in [tag for tag in exif if tag != ExifTags.Base.Orientation]:
-                    del exif[tag]  # exif_transpose would write them back, and fail at odd values
+                    del exif[
+                        tag
+                    ]  # exif_transpose would write them back, and fail at odd values
                 ImageOps.exif_transpose(image, in_place=True)
                 return preprocess(to_rgb(image), image_size)
     except FileNotFoundError as e:
         raise InputError(f"{name}: there is no such picture") from e
     except Exception as e:  # PIL's decoders raise nearly anything
-        raise InputError(f"{name}: cannot be read as a picture ({e}); give a JPEG, PNG or the like") from e
-    raise InputError(f"{name}: only {image.width} x {image.height} pixels; give a larger picture")
+        raise InputError(
+            f"{name}: cannot be read as a picture ({e}); give a JPEG, PNG or the like"
+        ) from e
+    raise InputError(
+        f"{name}: only {image.width} x {image.height} pixels; give a larger picture"
+    )
+
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL mode -> RGB, transparent pixels on white."""
-    if image.mode.startswith("I") or image.mode == "F":  # 16-bit gray, or float from 0 to 1 or to 255
-        pixels = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0).clip(min=0)
-        top = max(65535 if image.mode != "F" else 1 if pixels.max() <= 1 else 255, pixels.max())
+    if (
+        image.mode.startswith("I") or image.mode == "F"
+    ):  # 16-bit gray, or float from 0 to 1 or to 255
+        pixels = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0).clip(
+            min=0
+        )
+        top = max(
+            65535 if image.mode != "F" else 1 if pixels.max() <= 1 else 255,
+            pixels.max(),
+        )
         image = Image.fromarray((pixels * (255 / top)).astype(np.uint8))
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB")  # convert always copies
+    return (
+        image if image.mode == "RGB" else image.convert("RGB")
+    )  # convert always copies
+
 
 def preprocess(image: Image.Image, image_size: int) -> torch.Tensor:
     """RGB picture -> uint8 (3, image_size, image_size) by PIL's bicubic resize to a square."""
@@ -69,47 +101,78 @@ def preprocess(image: Image.Image, image_size: int) -> torch.Tensor:
         image = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
+
 def normalize(images: torch.Tensor) -> torch.Tensor:
     """uint8 (B, 3, S, S), 0..255 -> float32 (B, 3, S, S) normalized by CLIP's mean and standard deviation."""
-    mean, std = torch.tensor((IMAGE_MEAN, IMAGE_STD), device=images.device).view(2, 3, 1, 1)
-    return images.float().div_(255).sub_(mean).div_(std)  # in place: memory traffic dominates
+    mean, std = torch.tensor((IMAGE_MEAN, IMAGE_STD), device=images.device).view(
+        2, 3, 1, 1
+    )
+    return (
+        images.float().div_(255).sub_(mean).div_(std)
+    )  # in place: memory traffic dominates
+
 
 def half_blocks(image: torch.Tensor) -> str:
     """uint8 (3, S, S), S even -> lines of S characters for a terminal, each of two pixels in true color."""
-    rows, cell = image.permute(1, 2, 0).tolist(), "\x1b[38;2;{};{};{};48;2;{};{};{}m\u2580"
-    lines = ("".join(cell.format(*a, *b) for a, b in zip(*pair)) for pair in zip(rows[::2], rows[1::2]))
+    rows, cell = (
+        image.permute(1, 2, 0).tolist(),
+        "\x1b[38;2;{};{};{};48;2;{};{};{}m\u2580",
+    )
+    lines = (
+        "".join(cell.format(*a, *b) for a, b in zip(*pair))
+        for pair in zip(rows[::2], rows[1::2])
+    )
     return "\x1b[0m\n".join(lines) + "\x1b[0m"
+
 
 def find_pictures(message: str) -> tuple[str, list[str]]:
     """A message without the paths of pictures in it, as a terminal inserts them, and these paths."""
     paths = []
 
     def take(word: re.Match) -> str:
-        path = word[1] or (word[2] or "").replace("'\\''", "'") or re.sub(r"\\(.)", r"\1", word[3])
-        path = unquote(re.sub("^file://(localhost)?", "", path)) if path.startswith("file://") else path
+        path = (
+            word[1]
+            or (word[2] or "").replace("'\\''", "'")
+            or re.sub(r"\\(.)", r"\1", word[3])
+        )
+        path = (
+            unquote(re.sub("^file://(localhost)?", "", path))
+            if path.startswith("file://")
+            else path
+        )
         for each in map(os.path.expanduser, (path, path.strip("?!.,;:()<>`"), word[0])):
             if each.lower().endswith(SUFFIXES) and os.path.isfile(each):
                 return paths.append(each) or ""
         return word[0]
 
-    if (whole := os.path.expanduser(message)).lower().endswith(SUFFIXES) and os.path.isfile(whole):
+    if (whole := os.path.expanduser(message)).lower().endswith(
+        SUFFIXES
+    ) and os.path.isfile(whole):
         return "", [whole]  # with spaces that are not escaped
     rest = WORD.sub(take, message)
     return re.sub(" {2,}", " ", rest).strip() if paths else message, paths
 
+
 @dataclass(frozen=True)
 class VisionConfig:
     """Sizes; the defaults are EVA-ViT-g/14 as BLIP-2 uses it."""
-    image_size: int = 224    # pixels, both sides
-    patch_size: int = 14     # pixels
+
+    image_size: int = 224  # pixels, both sides
+    patch_size: int = 14  # pixels
     width: int = 1408
-    n_layers: int = 39       # the official file has a 40th block, which is not used
+    n_layers: int = 39  # the official file has a 40th block, which is not used
     n_heads: int = 16
-    mlp_hidden: int = 6144   # int(1408 * 4.3637)
+    mlp_hidden: int = 6144  # int(1408 * 4.3637)
     norm_eps: float = 1e-6
 
+
 @torch.no_grad()
-def init_weights(module: nn.Module, stds: dict[str, float], residual: tuple[str, ...] = (), depth: int = 1):
+def init_weights(
+    module: nn.Module,
+    stds: dict[str, float],
+    residual: tuple[str, ...] = (),
+    depth: int = 1,
+):
     """Random weights of a transformer: normal with variance 1 / inputs, or the standard deviation in `stds`;
     smaller for the outputs to the residual stream, those with a `residual` ending; norms one, biases zero."""
     for name, p in module.named_parameters():
@@ -117,7 +180,8 @@ def init_weights(module: nn.Module, stds: dict[str, float], residual: tuple[str,
             p.fill_(name.endswith("weight"))  # only norms have such weights
         else:
             n_inputs = p[0].numel() * (2 * depth if name.endswith(residual) else 1)
-            nn.init.normal_(p, std=stds.get(name, n_inputs ** -0.5))
+            nn.init.normal_(p, std=stds.get(name, n_inputs**-0.5))
+
 
 class Attention(nn.Module):
     """Self-attention over all tokens, x (B, N, D) -> (B, N, D)."""
@@ -133,10 +197,13 @@ class Attention(nn.Module):
     def forward(self, x):
         B, N, D = x.shape
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        qkv = F.linear(x, self.qkv.weight, bias).view(B, N, 3, self.n_heads, D // self.n_heads)
+        qkv = F.linear(x, self.qkv.weight, bias).view(
+            B, N, 3, self.n_heads, D // self.n_heads
+        )
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, N, D/H)
         y = F.scaled_dot_product_attention(q, k, v)
         return self.proj(y.transpose(1, 2).reshape(B, N, D))
+
 
 class MLP(nn.Module):
     """Two linear layers and an exact GELU, x (B, N, D) -> (B, N, D)."""
@@ -148,6 +215,7 @@ class MLP(nn.Module):
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x)))
+
 
 class Block(nn.Module):
     """Pre-norm attention and MLP, x (B, N, D) -> (B, N, D)."""
@@ -163,15 +231,19 @@ class Block(nn.Module):
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
+
 class PatchEmbed(nn.Module):
     """One vector per patch, in reading order: (B, 3, S, S) -> (B, (S / patch_size)^2, D)."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
-        self.proj = nn.Conv2d(3, config.width, kernel_size=config.patch_size, stride=config.patch_size)
+        self.proj = nn.Conv2d(
+            3, config.width, kernel_size=config.patch_size, stride=config.patch_size
+        )
 
     def forward(self, images):
         return self.proj(images).flatten(2).transpose(1, 2)
+
 
 class VisionTransformer(nn.Module):
     """Normalized images (B, 3, S, S) -> class token and patches (B, N, D), in the weights' dtype.
@@ -206,5 +278,9 @@ class VisionTransformer(nn.Module):
 
     def reset_parameters(self):
         """Positions get variance 1, so that they can be told apart from the first step on."""
-        init_weights(self, {"cls_token": 1, "pos_embed": 1}, ("attn.proj.weight", "fc2.weight"),
-                     len(self.blocks))
+        init_weights(
+            self,
+            {"cls_token": 1, "pos_embed": 1},
+            ("attn.proj.weight", "fc2.weight"),
+            len(self.blocks),
+        )

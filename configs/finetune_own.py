@@ -7,7 +7,9 @@ python train.py configs/finetune_own.py --data=own/data.jsonl
 
 Paths are relative to the file. For a real model, import configs.stage2 and give its proj.
 """
+
 from configs.tiny_stage2 import *
+
 proj = "assets/tiny/proj.safetensors"
 data = "own/data.jsonl"
 heldout_data = ""

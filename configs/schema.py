@@ -25,59 +25,114 @@ from typing import get_args, get_origin
 
 from configs.prompts import TEMPLATES
 
-DTYPES, QUANTIZED = ("float32", "bfloat16", "float16"), ("int8", "int4")  # the latter: LLaMA's matrices
+DTYPES, QUANTIZED = (
+    ("float32", "bfloat16", "float16"),
+    ("int8", "int4"),
+)  # the latter: LLaMA's matrices
 
 # that end a run after its step; Windows has not all of them
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
+SIGNALS = [
+    getattr(signal, name)
+    for name in ("SIGTERM", "SIGUSR1", "SIGINT")
+    if hasattr(signal, name)
+]
+
 
 class InputError(Exception):
     """A mistake of the user. The message is one line: what is wrong, where, and what to do."""
 
+
 def option(default, meaning: str, least=None, most=inf, choices: tuple = ()):
     """A dataclass field with its meaning for --help and the values that check_options allows."""
     kind = {"default_factory": dict} if default == {} else {"default": default}
-    about = f"{meaning} (default: {default!r})".replace("%", "%%")  # argparse formats it with %
-    return field(**kind, metadata={"help": about, "range": (least, most), "choices": choices})
+    about = f"{meaning} (default: {default!r})".replace(
+        "%", "%%"
+    )  # argparse formats it with %
+    return field(
+        **kind, metadata={"help": about, "range": (least, most), "choices": choices}
+    )
+
 
 def check_options(options, *rules: tuple[str, bool, str]):
     """Raise InputError for a value that its field does not allow, or a broken rule (name, holds, advice)."""
     for f in fields(options):
-        value, (least, most), choices = getattr(options, f.name), f.metadata["range"], f.metadata["choices"]
+        value, (least, most), choices = (
+            getattr(options, f.name),
+            f.metadata["range"],
+            f.metadata["choices"],
+        )
         if least is not None and not least <= value <= most:  # true for NaN
-            bounds = f"at least {least}" if most == inf else f"one from {least} to {most}"
+            bounds = (
+                f"at least {least}" if most == inf else f"one from {least} to {most}"
+            )
             raise InputError(f"{f.name} = {value!r}: give {bounds}")
         if choices and value not in choices:
-            raise InputError(f"{f.name} = {value!r}: give one of {', '.join(c or 'none' for c in choices)}")
+            raise InputError(
+                f"{f.name} = {value!r}: give one of {', '.join(c or 'none' for c in choices)}"
+            )
     for name, holds, advice in rules:
         if not holds:
             raise InputError(f"{name} = {getattr(options, name)!r}: {advice}")
 
+
 @dataclass(frozen=True)
 class Config:
     """One training run. Paths are relative to the working directory; an empty string means "none"."""
+
     # The model's parts; a dict holds the sizes of a new part, with random weights.
     vision: str | dict = option("", "weight file; none: train on text alone")
-    qformer: str | dict = option("", "weight file; none: join 4 patches per image token")
+    qformer: str | dict = option(
+        "", "weight file; none: join 4 patches per image token"
+    )
     llama: str | dict = option("", "weight folder")
     proj: str = option("", "weight file; none: a new, random projection")
     tokenizer: str = option("", "tokenizer.model; none: the one in the llama folder")
-    trainable: tuple[str, ...] = option(("proj",), "parts to train: vision, qformer, proj, llama")
-    image_size: int = option(0, "pixels; 0: what the vision part was trained with", least=0, most=2048)
+    trainable: tuple[str, ...] = option(
+        ("proj",), "parts to train: vision, qformer, proj, llama"
+    )
+    image_size: int = option(
+        0, "pixels; 0: what the vision part was trained with", least=0, most=2048
+    )
     # The data.
-    data: str | dict | list = option("", "a path, paths or {path: weight}, of which a step takes one: tar "
-        "shards (a glob, {00..99}.tar, a folder, a .txt list), a filter_cap.json's folder, a .jsonl or .json")
-    heldout_data: str | dict | list = option("", "the same; none: no evaluation during training")
-    prepare: dict = option({}, "{path: arguments of python that make it, if data needs it}")
-    template: str = option("", "none: picture, then caption, as in stage 1", choices=("", *TEMPLATES))
-    end_sym: str = option("", "ends every answer: a text, or the token </s>; none: the template's own")
-    max_txt_len: int = option(32, "tokens of an answer with its end; longer ones are cut", least=1)
-    clean_captions: bool = option(False, "lower case, less punctuation, at most 50 words, as in stage 1")
-    chat_share: float = option(0.0, "share of conversations with chat's system text", least=0, most=1)
-    shuffle_shards: int = option(8, "shards whose samples are shuffled together", least=1)
-    length_group: int = option(1, "steps sorted by length together; workers' memory grows with it", least=1)
-    max_bad_fraction: float = option(0.1, "of the samples; more unusable ones stop the run", least=0)
+    data: str | dict | list = option(
+        "",
+        "a path, paths or {path: weight}, of which a step takes one: tar "
+        "shards (a glob, {00..99}.tar, a folder, a .txt list), a filter_cap.json's folder, a .jsonl or .json",
+    )
+    heldout_data: str | dict | list = option(
+        "", "the same; none: no evaluation during training"
+    )
+    prepare: dict = option(
+        {}, "{path: arguments of python that make it, if data needs it}"
+    )
+    template: str = option(
+        "", "none: picture, then caption, as in stage 1", choices=("", *TEMPLATES)
+    )
+    end_sym: str = option(
+        "", "ends every answer: a text, or the token </s>; none: the template's own"
+    )
+    max_txt_len: int = option(
+        32, "tokens of an answer with its end; longer ones are cut", least=1
+    )
+    clean_captions: bool = option(
+        False, "lower case, less punctuation, at most 50 words, as in stage 1"
+    )
+    chat_share: float = option(
+        0.0, "share of conversations with chat's system text", least=0, most=1
+    )
+    shuffle_shards: int = option(
+        8, "shards whose samples are shuffled together", least=1
+    )
+    length_group: int = option(
+        1, "steps sorted by length together; workers' memory grows with it", least=1
+    )
+    max_bad_fraction: float = option(
+        0.1, "of the samples; more unusable ones stop the run", least=0
+    )
     num_workers: int = option(2, "data-loading processes per training process", least=0)
-    seed: int = option(42, "of new weights and of the order of the samples", least=0, most=2**63 - 1)
+    seed: int = option(
+        42, "of new weights and of the order of the samples", least=0, most=2**63 - 1
+    )
     # The optimizer, AdamW. A step has processes x batch_size x grad_accum samples.
     batch_size: int = option(64, "samples per process and micro-batch", least=1)
     grad_accum: int = option(1, "micro-batches per step", least=1)
@@ -86,17 +141,29 @@ class Config:
     min_lr: float = option(8e-5, "learning rate at the end", least=0)
     warmup_lr: float = option(1e-6, "learning rate of step 0", least=0)
     warmup_steps: int = option(5000, "steps from warmup_lr to lr", least=0)
-    weight_decay: float = option(0.05, "of matrices; biases and norms have none", least=0)
+    weight_decay: float = option(
+        0.05, "of matrices; biases and norms have none", least=0
+    )
     betas: tuple[float, ...] = option((0.9, 0.999), "of AdamW")
-    grad_clip: float = option(0.0, "largest norm of the gradient; 0: no clipping", least=0)
+    grad_clip: float = option(
+        0.0, "largest norm of the gradient; 0: no clipping", least=0
+    )
     # The machine.
     device: str = option("", "none: cuda if there is one, else cpu")
-    dtype: str = option("bfloat16", "of the frozen parts; trainable ones are float32", choices=DTYPES)
-    cache_features: bool = option(False, "keep the frozen vision features of all pictures in memory")
-    grad_checkpoint: bool = option(False, "recompute LLaMA's activations instead of keeping them")
+    dtype: str = option(
+        "bfloat16", "of the frozen parts; trainable ones are float32", choices=DTYPES
+    )
+    cache_features: bool = option(
+        False, "keep the frozen vision features of all pictures in memory"
+    )
+    grad_checkpoint: bool = option(
+        False, "recompute LLaMA's activations instead of keeping them"
+    )
     compile: bool = option(False, "torch.compile the blocks")
     shard: bool = option(False, "shard LLaMA's blocks over the processes (fully_shard)")
-    peak_tflops: float = option(0.0, "of the device in `dtype`; the log then shows mfu", least=0)
+    peak_tflops: float = option(
+        0.0, "of the device in `dtype`; the log then shows mfu", least=0
+    )
     # The run's folder, and what is written to it.
     out_dir: str = option("out/run", "the run's folder")
     log_interval: int = option(10, "steps", least=1)
@@ -104,8 +171,12 @@ class Config:
     eval_samples: int = option(128, "held-out samples whose loss is taken", least=1)
     show_samples: int = option(2, "sample answers per evaluation", least=0)
     save_interval: int = option(500, "steps", least=1)
-    save_dtype: str = option("float32", "of the trained parts' files", choices=DTYPES[:2])
-    resume: bool = option(False, "continue from out_dir's last checkpoint, if there is one")
+    save_dtype: str = option(
+        "float32", "of the trained parts' files", choices=DTYPES[:2]
+    )
+    resume: bool = option(
+        False, "continue from out_dir's last checkpoint, if there is one"
+    )
 
     @property
     def answer_end(self) -> str:
@@ -117,49 +188,113 @@ class Config:
         frozen_llama = isinstance(self.llama, str) and "llama" not in self.trainable
         check_options(
             self,
-            ("betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "give two in [0, 1)"),
-            ("trainable", 0 < len(self.trainable) == len(set(self.trainable)), "name each part once"),
-            ("out_dir", self.out_dir and not os.path.isfile(self.out_dir), "name a folder"),
-            ("prepare", all(isinstance(v, str) for v in self.prepare.values()), "give {path: arguments}"),
-            ("cache_features", frozen_vision or not self.cache_features, "needs a frozen vision side"),
-            ("shard", frozen_llama or not self.shard, "needs a frozen language model from files"))
+            (
+                "betas",
+                len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
+                "give two in [0, 1)",
+            ),
+            (
+                "trainable",
+                0 < len(self.trainable) == len(set(self.trainable)),
+                "name each part once",
+            ),
+            (
+                "out_dir",
+                self.out_dir and not os.path.isfile(self.out_dir),
+                "name a folder",
+            ),
+            (
+                "prepare",
+                all(isinstance(v, str) for v in self.prepare.values()),
+                "give {path: arguments}",
+            ),
+            (
+                "cache_features",
+                frozen_vision or not self.cache_features,
+                "needs a frozen vision side",
+            ),
+            (
+                "shard",
+                frozen_llama or not self.shard,
+                "needs a frozen language model from files",
+            ),
+        )
 
     def parts(self) -> dict[str, str | dict]:
         """The fields that name weights, as arguments of MiniGPT4.from_files."""
-        return {name: getattr(self, name) for name in ("vision", "qformer", "llama", "proj", "tokenizer")}
+        return {
+            name: getattr(self, name)
+            for name in ("vision", "qformer", "llama", "proj", "tokenizer")
+        }
+
 
 @dataclass(frozen=True)
 class ChatOptions:
     """Of chat.py, and of the tools that build on it."""
+
     ckpt: str = option("", "a run's folder; none: the tiny model of this repo")
     prompt: str = option("", "ask this, print the answer alone, and exit")
     template: str = option("", "none: the run's own", choices=("", *TEMPLATES))
-    answer_end: str = option("", "what ends an answer; none: the run's own, or the template's")
+    answer_end: str = option(
+        "", "what ends an answer; none: the run's own, or the template's"
+    )
     temperature: float = option(1.0, "0: greedy", least=0, most=100)
-    top_p: float = option(0.9, "sample from the likeliest tokens of this total probability")
+    top_p: float = option(
+        0.9, "sample from the likeliest tokens of this total probability"
+    )
     repetition_penalty: float = option(1.05, "1: none", least=0.01, most=100)
-    num_beams: int = option(1, "above 1: beam search, which takes the likeliest answer", least=1, most=64)
-    min_length: int = option(1, "least tokens of an answer, its `<s>` among them, before `</s>`", least=0)
-    length_penalty: float = option(1.0, "above 0: beam search prefers longer answers", least=-10, most=10)
+    num_beams: int = option(
+        1, "above 1: beam search, which takes the likeliest answer", least=1, most=64
+    )
+    min_length: int = option(
+        1, "least tokens of an answer, its `<s>` among them, before `</s>`", least=0
+    )
+    length_penalty: float = option(
+        1.0, "above 0: beam search prefers longer answers", least=-10, most=10
+    )
     max_new_tokens: int = option(300, "most tokens of an answer", least=1, most=1999)
-    seed: int = option(0, "the same seed gives the same answers", least=0, most=2**63 - 1)
+    seed: int = option(
+        0, "the same seed gives the same answers", least=0, most=2**63 - 1
+    )
     device: str = option("", "none: cuda if there is one, else cpu")
-    dtype: str = option("", "none: the run's, but not float16 on a CPU", choices=("", *DTYPES, *QUANTIZED))
-    compile: bool = option(False, "on a CPU, compile decoding: faster in bfloat16, after a slow start")
+    dtype: str = option(
+        "",
+        "none: the run's, but not float16 on a CPU",
+        choices=("", *DTYPES, *QUANTIZED),
+    )
+    compile: bool = option(
+        False, "on a CPU, compile decoding: faster in bfloat16, after a slow start"
+    )
     json: bool = option(False, "print each answer as a JSON object")
     plain: bool = option(False, "text alone: no colors, pictures or progress")
     stats: bool = option(False, "print speed and memory after each answer")
-    check: bool = option(False, "first measure whether the language model knows English")
+    check: bool = option(
+        False, "first measure whether the language model knows English"
+    )
 
     def __post_init__(self):
-        check_options(self, ("temperature", not 0 < self.temperature < 1e-3, "give 0 or at least 0.001"),
-                      ("top_p", 0 < self.top_p <= 1, "give one above 0, at most 1"))
+        check_options(
+            self,
+            (
+                "temperature",
+                not 0 < self.temperature < 1e-3,
+                "give 0 or at least 0.001",
+            ),
+            ("top_p", 0 < self.top_p <= 1, "give one above 0, at most 1"),
+        )
+
 
 def override(config, values: dict, where: str = "command line"):
     """The dataclass `config` with `values` put in; texts are parsed as the field's type asks."""
     types = {f.name: f.type for f in fields(config)}
-    return replace(config, **{check_name(k, types, where): _typed(k, value, types[k], where)
-                              for k, value in values.items()})
+    return replace(
+        config,
+        **{
+            check_name(k, types, where): _typed(k, value, types[k], where)
+            for k, value in values.items()
+        },
+    )
+
 
 def check_name(name: str, known, where: str) -> str:
     """The name, if it is known. Raises InputError with the nearest known one otherwise."""
@@ -169,25 +304,34 @@ def check_name(name: str, known, where: str) -> str:
     hint = f"did you mean {near[0]}?" if near else "the names are: " + ", ".join(known)
     raise InputError(f"{where}: unknown name {name!r}; {hint}")
 
+
 def _typed(name, value, kind, where):
     """`value` as type `kind`. A text is read as a Python literal where `kind` is not a text."""
     kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
-    if isinstance(value, str) and (str not in kinds or {"{": dict, "[": list}.get(value[:1]) in kinds):
+    if isinstance(value, str) and (
+        str not in kinds or {"{": dict, "[": list}.get(value[:1]) in kinds
+    ):
         with suppress(Exception):  # else it stays a text
             spelled = {"true": "True", "false": "False", "on": "True", "off": "False"}
             value = ast.literal_eval(spelled.get(value.lower(), value))
     if get_origin(kind) is tuple:  # a Python tuple, its only item, or "proj,qformer"
-        items = [x.strip() for x in value.split(",")] if isinstance(value, str) else value
+        items = (
+            [x.strip() for x in value.split(",")] if isinstance(value, str) else value
+        )
         items = items if isinstance(items, (tuple, list)) else [items]
         return tuple(_typed(name, item, get_args(kind)[0], where) for item in items)
     for k in kinds:
         if type(value) is k or k is float and type(value) is int:
             return k(value)
-    raise InputError(f"{where}: {name} = {value!r} is not of type {' or '.join(k.__name__ for k in kinds)}")
+    raise InputError(
+        f"{where}: {name} = {value!r} is not of type {' or '.join(k.__name__ for k in kinds)}"
+    )
+
 
 def note(text: str):
     """Tell the user something in one line, on stderr."""
     print(printable(" ".join(text.split())), file=sys.stderr)
+
 
 def append_row(file, **row):
     """Append a JSON line to an open file. Raises InputError when that fails."""
@@ -196,26 +340,45 @@ def append_row(file, **row):
     except OSError as e:
         with suppress(OSError):  # which would be the user's message instead
             file.close()
-        raise InputError(f"{file.name}: cannot be written ({e.strerror}); what it holds is kept") from e
+        raise InputError(
+            f"{file.name}: cannot be written ({e.strerror}); what it holds is kept"
+        ) from e
+
 
 def check_sizes(sizes, where: str):
     """The dataclass `sizes`. Raises InputError for one that is NaN, not above 0, or absurdly large."""
     for name, value in asdict(sizes).items():
-        if type(value) in (int, float) and not 0 < value < (1000 if "layers" in name else 1e9):
-            raise InputError(f"{where}: {name} {value} is no size; it has to be above 0, and not huge")
+        if type(value) in (int, float) and not 0 < value < (
+            1000 if "layers" in name else 1e9
+        ):
+            raise InputError(
+                f"{where}: {name} {value} is no size; it has to be above 0, and not huge"
+            )
     return sizes
+
 
 def start_of(path: str | Path, kind: str = "file") -> bytes:
     """A file's first bytes. Raises InputError if it is missing, a pipe, or something saved in its place."""
     if not os.path.isfile(path):
-        raise InputError(f"{path}: {'not a file' if os.path.exists(path) else f'there is no such {kind}'}")
+        raise InputError(
+            f"{path}: {'not a file' if os.path.exists(path) else f'there is no such {kind}'}"
+        )
     with open(path, "rb") as f:
         start = f.read(64)
     if start.startswith(b"version https://git-lfs"):
-        raise InputError(f"{path}: a Git LFS pointer, not the content; run `git lfs pull` in its folder")
-    if start.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype", b"<html")):
-        raise InputError(f"{path}: a saved web page, no PyTorch file or other data; download again")
+        raise InputError(
+            f"{path}: a Git LFS pointer, not the content; run `git lfs pull` in its folder"
+        )
+    if (
+        start.lstrip(b"\xef\xbb\xbf \t\r\n")
+        .lower()
+        .startswith((b"<!doctype", b"<html"))
+    ):
+        raise InputError(
+            f"{path}: a saved web page, no PyTorch file or other data; download again"
+        )
     return start
+
 
 def load_config(path: str, options: dict[str, str]) -> Config:
     """Read a config file, then the command line's `options` over it."""
@@ -223,30 +386,50 @@ def load_config(path: str, options: dict[str, str]) -> Config:
         names = runpy.run_path(path)
     except (Exception, SystemExit) as e:
         raise InputError(f"config file {path}: {type(e).__name__}: {e}") from e
-    settings = {k: v for k, v in names.items() if not k.startswith("_") and not isinstance(v, ModuleType)}
+    settings = {
+        k: v
+        for k, v in names.items()
+        if not k.startswith("_") and not isinstance(v, ModuleType)
+    }
     return override(override(Config(), settings, path), options)
+
 
 def prepare_data(config: Config):
     """If data is missing that `prepare` makes, run its commands in order, but not for what exists already."""
-    used = [path for data in ([config.tokenizer], config.data, config.heldout_data)
-            for path in ([data] if isinstance(data, str) else data)]
+    used = [
+        path
+        for data in ([config.tokenizer], config.data, config.heldout_data)
+        for path in ([data] if isinstance(data, str) else data)
+    ]
     missing = [path for path in config.prepare if not Path(path).exists()]
     if any(f"{u}/".startswith(f"{path}/") for u in used for path in missing):
         for path in missing:
             note(f"{path} is missing; making it: python {config.prepare[path]}")
-            if subprocess.run([sys.executable, *shlex.split(config.prepare[path])]).returncode:
+            if subprocess.run(
+                [sys.executable, *shlex.split(config.prepare[path])]
+            ).returncode:
                 raise InputError(f"{path} could not be made: the command above failed")
+
 
 def read_saved_config(folder: str) -> Config:
     """The configuration of a run's folder; the paths in its config.json are relative to the folder."""
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise InputError(f"{folder}: it has no config.json; give the out_dir of a training run")
+        raise InputError(
+            f"{folder}: it has no config.json; give the out_dir of a training run"
+        )
     if "hidden_size" in (content := read_json(path)):
-        raise InputError(f"{folder}: a language model's folder; give the out_dir of a training run")
+        raise InputError(
+            f"{folder}: a language model's folder; give the out_dir of a training run"
+        )
     saved = override(Config(), content, str(path))
-    paths = {k: str(Path(folder) / v) for k, v in saved.parts().items() if isinstance(v, str) and v}
+    paths = {
+        k: str(Path(folder) / v)
+        for k, v in saved.parts().items()
+        if isinstance(v, str) and v
+    }
     return replace(saved, **paths)
+
 
 def read_json(path: Path) -> dict:
     """A JSON file that holds an object."""
@@ -256,34 +439,55 @@ def read_json(path: Path) -> dict:
     except (ValueError, RecursionError) as e:
         raise InputError(f"{path}: not valid JSON ({e}); fetch or make it again") from e
     if not isinstance(content, dict):
-        raise InputError(f"{path}: it should hold a JSON object; fetch or make it again")
+        raise InputError(
+            f"{path}: it should hold a JSON object; fetch or make it again"
+        )
     return content
+
 
 def to_json(config) -> str:
     """A config as JSON text, one field a line."""
     return json.dumps(asdict(config), indent=1)
 
+
 def outlive_reader(stream):
     """Let a stream lose what it cannot write: a run goes on when the reader of its messages has left."""
+
     def attempt(function, *args):
         with suppress(OSError):
             return function(*args)
-    stream.write, stream.flush = partial(attempt, stream.write), partial(attempt, stream.flush)
+
+    stream.write, stream.flush = (
+        partial(attempt, stream.write),
+        partial(attempt, stream.flush),
+    )
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(f"command line: {message}")
 
-def parse_args(argv: list[str], doc: str, positional: str, *classes) -> tuple[list[str], dict[str, str]]:
+
+def parse_args(
+    argv: list[str], doc: str, positional: str, *classes
+) -> tuple[list[str], dict[str, str]]:
     """(["a.jpg", "--seed", "1"], ...) -> (["a.jpg"], {"seed": "1"}); the options are the fields of `classes`.
     `positional` names the other arguments: "SRC DST", or "[IMAGE ...]" for any number. -h exits."""
     options = {f.name: f for cls in classes for f in fields(cls)}
     usage = f"python {os.path.relpath(sys.argv[0])} {positional} [--key=value ...]"
-    parser = _Parser(usage=usage, description=doc, allow_abbrev=False,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(
+        usage=usage,
+        description=doc,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     for name, f in options.items():
-        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=f.metadata["help"],
-                            metavar="|".join(filter(None, f.metadata["choices"])) or "VALUE")
+        parser.add_argument(
+            f"--{name}",
+            default=argparse.SUPPRESS,
+            help=f.metadata["help"],
+            metavar="|".join(filter(None, f.metadata["choices"])) or "VALUE",
+        )
     parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
     words = []
     for word, following in zip(argv, [*argv[1:], ""]):
@@ -300,17 +504,27 @@ def parse_args(argv: list[str], doc: str, positional: str, *classes) -> tuple[li
         raise InputError(f"usage: {usage}")
     return arguments, given
 
+
 def printable(text: str) -> str:
     """Show characters that would steer a terminal as codes, such as \\x1b."""
-    return "".join(c if c in "\n\t\u200d" or unicodedata.category(c) not in ("Cc", "Cf", "Cs") else
-                   f"\\x{ord(c):02x}" for c in text)
+    return "".join(
+        c
+        if c in "\n\t\u200d" or unicodedata.category(c) not in ("Cc", "Cf", "Cs")
+        else f"\\x{ord(c):02x}"
+        for c in text
+    )
+
 
 def run_main(main):
     """Call `main(argv)`; a mistake of the user becomes one line on stderr and exit status 2."""
     for name in ("stdin", "stdout", "stderr"):
-        setattr(sys, name, getattr(sys, name) or open(os.devnull, "r+"))  # it may be closed
+        setattr(
+            sys, name, getattr(sys, name) or open(os.devnull, "r+")
+        )  # it may be closed
         with suppress(AttributeError):  # tests replace it
-            encoding = "utf-8-sig" if name == "stdin" and not sys.stdin.isatty() else None  # None: its own
+            encoding = (
+                "utf-8-sig" if name == "stdin" and not sys.stdin.isatty() else None
+            )  # None: its own
             getattr(sys, name).reconfigure(encoding=encoding, errors="replace")
     try:
         main(sys.argv[1:])

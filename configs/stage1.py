@@ -6,11 +6,14 @@ Cost in the paper: about 10 hours on 4 A100 80GB. Expected: a model that names w
 broken or repeated phrases; stage 2 repairs that. On another number of devices than 4 keep the global batch,
 processes x batch_size x grad_accum, at 256.
 """
+
 vision = "weights/eva_vit_g.safetensors"
 qformer = "weights/qformer.safetensors"
 llama = "weights/vicuna-7b"
-data = {"data/laion_dataset/{00000..10488}.tar": 115,  # drawn per step, 115 : 14
-        "data/cc_sbu_dataset/{00000..01255}.tar": 14}
+data = {
+    "data/laion_dataset/{00000..10488}.tar": 115,  # drawn per step, 115 : 14
+    "data/cc_sbu_dataset/{00000..01255}.tar": 14,
+}
 clean_captions = True
 max_txt_len = 32
 batch_size = 64

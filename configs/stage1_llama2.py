@@ -3,7 +3,9 @@ The original gives no cost; expect more than stage1.py's, since a picture takes 
 
 torchrun --nproc-per-node 4 train.py configs/stage1_llama2.py
 """
+
 from configs.stage1 import *
+
 qformer = ""
 llama = "weights/llama-2-7b-chat"
 out_dir = "out/stage1_llama2"

@@ -9,7 +9,9 @@ this run sees as many samples as 30 %: 2.75 epochs, at stage 1's rate, with the 
 repeated pairs serve as well is an assumption: nobody has made this run. tools/dry_run.py --world=4 estimates
 144 TFLOP a step and 34 GiB per process; that is 30 % of stage 1's cost, about 3 hours on 4 A100 80GB.
 """
+
 from configs.stage1 import *
+
 data = "data/llava_pretrain/blip_laion_cc_sbu_558k.json"
 max_steps = 6000
 warmup_steps = 1500

@@ -2,7 +2,9 @@
 
 python train.py configs/stage1_tinyllama.py
 """
+
 from configs.stage1 import *
+
 llama = "weights/tinyllama-1.1b-chat"  # the folder from the hub as it is
 batch_size = 32
 grad_accum = 8  # so the global batch is still 256

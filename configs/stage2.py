@@ -4,7 +4,9 @@ runs 1,000. Expected: whole, fluent descriptions; in the paper failures fall fro
 
 python train.py configs/stage2.py
 """
+
 from configs.stage1 import *
+
 proj = "out/stage1/proj.safetensors"
 data = "data/cc_sbu_align"
 template = "vicuna"

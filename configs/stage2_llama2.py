@@ -2,7 +2,9 @@
 
 python train.py configs/stage2_llama2.py
 """
+
 from configs.stage2 import *
+
 qformer = ""
 llama = "weights/llama-2-7b-chat"
 proj = "out/stage1_llama2/proj.safetensors"

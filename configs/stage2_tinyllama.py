@@ -2,7 +2,9 @@
 
 python train.py configs/stage2_tinyllama.py
 """
+
 from configs.stage2 import *
+
 llama = "weights/tinyllama-1.1b-chat"
 proj = "out/stage1_tinyllama/proj.safetensors"
 batch_size = 6

@@ -3,14 +3,17 @@ On 2 CPU cores: 2 min 31 s with drawing its pictures; held-out loss, on noisy ca
 
 python train.py configs/tiny_stage1.py
 """
+
 vision = "assets/tiny/vision.safetensors"
 qformer = "assets/tiny/qformer.safetensors"
 llama = "assets/tiny/llama"
 data = {"data/tiny/stage1": 1, "data/tiny/stage1_clean": 1}
 heldout_data = "data/tiny/stage1_heldout"
-prepare = {"data/tiny/stage1": "tools/make_scenes.py stage1 data/tiny/stage1 --n=10000",
-           "data/tiny/stage1_clean": "tools/make_scenes.py clean data/tiny/stage1_clean --n=10000",
-           heldout_data: f"tools/make_scenes.py stage1 {heldout_data} --n=500 --heldout"}
+prepare = {
+    "data/tiny/stage1": "tools/make_scenes.py stage1 data/tiny/stage1 --n=10000",
+    "data/tiny/stage1_clean": "tools/make_scenes.py clean data/tiny/stage1_clean --n=10000",
+    heldout_data: f"tools/make_scenes.py stage1 {heldout_data} --n=500 --heldout",
+}
 clean_captions = True
 max_txt_len = 48
 batch_size = 32

@@ -3,12 +3,16 @@ On 2 CPU cores: 2 min 12 s with drawing its pictures; held-out loss 0.096 at the
 
 python train.py configs/tiny_stage2.py
 """
+
 from configs.tiny_stage1 import *
+
 proj = "out/tiny_stage1/proj.safetensors"
 data = "data/tiny/stage2"
 heldout_data = "data/tiny/stage2_heldout"
-prepare = {data: f"tools/make_scenes.py stage2 {data} --n=8000",
-           heldout_data: f"tools/make_scenes.py stage2 {heldout_data} --n=500 --heldout"}
+prepare = {
+    data: f"tools/make_scenes.py stage2 {data} --n=8000",
+    heldout_data: f"tools/make_scenes.py stage2 {heldout_data} --n=500 --heldout",
+}
 template = "vicuna"
 clean_captions = False
 max_txt_len = 160

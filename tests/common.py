@@ -18,25 +18,28 @@ GOLDEN = Path(__file__).parent / "golden"
 IMAGE_ROW = -200  # stands for one image token in the golden ids
 torch.set_num_threads(1)  # at these sizes more threads only slow each other down
 
+
 class Case(NamedTuple):
     """One batch of three samples: the inputs, and the original's results."""
 
-    config: Config                # template, end_sym and max_txt_len of the case
+    config: Config  # template, end_sym and max_txt_len of the case
     answers: list[str]
-    prompts: list[str]            # the original's, one for each instruction; none in stage 1
-    drawn: int | None             # index of the prompt used for this batch
-    ids: list[list[int]]          # without padding, with IMAGE
-    targets: list[list[int]]      # as long as ids
+    prompts: list[str]  # the original's, one for each instruction; none in stage 1
+    drawn: int | None  # index of the prompt used for this batch
+    ids: list[list[int]]  # without padding, with IMAGE
+    targets: list[list[int]]  # as long as ids
     loss: float
     gradients: dict[str, torch.Tensor]  # "weight", "bias" of the projection
+
 
 class Conversation(NamedTuple):
     """A conversation of two turns about the first picture."""
 
     questions: list[str]
-    answer: str                   # to the first question, as the second turn's history has it
-    ids: list[list[int]]          # the whole context of each turn, with IMAGE
+    answer: str  # to the first question, as the second turn's history has it
+    ids: list[list[int]]  # the whole context of each turn, with IMAGE
     generated: list[tuple[list[int], str]]  # live: ids and text of each answer
+
 
 class Golden:
     """One variant ("qformer" or "noqformer") of a golden folder: its cases, inputs, results, and the model.
@@ -51,7 +54,10 @@ class Golden:
         weights = load_file(folder / "weights.safetensors")
         if noq:
             weights |= load_file(folder / "weights_noq.safetensors")
-        self.weights = {k: t.float() / 64 if t.dtype == torch.int8 else t for k, t in weights.items()}
+        self.weights = {
+            k: t.float() / 64 if t.dtype == torch.int8 else t
+            for k, t in weights.items()
+        }
         at = folder / "tokenizer" / "tokenizer.model"
         self.tokenizer = Tokenizer(at if at.is_file() else folder / "tokenizer.model")
         self.full = (folder / "optim.json").is_file()
@@ -67,18 +73,34 @@ class Golden:
 
     def convert(self, folder: Path) -> dict[str, str]:
         """Write the weights as the original's files and convert them; returns the arguments of from_files."""
-        given = {k: t.contiguous() for k, t in self.weights.items()
-                 if not (self.variant == "noqformer" and k.startswith(("Qformer.", "query_tokens")))}
+        given = {
+            k: t.contiguous()
+            for k, t in self.weights.items()
+            if not (
+                self.variant == "noqformer"
+                and k.startswith(("Qformer.", "query_tokens"))
+            )
+        }
         whole, hub = folder / "original.pth", folder / "hub"
         torch.save({"model": given}, whole)
         hub.mkdir()
-        llama = {k.removeprefix("llama_model."): t for k, t in given.items() if k.startswith("llama_model.")}
+        llama = {
+            k.removeprefix("llama_model."): t
+            for k, t in given.items()
+            if k.startswith("llama_model.")
+        }
         save_file(llama, hub / "model.safetensors")
         (hub / "config.json").write_text(json.dumps(self.cases["config"]["llama"]))
         shutil.copyfile(self.tokenizer.path, hub / "tokenizer.model")
-        files = {"vision": str(folder / "vision.safetensors"), "qformer": str(folder / "qformer.safetensors"),
-                 "proj": str(folder / "proj.safetensors"), "llama": str(folder / "llama")}
-        convert.main(["vision", str(whole), files["vision"], "--n_layers=3", "--heads=4"])
+        files = {
+            "vision": str(folder / "vision.safetensors"),
+            "qformer": str(folder / "qformer.safetensors"),
+            "proj": str(folder / "proj.safetensors"),
+            "llama": str(folder / "llama"),
+        }
+        convert.main(
+            ["vision", str(whole), files["vision"], "--n_layers=3", "--heads=4"]
+        )
         if self.variant == "qformer":
             convert.main(["qformer", str(whole), files["qformer"], "--heads=4"])
         else:
@@ -95,52 +117,107 @@ class Golden:
     def case(self, name: str, template: str) -> Case:
         if self.full:
             case = self.cases["variants"][self.variant]["loss"][name]
-            inputs, drawn, rows = case, case["prompt_choice_index"], case["sequence_layout_ids"]
+            inputs, drawn, rows = (
+                case,
+                case["prompt_choice_index"],
+                case["sequence_layout_ids"],
+            )
             lengths = [sum(row) for row in case["attention_mask"]]
         else:
-            case, inputs = self.cases["loss"][self.variant][name], self.cases["loss_inputs"][name]
-            drawn, rows, lengths = inputs["prompt_index"], case["input_ids"], case["attention_len"]
-        config = Config(template=template, end_sym=inputs["end_sym"], max_txt_len=inputs["max_txt_len"])
-        ids = [[IMAGE if i == IMAGE_ROW else i for i in row[:n]] for row, n in zip(rows, lengths)]
+            case, inputs = (
+                self.cases["loss"][self.variant][name],
+                self.cases["loss_inputs"][name],
+            )
+            drawn, rows, lengths = (
+                inputs["prompt_index"],
+                case["input_ids"],
+                case["attention_len"],
+            )
+        config = Config(
+            template=template,
+            end_sym=inputs["end_sym"],
+            max_txt_len=inputs["max_txt_len"],
+        )
+        ids = [
+            [IMAGE if i == IMAGE_ROW else i for i in row[:n]]
+            for row, n in zip(rows, lengths)
+        ]
         targets = [row[:n] for row, n in zip(case["labels"], lengths)]
         prefix = f"{'loss.' if self.full else ''}{name}.grad.llama_proj."
         gradients = {k: self.io[prefix + k] for k in ("weight", "bias")}
-        return Case(config, inputs["answer"], inputs["prompt_list"], drawn, ids, targets, case["loss"],
-                    gradients)
+        return Case(
+            config,
+            inputs["answer"],
+            inputs["prompt_list"],
+            drawn,
+            ids,
+            targets,
+            case["loss"],
+            gradients,
+        )
 
     def schedules(self) -> dict[str, tuple[Config, list[tuple[int, float]]]]:
         """name -> (config with that schedule, [(step, learning rate)])."""
-        given = (json.loads((self.folder / "optim.json").read_text())["schedules"] if self.full
-                 else self.cases["lr"])
-        return {name: (_with_schedule(Config(), s),
-                       [(r["step"], r["lr"]) for r in s["lr"]] if self.full else s["step_lr"])
-                for name, s in given.items()}
+        given = (
+            json.loads((self.folder / "optim.json").read_text())["schedules"]
+            if self.full
+            else self.cases["lr"]
+        )
+        return {
+            name: (
+                _with_schedule(Config(), s),
+                [(r["step"], r["lr"]) for r in s["lr"]] if self.full else s["step_lr"],
+            )
+            for name, s in given.items()
+        }
 
-    def adamw(self, name: str, config: Config) -> tuple[Config, list[int], list[float], list[float]]:
-        """"adamw5" or "adamw5_biglr" -> config with that schedule; steps, rates, losses (one more)."""
+    def adamw(
+        self, name: str, config: Config
+    ) -> tuple[Config, list[int], list[float], list[float]]:
+        """ "adamw5" or "adamw5_biglr" -> config with that schedule; steps, rates, losses (one more)."""
         if self.full:
             optim = json.loads((self.folder / "optim.json").read_text())
             run = optim["adamw"][self.variant + name.removeprefix("adamw5")]
             schedule = run.get("schedule") or optim["schedules"]["stage2"]
-            steps, rates, losses = ([s[k] for s in run["steps"]] for k in ("step", "lr", "loss_before_step"))
+            steps, rates, losses = (
+                [s[k] for s in run["steps"]] for k in ("step", "lr", "loss_before_step")
+            )
         else:
             run = self.cases["adamw"][self.variant][name]
-            schedule, steps, rates, losses = run["schedule"], run["steps"], run["lr"], run["loss_before_step"]
-        return _with_schedule(config, schedule), steps, rates, losses + [run["loss_after"]]
+            schedule, steps, rates, losses = (
+                run["schedule"],
+                run["steps"],
+                run["lr"],
+                run["loss_before_step"],
+            )
+        return (
+            _with_schedule(config, schedule),
+            steps,
+            rates,
+            losses + [run["loss_after"]],
+        )
 
     def pictures(self) -> list[tuple[Path, int, torch.Tensor]]:
         """(file, side in pixels, the original's preprocessed float32 (3, S, S))."""
         if self.full:
             results = load_file(self.folder / "preproc" / "preproc.safetensors")
-            named = [(*k.split("@"), t) for k, t in results.items() if "resized" not in k]
-            return [(self.folder / "preproc" / name, int(size), t) for name, size, t in named]
+            named = [
+                (*k.split("@"), t) for k, t in results.items() if "resized" not in k
+            ]
+            return [
+                (self.folder / "preproc" / name, int(size), t)
+                for name, size, t in named
+            ]
         results = load_file(self.folder / "preproc.safetensors")
         return [(self.folder / "images" / name, 28, t) for name, t in results.items()]
 
     def captions(self) -> list[tuple[str, str, list[int]]]:
         """(web caption, cleaned, ids of the cleaned one with a newline)."""
         if self.full:
-            return [(c["in"], c["out"], c["ids_of_out_plus_newline"]) for c in self._texts("captions")]
+            return [
+                (c["in"], c["out"], c["ids_of_out_plus_newline"])
+                for c in self._texts("captions")
+            ]
         return self.cases["captions"]
 
     def strings(self) -> list[tuple[str, list[int]]]:
@@ -170,7 +247,11 @@ class Golden:
         return Conversation(questions, answer, ids, generated)
 
     def _chat(self, template):
-        chats = self.cases["variants"][self.variant]["chat"] if self.full else self.cases["chat"]
+        chats = (
+            self.cases["variants"][self.variant]["chat"]
+            if self.full
+            else self.cases["chat"]
+        )
         return chats["vicuna0" if template == "vicuna" else template]
 
     def generation(self, template: str, kind: str = "greedy") -> dict[str, dict]:
@@ -178,11 +259,23 @@ class Golden:
         if self.full:
             runs = self._chat(template)["scripted"]["generation"]
         else:
-            runs = self.cases["generation"][self.variant]["vicuna0" if template == "vicuna" else template]
-            runs = {k: {"new_tokens": v} for k, v in runs.items() if isinstance(v, list)}
+            runs = self.cases["generation"][self.variant][
+                "vicuna0" if template == "vicuna" else template
+            ]
+            runs = {
+                k: {"new_tokens": v} for k, v in runs.items() if isinstance(v, list)
+            }
         return {k: v for k, v in runs.items() if k.startswith(kind)}
 
+
 def _with_schedule(config, s):
-    return Config(**vars(config) | {"lr": s["init_lr"], "min_lr": s["min_lr"], "warmup_lr": s["warmup_lr"],
-                                    "warmup_steps": s["warmup_steps"],
-                                    "max_steps": s["max_epoch"] * s["iters_per_epoch"]})
+    return Config(
+        **vars(config)
+        | {
+            "lr": s["init_lr"],
+            "min_lr": s["min_lr"],
+            "warmup_lr": s["warmup_lr"],
+            "warmup_steps": s["warmup_steps"],
+            "max_steps": s["max_epoch"] * s["iters_per_epoch"],
+        }
+    )

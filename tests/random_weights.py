@@ -30,12 +30,25 @@ from vision import VisionConfig, VisionTransformer
 
 LLAMA = {
     "7b": LlamaConfig(),
-    "13b": LlamaConfig(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40,
-                       num_attention_heads=40, num_key_value_heads=40),
-    "1.1b": LlamaConfig(hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
-                        num_attention_heads=32, num_key_value_heads=4, head_dim=64, rms_norm_eps=1e-5),
+    "13b": LlamaConfig(
+        hidden_size=5120,
+        intermediate_size=13824,
+        num_hidden_layers=40,
+        num_attention_heads=40,
+        num_key_value_heads=40,
+    ),
+    "1.1b": LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=22,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=64,
+        rms_norm_eps=1e-5,
+    ),
 }
 OFFICIAL = {ours: theirs for theirs, ours in convert.NAMES.items()}
+
 
 @dataclass(frozen=True)
 class Options:
@@ -48,39 +61,69 @@ class Options:
         if self.tokenizer and not Path(self.tokenizer).is_file():
             raise InputError(f"--tokenizer={self.tokenizer}: there is no such file")
         if self.size not in LLAMA or self.format not in ("safetensors", "bin"):
-            raise InputError(f"--size={self.size} --format={self.format}: sizes are {', '.join(LLAMA)}, "
-                             "formats safetensors and bin")
+            raise InputError(
+                f"--size={self.size} --format={self.format}: sizes are {', '.join(LLAMA)}, "
+                "formats safetensors and bin"
+            )
 
-def random_tensor(name: str, shape: tuple, generator: torch.Generator, dtype=torch.float16) -> torch.Tensor:
+
+def random_tensor(
+    name: str, shape: tuple, generator: torch.Generator, dtype=torch.float16
+) -> torch.Tensor:
     """Norm weights are one, biases zero, all else is normal with standard deviation 0.02."""
     if len(shape) == 1:
-        return torch.full(shape, float("norm" in name.lower() and name.endswith("weight")), dtype=dtype)
-    return torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02, generator=generator).to(dtype)
+        return torch.full(
+            shape,
+            float("norm" in name.lower() and name.endswith("weight")),
+            dtype=dtype,
+        )
+    return (
+        torch.empty(shape, dtype=torch.bfloat16)
+        .normal_(std=0.02, generator=generator)
+        .to(dtype)
+    )
+
 
 def official_shapes(part: str, llama: LlamaConfig) -> dict[str, tuple]:
     """{official name: shape} of the vision part, Q-Former or projection, and of some unused tensors."""
     if part == "proj":
-        return {"llama_proj.weight": (llama.hidden_size, QFormerConfig().width),
-                "llama_proj.bias": (llama.hidden_size,),
-                "llama_model.model.layers.0.self_attn.rotary_emb.inv_freq": (64,)}
+        return {
+            "llama_proj.weight": (llama.hidden_size, QFormerConfig().width),
+            "llama_proj.bias": (llama.hidden_size,),
+            "llama_model.model.layers.0.self_attn.rotary_emb.inv_freq": (64,),
+        }
     if part == "vision":  # one block more than BLIP-2 uses
         config = VisionConfig(n_layers=40)
         unused = dict.fromkeys(("norm.weight", "norm.bias"), (config.width,))
         return convert.parameter_shapes(VisionTransformer, config) | unused
     shapes = convert.parameter_shapes(QFormer, QFormerConfig())
-    return {convert.rename(f"qformer.{k}", OFFICIAL): shape for k, shape in shapes.items()} | {
-        "Qformer.bert.embeddings.word_embeddings.weight": (30523, 768), "t5_proj.weight": (4096, 768)}
+    return {
+        convert.rename(f"qformer.{k}", OFFICIAL): shape for k, shape in shapes.items()
+    } | {
+        "Qformer.bert.embeddings.word_embeddings.weight": (30523, 768),
+        "t5_proj.weight": (4096, 768),
+    }
+
 
 def write_llama(folder: Path, options: Options, generator: torch.Generator):
     config = LLAMA[options.size]
     shapes = convert.parameter_shapes(Llama, config)
-    layout = {k: torch.empty(shape, dtype=torch.float16, device="meta") for k, shape in shapes.items()}
-    source = convert.Source(config, layout, lambda k: random_tensor(k, shapes[k], generator))
+    layout = {
+        k: torch.empty(shape, dtype=torch.float16, device="meta")
+        for k, shape in shapes.items()
+    }
+    source = convert.Source(
+        config, layout, lambda k: random_tensor(k, shapes[k], generator)
+    )
     folder.mkdir()
     convert.write_llama(folder, source)
     if options.format == "bin":
         index = folder / "model.safetensors.index.json"
-        names = index.read_text().replace('"model-', '"pytorch_model-').replace(".safetensors", ".bin")
+        names = (
+            index.read_text()
+            .replace('"model-', '"pytorch_model-')
+            .replace(".safetensors", ".bin")
+        )
         (folder / "pytorch_model.bin.index.json").write_text(names)
         for file in tqdm(sorted(folder.glob("*.safetensors")), desc="bin", unit="file"):
             tensors = {k: t.clone() for k, t in convert.load_tensors(file)[0].items()}
@@ -90,30 +133,51 @@ def write_llama(folder: Path, options: Options, generator: torch.Generator):
     if options.tokenizer:
         shutil.copyfile(options.tokenizer, folder / "tokenizer.model")
     else:
-        (folder / "tokenizer.model").write_bytes(made_up_tokenizer(config.vocab_size, options.seed))
+        (folder / "tokenizer.model").write_bytes(
+            made_up_tokenizer(config.vocab_size, options.seed)
+        )
+
 
 def made_up_tokenizer(vocab_size: int, seed: int) -> bytes:
     """A sentencepiece model of random words, with LLaMA's settings."""
     rng = random.Random(seed)
     letters = "etaoinshrdlucmfwypvbgkjqxz"
-    words = ["".join(rng.choices(letters, weights=range(26, 0, -1), k=rng.randint(2, 9)))
-             for _ in range(100_000)]
-    lines = [" ".join(words[i:i + 20]) for i in range(0, len(words), 20)]
+    words = [
+        "".join(rng.choices(letters, weights=range(26, 0, -1), k=rng.randint(2, 9)))
+        for _ in range(100_000)
+    ]
+    lines = [" ".join(words[i : i + 20]) for i in range(0, len(words), 20)]
     lines += ["###Human: <Img></Img> ###Assistant: "] * 9
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, model_type="bpe", byte_fallback=True,
-        vocab_size=vocab_size, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        split_digits=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2)
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        model_type="bpe",
+        byte_fallback=True,
+        vocab_size=vocab_size,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        minloglevel=2,
+    )
     return model.getvalue()
+
 
 def main(argv: list[str]):
     (part, target), given = parse_args(argv, __doc__, "PART DST", Options)
     options, target = override(Options(), given), Path(target)
     if part not in PARTS:
-        raise InputError(f"usage: python tests/random_weights.py {'|'.join(PARTS)} DST [--key=value ...]")
+        raise InputError(
+            f"usage: python tests/random_weights.py {'|'.join(PARTS)} DST [--key=value ...]"
+        )
     if target.exists():
-        raise InputError(f"{target} exists already: give another name, or remove it first")
+        raise InputError(
+            f"{target} exists already: give another name, or remove it first"
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(options.seed)
     if part == "llama":
@@ -122,7 +186,10 @@ def main(argv: list[str]):
     shapes = tqdm(official_shapes(part, LLAMA[options.size]).items(), desc=part)
     tensors = {k: random_tensor(k, shape, generator, dtype) for k, shape in shapes}
     with replacing(target) as temporary:
-        torch.save(tensors if part == "vision" else {"model": tensors, "epoch": 0}, temporary)
+        torch.save(
+            tensors if part == "vision" else {"model": tensors, "epoch": 0}, temporary
+        )
+
 
 if __name__ == "__main__":
     run_main(main)

@@ -15,19 +15,31 @@ from tools.bench import TOKENIZER, WAYS, gguf_file
 
 ROOT = Path(__file__).resolve().parent.parent
 
+
 def start(*arguments) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "tools/bench.py", *arguments], cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(
+        [sys.executable, "tools/bench.py", *arguments],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
     """A function of a benchmark's name: the rows that it prints last. All of them run side by side."""
-    options = {"chat": ["--size=small"], "data": ["--steps=1"],
-               "train": ["--size=small", "--steps=1", "--batch_size=2"]}
+    options = {
+        "chat": ["--size=small"],
+        "data": ["--steps=1"],
+        "train": ["--size=small", "--steps=1", "--batch_size=2"],
+    }
     common = ("--rounds=1", "--device=cpu")
-    running = {name: start(name, *own, *common, f"--folder={tmp_path_factory.mktemp(name)}")
-               for name, own in options.items()}
+    running = {
+        name: start(name, *own, *common, f"--folder={tmp_path_factory.mktemp(name)}")
+        for name, own in options.items()
+    }
 
     def rows(name: str) -> list[dict]:
         out, err = running[name].communicate(timeout=600)
@@ -39,39 +51,72 @@ def bench(tmp_path_factory):
             assert row["ours"] > 0 and "peer" in others
             for k in others:
                 assert row[k] > 0
-                assert row[f"vs_{k}"] == pytest.approx(row["ours"] / row[k], rel=1e-3, abs=1e-4)
+                assert row[f"vs_{k}"] == pytest.approx(
+                    row["ours"] / row[k], rel=1e-3, abs=1e-4
+                )
         return result["rows"]
+
     return rows
+
 
 def test_chat_beside_transformers_and_llamacpp(bench):
     rows = bench("chat")
-    assert {row["name"].removeprefix("small "): (row["unit"], row["peer_name"]) for row in rows} == {
+    assert {
+        row["name"].removeprefix("small "): (row["unit"], row["peer_name"])
+        for row in rows
+    } == {
         "first word": ("1/s", "transformers InstructBLIP"),
-        **{f"{way.replace('loat', '')} decode": ("tokens/s", "transformers bf16") for way in WAYS},
-        **{f"{way} prompt": ("1/s", "transformers bf16") for way in ("bf16", "int8", "int4")},
+        **{
+            f"{way.replace('loat', '')} decode": ("tokens/s", "transformers bf16")
+            for way in WAYS
+        },
+        **{
+            f"{way} prompt": ("1/s", "transformers bf16")
+            for way in ("bf16", "int8", "int4")
+        },
         "second turn": ("1/s", "its first turn"),
-        "batch 8": ("pictures/min", "one at a time"), "int8 batch 8": ("pictures/min", "one at a time")}
+        "batch 8": ("pictures/min", "one at a time"),
+        "int8 batch 8": ("pictures/min", "one at a time"),
+    }
     has_llamacpp = bool(find_spec("llama_cpp") and find_spec("gguf"))
     for row in rows:
         assert min(row["peak_mib"], row["peer_peak_mib"]) > 0
         assert ("limit" in row) == row["name"].endswith("word")
-        assert ("llamacpp" in row) == (has_llamacpp and row["name"].endswith(("decode", "prompt")))
+        assert ("llamacpp" in row) == (
+            has_llamacpp and row["name"].endswith(("decode", "prompt"))
+        )
 
-@pytest.mark.parametrize("kind, least", [("BF16", 0.999), ("Q8_0", 0.995), ("Q4_0", 0.85)])
+
+@pytest.mark.parametrize(
+    "kind, least", [("BF16", 0.999), ("Q8_0", 0.995), ("Q4_0", 0.85)]
+)
 def test_llamacpp_has_the_same_weights(tmp_path, kind, least):
     llama_cpp, _ = pytest.importorskip("llama_cpp"), pytest.importorskip("gguf")
-    llama = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "num_key_value_heads": 2}
+    llama = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     torch.manual_seed(0)
-    model = MiniGPT4.from_files(None, None, llama, dtype="float32", tokenizer=TOKENIZER.path)
+    model = MiniGPT4.from_files(
+        None, None, llama, dtype="float32", tokenizer=TOKENIZER.path
+    )
     model.save_part("llama", str(tmp_path))
     file = gguf_file(tmp_path / "llama", kind)
     peer = llama_cpp.Llama(str(file), logits_all=True, n_threads=1, verbose=False)
     tokens = list(range(300, 340))
     peer.eval(tokens)
     with torch.no_grad():
-        logits = model.llama.logits(model.llama(model.embed(torch.tensor([tokens]), None)))[0]
-    assert torch.cosine_similarity(logits, torch.tensor(peer.scores[:40]), dim=1).mean() > least
+        logits = model.llama.logits(
+            model.llama(model.embed(torch.tensor([tokens]), None))
+        )[0]
+    assert (
+        torch.cosine_similarity(logits, torch.tensor(peer.scores[:40]), dim=1).mean()
+        > least
+    )
+
 
 def test_train_beside_transformers_with_the_same_loss(bench):
     eager, compiled, checkpointed = bench("train")
@@ -80,13 +125,21 @@ def test_train_beside_transformers_with_the_same_loss(bench):
         assert row["loss"] == pytest.approx(row["peer_loss"], abs=0.01)
         assert min(row["peak_mib"], row["peer_peak_mib"]) > 0
 
+
 def test_data_beside_webdataset(bench):
     pytest.importorskip("webdataset")
     small, large = bench("data")
     assert small["name"] == "224x224 w2" and large["name"] == "640x480 w2"
 
-@pytest.mark.parametrize("arguments, hint", [(["trian"], "train"), (["train", "--size=smal"], "small"),
-                                             (["chat", "--rounds=0"], "at least 1")])
+
+@pytest.mark.parametrize(
+    "arguments, hint",
+    [
+        (["trian"], "train"),
+        (["train", "--size=smal"], "small"),
+        (["chat", "--rounds=0"], "at least 1"),
+    ],
+)
 def test_a_wrong_argument_is_one_line(arguments, hint):
     program = start(*arguments)
     _, err = program.communicate(timeout=60)

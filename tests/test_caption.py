@@ -16,6 +16,7 @@ from tools import caption, make_scenes, show_data
 
 ROOT = Path(__file__).resolve().parent.parent
 
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """The working directory, with 7 pictures in photos/."""
@@ -24,8 +25,10 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
+
 def lines(path="captions.jsonl"):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
 
 def test_greedy_captions_are_those_of_chat(folder):
     caption.main(["photos", "--batch_size=3", "--dtype=float32"])
@@ -38,11 +41,25 @@ def test_greedy_captions_are_those_of_chat(folder):
         assert row["caption"] == "".join(talk.ask("Describe this image in detail."))
     assert len({row["caption"] for row in lines()}) > 4
 
-@pytest.mark.parametrize("options", [["--num_beams=2"], ["--temperature=1", "--seed=3"]])
+
+@pytest.mark.parametrize(
+    "options", [["--num_beams=2"], ["--temperature=1", "--seed=3"]]
+)
 def test_beams_and_samples(folder, options):
     for out in ("a.jsonl", "b.jsonl"):
-        caption.main(["photos/0.jpg", "photos/1.jpg", f"--out={out}", "--max_new_tokens=20", *options])
-    assert lines("a.jsonl") == lines("b.jsonl") and all(row["caption"] for row in lines("a.jsonl"))
+        caption.main(
+            [
+                "photos/0.jpg",
+                "photos/1.jpg",
+                f"--out={out}",
+                "--max_new_tokens=20",
+                *options,
+            ]
+        )
+    assert lines("a.jsonl") == lines("b.jsonl") and all(
+        row["caption"] for row in lines("a.jsonl")
+    )
+
 
 def test_a_stopped_run_continues(folder, capsys):
     caption.main(["photos", "--batch_size=4"])
@@ -56,11 +73,14 @@ def test_a_stopped_run_continues(folder, capsys):
     assert os.stat("captions.jsonl").st_size == before.st_size
     assert "7 captions (0 new ones cut off), 0 failures" in capsys.readouterr().out
 
+
 def test_bad_pictures_are_kept_out_and_tried_again_when_asked(folder, capsys):
     Path("photos/2.jpg").rename("good.jpg")
     Path("photos/2.jpg").write_bytes(b"no picture")
     Image.new("RGB", (1, 1)).save("photos/a\033[31m.png")
-    Path("list.txt").write_text("photos/0.jpg\r\n\nphotos/nowhere.jpg\n", encoding="utf-8-sig")
+    Path("list.txt").write_text(
+        "photos/0.jpg\r\n\nphotos/nowhere.jpg\n", encoding="utf-8-sig"
+    )
     for _ in range(2):
         caption.main(["photos", "list.txt", "--batch_size=1"])
         assert len(lines()) == 6 and len(lines("captions.errors.jsonl")) == 3
@@ -72,6 +92,7 @@ def test_bad_pictures_are_kept_out_and_tried_again_when_asked(folder, capsys):
     assert len(lines()) == 7 and len(lines("captions.errors.jsonl")) == 2
     assert "\033" not in "".join(capsys.readouterr())
 
+
 def test_training_reads_them(folder, capsys, monkeypatch):
     Path("photos/2.jpg").write_bytes(b"no picture")
     Path("own").mkdir()
@@ -81,9 +102,19 @@ def test_training_reads_them(folder, capsys, monkeypatch):
     data = [f"--data={folder}/own/captions.jsonl"]
     show_data.main(["configs/finetune_own.py", *data, "--plain", "--show=1"])
     assert "6 good samples and 0 bad ones" in capsys.readouterr().out
-    train.main(["configs/finetune_own.py", *data, f"--out_dir={folder}/out", "--max_steps=2",
-                "--num_workers=0"])
-    assert (folder / "out/proj.safetensors").is_file() and "cannot be used" not in capsys.readouterr().out
+    train.main(
+        [
+            "configs/finetune_own.py",
+            *data,
+            f"--out_dir={folder}/out",
+            "--max_steps=2",
+            "--num_workers=0",
+        ]
+    )
+    assert (
+        folder / "out/proj.safetensors"
+    ).is_file() and "cannot be used" not in capsys.readouterr().out
+
 
 def test_paths_lead_from_the_file_to_the_picture_also_through_links(folder):
     (folder / "deep/down").mkdir(parents=True)
@@ -92,30 +123,50 @@ def test_paths_lead_from_the_file_to_the_picture_also_through_links(folder):
     assert caption.written_path("album/0.jpg", Path("link")) == "../../photos/0.jpg"
     assert caption.written_path(str(folder / "photos/0.jpg"), Path("photos")) == "0.jpg"
 
+
 def test_folders_globs_lists_and_files(folder):
     Path("photos/notes.txt").write_text("no list")
     Path("photos/sub").mkdir()
     Path("photos/0.jpg").rename("photos/sub/[0].JPG")
     assert caption.find_pictures("photos") == [f"photos/{i}.jpg" for i in range(1, 7)]
     assert caption.find_pictures("photos/**")[-1] == "photos/sub/[0].JPG"
-    assert caption.find_pictures("photos/sub/[0].JPG") == caption.find_pictures("photos/sub")
+    assert caption.find_pictures("photos/sub/[0].JPG") == caption.find_pictures(
+        "photos/sub"
+    )
     Path("list.txt").write_text("photos/1.jpg\nphotos/lost.jpg\n")
     assert caption.find_pictures("list.txt") == ["photos/1.jpg", "photos/lost.jpg"]
 
-@pytest.mark.parametrize("argv, words", [
-    ([], "0 pictures"), (["nowhere.jpg"], "nowhere.jpg: no pictures"), (["out"], "out: no pictures"),
-    (["photos/notes.txt"], "no pictures"), (["photos/*.png"], "no pictures"),
-    (["photos", "--out=a.txt"], "a .jsonl"), (["photos", "--batch_size=0"], "at least 1"),
-    (["photos", "--temprature=1"], "did you mean temperature"), (["photos", "--ckpt=nowhere"], "nowhere"),
-    (["photos", f"--prompt={'a b ' * 900}"], "takes .* tokens")])
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        ([], "0 pictures"),
+        (["nowhere.jpg"], "nowhere.jpg: no pictures"),
+        (["out"], "out: no pictures"),
+        (["photos/notes.txt"], "no pictures"),
+        (["photos/*.png"], "no pictures"),
+        (["photos", "--out=a.txt"], "a .jsonl"),
+        (["photos", "--batch_size=0"], "at least 1"),
+        (["photos", "--temprature=1"], "did you mean temperature"),
+        (["photos", "--ckpt=nowhere"], "nowhere"),
+        (["photos", f"--prompt={'a b ' * 900}"], "takes .* tokens"),
+    ],
+)
 def test_mistakes_raise(folder, argv, words):
     Path("photos/notes.txt").write_text("no list")
     Path("out").mkdir()
     with pytest.raises(InputError, match=words):
         caption.main(argv)
 
-@pytest.mark.parametrize("argv", [["no\033[31mwhere.jpg"], ["photos", "--out=none/a.jsonl"]])
+
+@pytest.mark.parametrize(
+    "argv", [["no\033[31mwhere.jpg"], ["photos", "--out=none/a.jsonl"]]
+)
 def test_a_mistake_is_one_line_without_control_characters_and_status_2(folder, argv):
     command = [sys.executable, str(ROOT / "tools/caption.py"), *argv]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "\033" not in done.stderr
+    assert (
+        done.returncode == 2
+        and len(done.stderr.splitlines()) == 1
+        and "\033" not in done.stderr
+    )

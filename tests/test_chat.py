@@ -19,9 +19,11 @@ from vision import load_image
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = str(ROOT / "assets" / "tiny" / "example.png")
 
+
 @pytest.fixture(scope="module")
 def tiny():
     return chat.load(Options(device="cpu"))
+
 
 def answer_to(tiny, question, *pictures, **options):
     model, defaults = tiny
@@ -30,18 +32,31 @@ def answer_to(tiny, question, *pictures, **options):
         talk.add_image(picture)
     return "".join(talk.ask(question)), talk
 
+
 def test_the_tiny_model_describes_its_example_correctly(tiny):
     for seed in range(3):  # sampled as in the demo, not greedy
-        answer, talk = answer_to(tiny, "Describe this image in detail.", EXAMPLE, seed=seed)
-        assert talk.turns[-1].ended and named_objects(answer) == {("red", "star"), ("yellow", "ring")}
+        answer, talk = answer_to(
+            tiny, "Describe this image in detail.", EXAMPLE, seed=seed
+        )
+        assert talk.turns[-1].ended and named_objects(answer) == {
+            ("red", "star"),
+            ("yellow", "ring"),
+        }
         assert "large red striped star at the top left" in answer
         assert "small yellow ring placed on the right" in answer and "gray" in answer
 
+
 def test_answers_repeat_with_the_same_seed_and_greedy_ignores_it(tiny):
     rhyme = "Write a rhyme about this image."
-    assert answer_to(tiny, rhyme, EXAMPLE, seed=3)[0] == answer_to(tiny, rhyme, EXAMPLE, seed=3)[0]
-    greedy = {answer_to(tiny, rhyme, EXAMPLE, seed=s, temperature=0.0)[0] for s in (1, 2)}
+    assert (
+        answer_to(tiny, rhyme, EXAMPLE, seed=3)[0]
+        == answer_to(tiny, rhyme, EXAMPLE, seed=3)[0]
+    )
+    greedy = {
+        answer_to(tiny, rhyme, EXAMPLE, seed=s, temperature=0.0)[0] for s in (1, 2)
+    }
     assert len(greedy) == 1
+
 
 def test_a_second_turn_remembers_the_first(tiny):
     _, talk = answer_to(tiny, "How many objects are there?", EXAMPLE)
@@ -49,6 +64,7 @@ def test_a_second_turn_remembers_the_first(tiny):
     assert len(talk.turns) == 2 and talk.n_pictures == 1
     talk.reset()
     assert not talk.turns and not talk.new_pictures
+
 
 def test_streamed_pieces_add_up_to_the_answer_without_its_end(tiny):
     model, options = tiny
@@ -60,33 +76,62 @@ def test_streamed_pieces_add_up_to_the_answer_without_its_end(tiny):
     ids = model.tokenizer.encode("".join(pieces) + "### Human: x")
     assert model.tokenizer.answer_text(ids, "###") == "".join(pieces)
 
+
 def test_an_answer_cut_at_max_new_tokens_is_not_ended(tiny):
-    _, talk = answer_to(tiny, "Describe this image in detail.", EXAMPLE, max_new_tokens=3)
+    _, talk = answer_to(
+        tiny, "Describe this image in detail.", EXAMPLE, max_new_tokens=3
+    )
     assert not talk.turns[-1].ended
 
-@pytest.mark.parametrize("options, words", [
-    ({"temperature": 1e-45}, "temperature = 1e-45: give 0 or"),
-    ({"repetition_penalty": 1e-300}, "give one from 0.01 to 100"),
-    ({"seed": 2**70}, "seed = "), ({"max_new_tokens": 2000}, "give one from 1 to 1999")])
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"temperature": 1e-45}, "temperature = 1e-45: give 0 or"),
+        ({"repetition_penalty": 1e-300}, "give one from 0.01 to 100"),
+        ({"seed": 2**70}, "seed = "),
+        ({"max_new_tokens": 2000}, "give one from 1 to 1999"),
+    ],
+)
 def test_options_out_of_range_raise(options, words):
     with pytest.raises(InputError, match=words):
         Options(**options)
 
+
 def test_both_templates_and_several_pictures_run(tiny):
     for template in ("vicuna", "llama2"):
-        talk = answer_to(tiny, "What do you see?", EXAMPLE, EXAMPLE, template=template, max_new_tokens=8)[1]
+        talk = answer_to(
+            tiny,
+            "What do you see?",
+            EXAMPLE,
+            EXAMPLE,
+            template=template,
+            max_new_tokens=8,
+        )[1]
         assert len(talk.turns[0].pictures) == 2
+
 
 def test_an_answer_ends_as_the_run_was_trained(tmp_path):
     """With its own `end_sym`, unless another template or end is asked for."""
-    parts = {"llama": str(ROOT / "assets/tiny/llama"), "template": "vicuna", "end_sym": "END"}
+    parts = {
+        "llama": str(ROOT / "assets/tiny/llama"),
+        "template": "vicuna",
+        "end_sym": "END",
+    }
     (tmp_path / "config.json").write_text(json.dumps(parts))
-    for options, end in (({}, "END"), ({"template": "llama2"}, "</s>"), ({"answer_end": "."}, ".")):
+    for options, end in (
+        ({}, "END"),
+        ({"template": "llama2"}, "</s>"),
+        ({"answer_end": "."}, "."),
+    ):
         talk = Chat(*chat.load(Options(ckpt=str(tmp_path), device="cpu", **options)))
         assert talk.template.end == end
 
+
 def test_a_language_model_alone_answers_but_takes_no_pictures(tmp_path, capsys):
-    (tmp_path / "config.json").write_text(json.dumps({"llama": str(ROOT / "assets/tiny/llama")}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"llama": str(ROOT / "assets/tiny/llama")})
+    )
     talk = Chat(*chat.load(Options(ckpt=str(tmp_path), device="cpu", max_new_tokens=8)))
     assert "trained without a template" in capsys.readouterr().err
     "".join(talk.ask("Hello"))
@@ -94,8 +139,11 @@ def test_a_language_model_alone_answers_but_takes_no_pictures(tmp_path, capsys):
     with pytest.raises(InputError, match="sees no pictures"):
         talk.add_image(EXAMPLE)
 
+
 def pictures():
-    rgb = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    rgb = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    )
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     yield "jpeg", rgb, "JPEG", {}
@@ -107,20 +155,30 @@ def pictures():
     yield "palette", rgb.convert("P"), "PNG", {}
     yield "palette with transparency", rgb.convert("P"), "PNG", {"transparency": 3}
     yield "one bit", rgb.convert("1"), "PNG", {}
-    yield "16 bit", Image.fromarray(np.arange(2400, dtype=np.uint16).reshape(40, 60) * 20), "PNG", {}
+    yield (
+        "16 bit",
+        Image.fromarray(np.arange(2400, dtype=np.uint16).reshape(40, 60) * 20),
+        "PNG",
+        {},
+    )
     yield "32 bit float", rgb.convert("F"), "TIFF", {}
     yield "gif", rgb.convert("P"), "GIF", {}
     yield "webp", rgb, "WEBP", {}
     yield "1x1", rgb.resize((1, 1)), "PNG", {}
     yield "10,000 wide", rgb.resize((10_000, 30)), "JPEG", {}
 
-@pytest.mark.parametrize("picture, kind, options", [p[1:] for p in pictures()],
-                         ids=[p[0] for p in pictures()])
+
+@pytest.mark.parametrize(
+    "picture, kind, options",
+    [p[1:] for p in pictures()],
+    ids=[p[0] for p in pictures()],
+)
 def test_every_kind_of_picture_is_read(tiny, tmp_path, picture, kind, options):
     path = tmp_path / f"picture.{kind.lower()}"
     picture.save(path, kind, **options)
     _, talk = answer_to(tiny, "What is this?", str(path), max_new_tokens=4)
     assert load_image(str(path), 64).shape == (3, 64, 64) and len(talk.turns) == 1
+
 
 def test_exif_rotation_transparency_and_16_bits_are_respected(tmp_path):
     half = Image.new("RGB", (64, 64), "black")
@@ -128,24 +186,35 @@ def test_exif_rotation_transparency_and_16_bits_are_respected(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
     half.save(tmp_path / "a.png", exif=exif)
-    odd = (b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + struct.pack("<HHIi", 0x0100, 9, 1, -5)  # width -5
-           + struct.pack("<HHII", 0x0112, 3, 1, 3) + bytes(4))
+    odd = (
+        b"Exif\0\0II*\0"
+        + struct.pack("<IH", 8, 2)
+        + struct.pack("<HHIi", 0x0100, 9, 1, -5)  # width -5
+        + struct.pack("<HHII", 0x0112, 3, 1, 3)
+        + bytes(4)
+    )
     half.save(tmp_path / "a.jpg", exif=odd, quality=95)
     for name in ("a.png", "a.jpg"):
         image = load_image(str(tmp_path / name), 64)
-        assert image[:, 60, 5].tolist() == [255, 255, 255] and image[:, 3, 5].tolist() == [0, 0, 0]
+        assert image[:, 60, 5].tolist() == [255, 255, 255] and image[
+            :, 3, 5
+        ].tolist() == [0, 0, 0]
     Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "b.png")
     assert load_image(str(tmp_path / "b.png"), 8).min() == 255
     Image.fromarray(np.full((8, 8), 32768, dtype=np.uint16)).save(tmp_path / "c.png")
     assert load_image(str(tmp_path / "c.png"), 8).unique().tolist() == [127]
 
-@pytest.mark.parametrize("content", [None, b"", b"no picture", b"\x89PNG\r\n\x1a\nbroken"])
+
+@pytest.mark.parametrize(
+    "content", [None, b"", b"no picture", b"\x89PNG\r\n\x1a\nbroken"]
+)
 def test_missing_and_broken_pictures_are_named(tmp_path, content):
     path = tmp_path / "x.png"
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(InputError, match="x.png"):
         load_image(str(path), 64)
+
 
 def test_a_truncated_picture_is_named(tmp_path):
     buffer = io.BytesIO()
@@ -154,41 +223,84 @@ def test_a_truncated_picture_is_named(tmp_path):
     with pytest.raises(InputError, match="half.jpg"):
         load_image(str(tmp_path / "half.jpg"), 64)
 
+
 def test_prompt_prints_only_the_answer(capsys):
     chat.main([EXAMPLE, "--prompt=What color is the star?", "--temperature=0"])
     out, err = capsys.readouterr()
     assert out.endswith(".\n") and len(out.splitlines()) == 1 and "#" not in out
     assert len(err.splitlines()) == 1 and err.startswith("note: this is the tiny")
 
+
 def test_commands(capsys, monkeypatch):
-    lines = ["/help", f"/image {EXAMPLE}", "What color is the star?", "/image nowhere.png", "/dance",
-             "/reset", "/quit", "x"]
+    lines = [
+        "/help",
+        f"/image {EXAMPLE}",
+        "What color is the star?",
+        "/image nowhere.png",
+        "/dance",
+        "/reset",
+        "/quit",
+        "x",
+    ]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
     chat.main(["--temperature=0"])
     out, err = capsys.readouterr()
-    for words in ("seen. What would you like to know?", "/image PATH", "/dance: unknown command",
-                  "A new conversation"):
+    for words in (
+        "seen. What would you like to know?",
+        "/image PATH",
+        "/dance: unknown command",
+        "A new conversation",
+    ):
         assert words in out
     assert "nowhere.png: there is no such picture" in err
 
-@pytest.mark.parametrize("arguments, words", [
-    (["--temprature=1"], "did you mean temperature"), (["--temperature=hot"], "not of type float"),
-    (["--template=alpaca"], "alpaca"), (["--top_p=0"], "top_p"), (["--dtype=int3"], "int3"),
-    (["--ckpt=nowhere"], "nowhere"), (["nowhere.png"], "nowhere.png")])
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--temprature=1"], "did you mean temperature"),
+        (["--temperature=hot"], "not of type float"),
+        (["--template=alpaca"], "alpaca"),
+        (["--top_p=0"], "top_p"),
+        (["--dtype=int3"], "int3"),
+        (["--ckpt=nowhere"], "nowhere"),
+        (["nowhere.png"], "nowhere.png"),
+    ],
+)
 def test_wrong_arguments_raise(arguments, words):
     with pytest.raises(InputError, match=words):
         chat.main([*arguments, "--prompt=x"])
 
+
 def test_bare_booleans_and_values_after_a_space(capsys):
     """A bare --check does not take the picture's path after it as its value."""
     answers = []
-    for arguments in (["--check", EXAMPLE, "--prompt", "What color is the star?", "--temperature", "0"],
-                      ["--check=True", "--temperature=0", "--prompt=What color is the star?", EXAMPLE]):
+    for arguments in (
+        [
+            "--check",
+            EXAMPLE,
+            "--prompt",
+            "What color is the star?",
+            "--temperature",
+            "0",
+        ],
+        [
+            "--check=True",
+            "--temperature=0",
+            "--prompt=What color is the star?",
+            EXAMPLE,
+        ],
+    ):
         chat.main(arguments)
         out, err = capsys.readouterr()
-        assert "perplexity on a paragraph" in err and "red" in out and len(out.splitlines()) == 1
+        assert (
+            "perplexity on a paragraph" in err
+            and "red" in out
+            and len(out.splitlines()) == 1
+        )
         answers.append(out)
     assert answers[0] == answers[1]
+
 
 def test_help_lists_every_option(capsys):
     with pytest.raises(SystemExit) as end:

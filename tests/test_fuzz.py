@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings, strategies as st
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save
 
 import chat
@@ -21,10 +22,23 @@ from tests.test_data import picture
 
 TOKENIZER = Tokenizer(GOLDEN / "tokenizer" / "tokenizer.model")
 NAMES = [f.name for f in fields(Config)]
-VALUES = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=9), st.lists(
-    st.text(max_size=3)), st.dictionaries(st.text(max_size=3), st.integers(), max_size=2))
-WORDS = st.one_of(st.text(max_size=9), st.sampled_from(NAMES).map("--{}".format), st.builds(
-    "--{}={}".format, st.one_of(st.sampled_from(NAMES), st.text(max_size=5)), VALUES))
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=9),
+    st.lists(st.text(max_size=3)),
+    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+)
+WORDS = st.one_of(
+    st.text(max_size=9),
+    st.sampled_from(NAMES).map("--{}".format),
+    st.builds(
+        "--{}={}".format, st.one_of(st.sampled_from(NAMES), st.text(max_size=5)), VALUES
+    ),
+)
+
 
 @given(st.lists(WORDS, max_size=5))
 def test_a_command_line_is_taken_or_refused_in_one_line(words):
@@ -34,7 +48,12 @@ def test_a_command_line_is_taken_or_refused_in_one_line(words):
     except InputError as e:
         assert str(e)
 
-@given(st.dictionaries(st.one_of(st.sampled_from(NAMES), st.text(max_size=5)), VALUES, max_size=4))
+
+@given(
+    st.dictionaries(
+        st.one_of(st.sampled_from(NAMES), st.text(max_size=5)), VALUES, max_size=4
+    )
+)
 def test_a_config_is_taken_or_refused(values):
     try:
         config = override(Config(), values)
@@ -42,13 +61,20 @@ def test_a_config_is_taken_or_refused(values):
         return
     for name, value in values.items():
         kept = getattr(config, name)
-        assert kept == value or isinstance(value, str) or isinstance(kept, (tuple, float)), name
+        assert (
+            kept == value or isinstance(value, str) or isinstance(kept, (tuple, float))
+        ), name
+
 
 def damaged(content: bytes):
     """Some bytes of a file changed, and perhaps its end cut off."""
     change = st.tuples(st.integers(0, len(content) - 1), st.integers(0, 255))
-    return st.builds(lambda changes, end: _change(content, changes)[:end], st.lists(change, max_size=8),
-                     st.one_of(st.just(len(content)), st.integers(0, len(content))))
+    return st.builds(
+        lambda changes, end: _change(content, changes)[:end],
+        st.lists(change, max_size=8),
+        st.one_of(st.just(len(content)), st.integers(0, len(content))),
+    )
+
 
 def _change(content: bytes, changes) -> bytes:
     changed = bytearray(content)
@@ -56,32 +82,66 @@ def _change(content: bytes, changes) -> bytes:
         changed[place] = value
     return bytes(changed)
 
+
 def _tar() -> bytes:
     with tarfile.open(fileobj=(file := io.BytesIO()), mode="w") as tar:
-        for name, content in (("a.jpg", picture()), ("a.json", b'{"caption": "A dog"}'), ("b.jpg", picture()),
-                              ("b.txt", b"A cat")):
+        for name, content in (
+            ("a.jpg", picture()),
+            ("a.json", b'{"caption": "A dog"}'),
+            ("b.jpg", picture()),
+            ("b.txt", b"A cat"),
+        ):
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     return file.getvalue()
 
+
 FIXTURES = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
-KEYS = st.sampled_from("image image_id caption text context conversation conversations x".split())
-TURNS = st.lists(st.one_of(
-    st.dictionaries(st.sampled_from(("user", "assistant", "x")), st.text(max_size=5), max_size=2),
-    st.fixed_dictionaries({"from": st.sampled_from(("human", "gpt", "x")), "value": st.text(max_size=5)})))
+KEYS = st.sampled_from(
+    "image image_id caption text context conversation conversations x".split()
+)
+TURNS = st.lists(
+    st.one_of(
+        st.dictionaries(
+            st.sampled_from(("user", "assistant", "x")), st.text(max_size=5), max_size=2
+        ),
+        st.fixed_dictionaries(
+            {
+                "from": st.sampled_from(("human", "gpt", "x")),
+                "value": st.text(max_size=5),
+            }
+        ),
+    )
+)
 JSON = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=9), TURNS),
-    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(KEYS, inner, max_size=4)))
+    st.one_of(
+        st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=9), TURNS
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(KEYS, inner, max_size=4)
+    ),
+)
+
 
 @FIXTURES
-@given(rows=st.lists(JSON, min_size=1, max_size=3), template=st.sampled_from(("", "vicuna", "llama2")))
+@given(
+    rows=st.lists(JSON, min_size=1, max_size=3),
+    template=st.sampled_from(("", "vicuna", "llama2")),
+)
 def test_any_json_is_a_sample_or_a_bad_one(tmp_path, rows, template):
     (path := tmp_path / "rows.json").write_text(json.dumps(rows))
-    samples = Samples([Rows(path)], Config(template=template, trainable=("proj", "llama")), TOKENIZER, 28, 3)
+    samples = Samples(
+        [Rows(path)],
+        Config(template=template, trainable=("proj", "llama")),
+        TOKENIZER,
+        28,
+        3,
+    )
     read = [samples.read(key) for key in samples.keys()]
     assert len(read) == len(rows) and len(samples.bad) == read.count(None)
+
 
 @FIXTURES
 @given(content=damaged(_tar()))
@@ -98,8 +158,13 @@ def test_a_damaged_tar_costs_samples_and_nothing_else(tmp_path, content):
     rows = [samples.read(key) for key in samples.keys()]
     assert len(samples.bad) == rows.count(None)
 
+
 @FIXTURES
-@given(content=damaged(save({"proj.weight": torch.ones(4, 3), "proj.bias": torch.ones(4)}, {"a": "{}"})))
+@given(
+    content=damaged(
+        save({"proj.weight": torch.ones(4, 3), "proj.bias": torch.ones(4)}, {"a": "{}"})
+    )
+)
 def test_a_damaged_weight_file_is_read_or_refused(tmp_path, content):
     (tmp_path / "x.safetensors").write_bytes(content)
     try:
@@ -107,24 +172,39 @@ def test_a_damaged_weight_file_is_read_or_refused(tmp_path, content):
     except InputError as e:
         assert "x.safetensors: " in str(e)
     else:
-        assert sum(t.nbytes for t in tensors.values()) <= len(content) and isinstance(metadata, dict)
+        assert sum(t.nbytes for t in tensors.values()) <= len(content) and isinstance(
+            metadata, dict
+        )
 
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(sum), st.integers(0, 2**31),
-       st.integers(1, 9), st.integers(0, 3))
+
+@given(
+    st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(sum),
+    st.integers(0, 2**31),
+    st.integers(1, 9),
+    st.integers(0, 3),
+)
 def test_an_epoch_holds_each_sample_once(counts, seed, window, epoch):
     order, n = SampleOrder(counts, seed, 0, window), sum(counts)
     drawn = [order[i] for i in range(epoch * n, (epoch + 1) * n)]
-    assert sorted(drawn) == [(shard, row) for shard, count in enumerate(counts) for row in range(count)]
+    assert sorted(drawn) == [
+        (shard, row) for shard, count in enumerate(counts) for row in range(count)
+    ]
     jumped = SampleOrder(counts, seed, 0, window)
     assert [jumped[epoch * n + i] for i in reversed(range(n))] == drawn[::-1]
+
 
 @pytest.fixture(scope="module")
 def tiny():
     return chat.load(chat.Options(device="cpu"))
 
-@example(ids=[0, 375, 375], end="###")  # "\u2047 #", then "###": the space before it is no part of the answer
-@given(ids=st.lists(st.integers(0, 511), min_size=1, max_size=40),
-       end=st.sampled_from(["###", "</s>", "STOP"]))
+
+@example(
+    ids=[0, 375, 375], end="###"
+)  # "\u2047 #", then "###": the space before it is no part of the answer
+@given(
+    ids=st.lists(st.integers(0, 511), min_size=1, max_size=40),
+    end=st.sampled_from(["###", "</s>", "STOP"]),
+)
 def test_the_pieces_of_an_answer_are_the_answer(tiny, ids, end):
     model, options = tiny
     talk = chat.Chat(model, replace(options, max_new_tokens=len(ids)))

@@ -14,8 +14,13 @@ from model import MiniGPT4, sample
 from tests.common import GOLDEN
 from tools import convert
 
-SIZES = {"vocab_size": 640, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
-         "num_attention_heads": 4}
+SIZES = {
+    "vocab_size": 640,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 SHAPES = {
     "multi_head": {},
     "grouped_query": {"num_key_value_heads": 2},
@@ -24,14 +29,24 @@ SHAPES = {
     "rope_theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
     "rms_norm_eps": {"rms_norm_eps": 1e-2},
     "head_dim": {"head_dim": 20},
-    "mixed": {"num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True, "rms_norm_eps": 1e-5,
-              "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    "mixed": {
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "tie_word_embeddings": True,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    },
 }
 TOKENS = torch.randint(3, 600, (2, 40), generator=torch.Generator().manual_seed(7))
 
+
 def make_folder(folder, **changes):
     """Save a Hugging Face LLaMA with random weights, large enough for wrong attention to show."""
-    shard = {"max_shard_size": changes.pop("max_shard_size")} if "max_shard_size" in changes else {}
+    shard = (
+        {"max_shard_size": changes.pop("max_shard_size")}
+        if "max_shard_size" in changes
+        else {}
+    )
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**SIZES | {"initializer_range": 0.2} | changes)
     theirs = transformers.LlamaForCausalLM(config).eval()
@@ -42,21 +57,29 @@ def make_folder(folder, **changes):
     shutil.copy(GOLDEN / "tokenizer" / "tokenizer.model", folder)
     return theirs
 
+
 def load(folder, dtype="float32", trainable=()):
-    return MiniGPT4.from_files(vision=None, qformer=None, llama=str(folder), dtype=dtype, trainable=trainable)
+    return MiniGPT4.from_files(
+        vision=None, qformer=None, llama=str(folder), dtype=dtype, trainable=trainable
+    )
+
 
 @torch.no_grad()
 def logits(model, tokens=TOKENS):
     return model.llama.logits(model.llama(model.llama.embed_tokens(tokens)))
 
+
 @torch.no_grad()
 def their_logits(theirs):
     return theirs(TOKENS).logits
 
+
 def close(got, want, tolerance):
     torch.testing.assert_close(got, want, atol=tolerance, rtol=0)
 
+
 # ---- parity ------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_equal_transformers(tmp_path, shape):
@@ -65,11 +88,15 @@ def test_logits_equal_transformers(tmp_path, shape):
     assert want.std() > 0.5  # large enough for the tolerance to mean something
     close(logits(load(tmp_path)), want, 2e-5)
 
+
 def test_each_size_changes_the_logits(tmp_path):
     """Otherwise parity would hold even for a reader that ignores rope_theta or rms_norm_eps."""
     plain = their_logits(make_folder(tmp_path))
     for shape in ("rope_theta", "rms_norm_eps", "tied"):
-        assert (their_logits(make_folder(tmp_path, **SHAPES[shape])) - plain).abs().max() > 0.05, shape
+        assert (
+            their_logits(make_folder(tmp_path, **SHAPES[shape])) - plain
+        ).abs().max() > 0.05, shape
+
 
 @pytest.mark.parametrize("shape", ["multi_head", "mixed"])
 def test_cached_decoding_equals_the_full_forward(tmp_path, shape):
@@ -79,19 +106,33 @@ def test_cached_decoding_equals_the_full_forward(tmp_path, shape):
     cache = KVCache()
     with torch.no_grad():
         x = model.llama.embed_tokens(TOKENS)
-        close(model.llama.logits(model.llama(x[:, :prompt], cache)), want[:, :prompt], 2e-5)
+        close(
+            model.llama.logits(model.llama(x[:, :prompt], cache)),
+            want[:, :prompt],
+            2e-5,
+        )
         for t in range(prompt, TOKENS.shape[1]):
             assert cache.length == t
-            close(model.llama.logits(model.llama(x[:, t:t + 1], cache)), want[:, t:t + 1], 2e-5)
+            close(
+                model.llama.logits(model.llama(x[:, t : t + 1], cache)),
+                want[:, t : t + 1],
+                2e-5,
+            )
+
 
 def test_several_tokens_after_the_cached_ones_equal_the_full_forward(tmp_path):
     make_folder(tmp_path, **SHAPES["grouped_query"])
     model = load(tmp_path)
     cache, x = KVCache(), model.llama.embed_tokens(TOKENS.repeat(1, 30))
-    parts = [model.llama(part, cache) for part in x.split((5, 1, 20, x.shape[1] - 26), 1)]  # it grows twice
+    parts = [
+        model.llama(part, cache) for part in x.split((5, 1, 20, x.shape[1] - 26), 1)
+    ]  # it grows twice
     assert torch.allclose(torch.cat(parts, 1), model.llama(x), atol=2e-5)
     cache.length = 4  # forgets the others
-    assert torch.allclose(model.llama(x[:, 4:], cache), model.llama(x)[:, 4:], atol=2e-5)
+    assert torch.allclose(
+        model.llama(x[:, 4:], cache), model.llama(x)[:, 4:], atol=2e-5
+    )
+
 
 def test_answers_of_a_batch_equal_single_ones_each_ending_on_its_own(tmp_path):
     make_folder(tmp_path, **SHAPES["mixed"])
@@ -101,7 +142,10 @@ def test_answers_of_a_batch_equal_single_ones_each_ending_on_its_own(tmp_path):
     stop = single[0][3:5]
     assert stop != single[1][3:5] and len(single[1]) == 12
     steps = list(model.generate(rows, **options, stop=(stop,)))
-    assert [id for id, _ in steps] == single[0][:5] + [None] * 7 and [id for _, id in steps] == single[1]
+    assert [id for id, _ in steps] == single[0][:5] + [None] * 7 and [
+        id for _, id in steps
+    ] == single[1]
+
 
 @pytest.mark.parametrize("num_beams, penalty", [(2, 1.0), (4, 0.5), (3, -1.0)])
 def test_beam_search_equals_transformers(tmp_path, num_beams, penalty):
@@ -109,22 +153,47 @@ def test_beam_search_equals_transformers(tmp_path, num_beams, penalty):
     theirs, prompt = make_folder(tmp_path, **SHAPES["grouped_query"]), TOKENS[:1]
     model = load(tmp_path)
     model.tokenizer.eos = next(model.generate(prompt[0].tolist(), temperature=0))
-    want = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=12,
-                           num_beams=num_beams, length_penalty=penalty, pad_token_id=0, min_new_tokens=1,
-                           eos_token_id=model.tokenizer.eos)[0, prompt.shape[1]:].tolist()
-    got = model.generate(prompt[0].tolist(), None, 12, repetition_penalty=1.0, min_length=2,
-                         num_beams=num_beams, length_penalty=penalty)
+    want = theirs.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        max_new_tokens=12,
+        num_beams=num_beams,
+        length_penalty=penalty,
+        pad_token_id=0,
+        min_new_tokens=1,
+        eos_token_id=model.tokenizer.eos,
+    )[0, prompt.shape[1] :].tolist()
+    got = model.generate(
+        prompt[0].tolist(),
+        None,
+        12,
+        repetition_penalty=1.0,
+        min_length=2,
+        num_beams=num_beams,
+        length_penalty=penalty,
+    )
     assert [*got] == [id for id in want if id]
 
+
 @pytest.mark.parametrize("dtype, error", [("int8", 0.05), ("int4", 0.5)])
-def test_quantized_matrices_are_close_and_the_same_from_a_converted_folder(tmp_path, dtype, error):
+def test_quantized_matrices_are_close_and_the_same_from_a_converted_folder(
+    tmp_path, dtype, error
+):
     make_folder(tmp_path / "hub", vocab_size=600, hidden_size=64, intermediate_size=128)
     hub, small = str(tmp_path / "hub"), str(tmp_path / "small")
     convert.main(["llama", hub, small, f"--dtype={dtype}", "--check=false"])
     model, plain, again = load(hub, dtype), load(hub), load(small)
-    assert torch.equal(logits(model), logits(again)) and model.fingerprints == plain.fingerprints
+    assert (
+        torch.equal(logits(model), logits(again))
+        and model.fingerprints == plain.fingerprints
+    )
     assert again.fingerprints == plain.fingerprints
-    assert 0 < (logits(model).float() - logits(plain)).abs().mean() < error * logits(plain).std()
+    assert (
+        0
+        < (logits(model).float() - logits(plain)).abs().mean()
+        < error * logits(plain).std()
+    )
     other = "int8" if dtype == "int4" else "int4"
     for options in ({"dtype": other}, {"dtype": "bfloat16", "trainable": ("llama",)}):
         with pytest.raises(InputError, match=f"already {dtype}"):
@@ -132,14 +201,22 @@ def test_quantized_matrices_are_close_and_the_same_from_a_converted_folder(tmp_p
     with pytest.raises(InputError, match="not for trained"):
         load(hub, dtype, trainable=("llama",))
 
+
 def test_greedy_generation_equals_transformers(tmp_path):
     theirs = make_folder(tmp_path, **SHAPES["grouped_query"])
     prompt = TOKENS[:1]
-    want = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=25,
-                           pad_token_id=0)[0, prompt.shape[1]:]
-    got = load(tmp_path).generate(prompt[0].tolist(), max_new_tokens=25, temperature=0,
-                                  repetition_penalty=1.0)
+    want = theirs.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        max_new_tokens=25,
+        pad_token_id=0,
+    )[0, prompt.shape[1] :]
+    got = load(tmp_path).generate(
+        prompt[0].tolist(), max_new_tokens=25, temperature=0, repetition_penalty=1.0
+    )
     assert list(got) == want.tolist()
+
 
 def test_prompt_is_cut_on_the_left_to_fit_the_context(tmp_path):
     """What remains of the prompt leaves room for the answer."""
@@ -147,10 +224,13 @@ def test_prompt_is_cut_on_the_left_to_fit_the_context(tmp_path):
     model, prompt = load(tmp_path), TOKENS[0].tolist()
 
     def answer(ids, context):
-        return list(model.generate(ids, max_new_tokens=10, temperature=0, context=context))
+        return list(
+            model.generate(ids, max_new_tokens=10, temperature=0, context=context)
+        )
 
     assert answer(prompt, 30) == answer(prompt[-20:], 2000) != answer(prompt, 2000)
     assert answer(prompt, 50) == answer(prompt, 2000)  # it just fits
+
 
 def test_bfloat16_is_close_to_float32(tmp_path):
     theirs = make_folder(tmp_path, **SHAPES["mixed"])
@@ -159,37 +239,58 @@ def test_bfloat16_is_close_to_float32(tmp_path):
     want = their_logits(theirs)
     got = logits(model)
     assert got.dtype == torch.bfloat16
-    theirs_off = (their_logits(theirs.to(torch.bfloat16)).float() - want).norm() / want.norm()
+    theirs_off = (
+        their_logits(theirs.to(torch.bfloat16)).float() - want
+    ).norm() / want.norm()
     ours_off = (got.float() - want).norm() / want.norm()
     assert ours_off < 0.05 and ours_off < 1.5 * theirs_off
+
 
 def test_only_trainable_parts_have_gradients(tmp_path):
     """A trainable part is float32, whatever the dtype of the others."""
     make_folder(tmp_path)
     assert not any(p.requires_grad for p in load(tmp_path).parameters())
     trained = load(tmp_path, "bfloat16", trainable=("llama",))
-    assert all(p.requires_grad and p.dtype == torch.float32 for p in trained.parameters())
+    assert all(
+        p.requires_grad and p.dtype == torch.float32 for p in trained.parameters()
+    )
+
 
 def test_loaded_projection_is_float32_even_when_frozen(tmp_path):
     make_folder(tmp_path / "llama")
-    sizes = {"image_size": 28, "patch_size": 14, "width": 16, "n_layers": 1, "n_heads": 2, "mlp_hidden": 16}
+    sizes = {
+        "image_size": 28,
+        "patch_size": 14,
+        "width": 16,
+        "n_layers": 1,
+        "n_heads": 2,
+        "mlp_hidden": 16,
+    }
     parts = {"vision": sizes, "qformer": None, "llama": str(tmp_path / "llama")}
     MiniGPT4.from_files(**parts).save_part("proj", str(tmp_path), "bfloat16")
     for trainable in ((), ("proj",)):
-        model = MiniGPT4.from_files(**parts, proj=str(tmp_path / "proj.safetensors"), trainable=trainable)
+        model = MiniGPT4.from_files(
+            **parts, proj=str(tmp_path / "proj.safetensors"), trainable=trainable
+        )
         assert {p.dtype for p in model.proj.parameters()} == {torch.float32}
         assert {p.dtype for p in model.llama.parameters()} == {torch.bfloat16}
         assert {k for k, p in model.named_parameters() if p.requires_grad} == (
-            {"proj.weight", "proj.bias"} if trainable else set())
+            {"proj.weight", "proj.bias"} if trainable else set()
+        )
+
 
 # ---- files -------------------------------------------------------------------------------------------------
+
 
 def test_sharded_folder_is_read_by_its_index(tmp_path):
     """A stray file beside the shards, such as Meta's own `consolidated`, is not read."""
     theirs = make_folder(tmp_path, max_shard_size="60KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    save_file({"tok_embeddings.weight": torch.zeros(1)}, tmp_path / "consolidated.safetensors")
+    save_file(
+        {"tok_embeddings.weight": torch.zeros(1)}, tmp_path / "consolidated.safetensors"
+    )
     close(logits(load(tmp_path)), their_logits(theirs), 2e-5)
+
 
 def test_missing_shard_is_named(tmp_path):
     make_folder(tmp_path, max_shard_size="60KB")
@@ -198,16 +299,24 @@ def test_missing_shard_is_named(tmp_path):
     with pytest.raises(InputError, match=shard.name):
         load(tmp_path)
 
+
 def test_rotary_buffers_of_old_files_are_ignored(tmp_path):
     theirs = make_folder(tmp_path)
-    change_tensors(tmp_path, lambda t: t | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)})
+    change_tensors(
+        tmp_path,
+        lambda t: t | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)},
+    )
     close(logits(load(tmp_path)), their_logits(theirs), 2e-5)
+
 
 def test_tied_tensor_that_is_stored_twice_is_ignored(tmp_path):
     theirs = make_folder(tmp_path, tie_word_embeddings=True)
     head = "lm_head.weight"
-    change_tensors(tmp_path, lambda t: t | {head: torch.zeros_like(t["model.embed_tokens.weight"])})
+    change_tensors(
+        tmp_path, lambda t: t | {head: torch.zeros_like(t["model.embed_tokens.weight"])}
+    )
     close(logits(load(tmp_path)), their_logits(theirs), 2e-5)
+
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_saved_part_loads_again_here_and_in_transformers(tmp_path, shape):
@@ -215,30 +324,51 @@ def test_saved_part_loads_again_here_and_in_transformers(tmp_path, shape):
     want = their_logits(theirs)
     load(tmp_path / "in").save_part("llama", str(tmp_path))
     close(logits(load(tmp_path / "llama")), want, 2e-5)
-    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "llama", dtype=torch.float32).eval()
+    again = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path / "llama", dtype=torch.float32
+    ).eval()
     close(their_logits(again), want, 2e-5)
+
 
 def test_old_config_json_has_rope_theta_at_the_top(tmp_path):
     """Folders from before transformers 5 have no rope_parameters, head_dim or num_key_value_heads."""
     theirs = make_folder(tmp_path, **SHAPES["rope_theta"])
     keep = (*SIZES, "rms_norm_eps", "model_type")
-    change_config(tmp_path, lambda c: {k: c[k] for k in keep} | {"rope_theta": 500.0, "rope_scaling": None})
+    change_config(
+        tmp_path,
+        lambda c: {k: c[k] for k in keep} | {"rope_theta": 500.0, "rope_scaling": None},
+    )
     close(logits(load(tmp_path)), their_logits(theirs), 2e-5)
 
+
 def change_tensors(folder, change):
-    save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        change(load_file(folder / "model.safetensors")),
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
+
 
 def change_config(folder, change):
     path = folder / "config.json"
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
 
+
 Q = "layers.1.self_attn.q_proj.weight"
 
-@pytest.mark.parametrize("fault, change", {
-    f"missing ({Q})": lambda t: {k: v for k, v in t.items() if k != f"model.{Q}"},
-    "unexpected (layers.0.extra.weight)": lambda t: t | {"model.layers.0.extra.weight": torch.zeros(2)},
-    f"of another shape ({Q} (48, 47) instead of (48, 48))": lambda t: t | {f"model.{Q}": torch.zeros(48, 47)},
-}.items())
+
+@pytest.mark.parametrize(
+    "fault, change",
+    {
+        f"missing ({Q})": lambda t: {k: v for k, v in t.items() if k != f"model.{Q}"},
+        "unexpected (layers.0.extra.weight)": lambda t: (
+            t | {"model.layers.0.extra.weight": torch.zeros(2)}
+        ),
+        f"of another shape ({Q} (48, 47) instead of (48, 48))": lambda t: (
+            t | {f"model.{Q}": torch.zeros(48, 47)}
+        ),
+    }.items(),
+)
 def test_tensors_that_do_not_fit_are_named(tmp_path, fault, change):
     make_folder(tmp_path)
     change_tensors(tmp_path, change)
@@ -246,48 +376,86 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, fault, change):
         load(tmp_path)
     assert fault in str(error.value) and str(tmp_path) in str(error.value)
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.model", "model.safetensors"])
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.model", "model.safetensors"]
+)
 def test_missing_files_are_named(tmp_path, name):
     make_folder(tmp_path)
     (tmp_path / name).unlink()
-    with pytest.raises(InputError, match=name.replace("model.safetensors", "safetensors")) as error:
+    with pytest.raises(
+        InputError, match=name.replace("model.safetensors", "safetensors")
+    ) as error:
         load(tmp_path)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.model", "model.safetensors"])
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.model", "model.safetensors"]
+)
 def test_truncated_files_are_named(tmp_path, name):
     """As an interrupted download leaves them."""
     make_folder(tmp_path)
     content = (tmp_path / name).read_bytes()
-    (tmp_path / name).write_bytes(content[:len(content) // 2])
+    (tmp_path / name).write_bytes(content[: len(content) // 2])
     with pytest.raises(InputError, match=name):
         load(tmp_path)
 
-@pytest.mark.parametrize("named, change", [
-    ("linear", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}),
-    ("llama3", {"rope_parameters": None, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}),
-    ("dynamic", {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}),
-    ("qwen2", {"model_type": "qwen2"}),
-    ("sliding window", {"model_type": "mistral", "sliding_window": 1024}),
-    ("biases", {"attention_bias": True}),
-    ("biases", {"mlp_bias": True}),
-    ("activation", {"hidden_act": "gelu"}),
-    ("not of the same model", {"vocab_size": 599}),
-])
+
+@pytest.mark.parametrize(
+    "named, change",
+    [
+        (
+            "linear",
+            {
+                "rope_parameters": {
+                    "rope_type": "linear",
+                    "factor": 2.0,
+                    "rope_theta": 10000.0,
+                }
+            },
+        ),
+        (
+            "llama3",
+            {
+                "rope_parameters": None,
+                "rope_scaling": {"rope_type": "llama3", "factor": 8.0},
+            },
+        ),
+        (
+            "dynamic",
+            {
+                "rope_parameters": None,
+                "rope_scaling": {"type": "dynamic", "factor": 2.0},
+            },
+        ),
+        ("qwen2", {"model_type": "qwen2"}),
+        ("sliding window", {"model_type": "mistral", "sliding_window": 1024}),
+        ("biases", {"attention_bias": True}),
+        ("biases", {"mlp_bias": True}),
+        ("activation", {"hidden_act": "gelu"}),
+        ("not of the same model", {"vocab_size": 599}),
+    ],
+)
 def test_unsupported_models_raise_one_line(tmp_path, named, change):
     make_folder(tmp_path)
     change_config(tmp_path, lambda c: c | change)
     with pytest.raises(InputError, match=named):
         load(tmp_path)
 
+
 @pytest.mark.parametrize("key", SIZES)
 def test_sizes_missing_from_config_json_are_named(tmp_path, key):
     make_folder(tmp_path)
     change_config(tmp_path, lambda c: {k: v for k, v in c.items() if k != key})
-    with pytest.raises(InputError, match=f"config.json: no whole number above 0 for {key}"):
+    with pytest.raises(
+        InputError, match=f"config.json: no whole number above 0 for {key}"
+    ):
         load(tmp_path)
 
+
 # ---- sampling ---------------------------------------------------------------------------------------
+
 
 def draw(scores, seen_ids, temperature, top_p, penalty, generator=None):
     """`sample` with a list of seen ids."""
@@ -295,18 +463,25 @@ def draw(scores, seen_ids, temperature, top_p, penalty, generator=None):
     seen[seen_ids] = True
     return int(sample(scores, seen, temperature, top_p, penalty, generator))
 
+
 def random_logits(seed, n=50, scale=2.0):
     return torch.randn(n, generator=torch.Generator().manual_seed(seed)) * scale
 
+
 def test_temperature_zero_is_greedy():
     for seed in range(20):
-        assert draw(random_logits(seed), [1], 0, 0.9, 1.0) == random_logits(seed).argmax()
+        assert (
+            draw(random_logits(seed), [1], 0, 0.9, 1.0) == random_logits(seed).argmax()
+        )
+
 
 def test_repetition_penalty_equals_transformers():
     """Scores of both signs; an id seen twice is penalized once."""
     penalize, changed = transformers.RepetitionPenaltyLogitsProcessor(1.5), 0
     for seed in range(100):
-        scores = random_logits(seed) + (seed % 3 - 1) * 5  # all below zero, mixed, all above
+        scores = (
+            random_logits(seed) + (seed % 3 - 1) * 5
+        )  # all below zero, mixed, all above
         ids = [1, *scores.topk(2).indices.tolist(), int(scores.argmax())]
         want = penalize(torch.tensor([ids]), scores[None].clone())[0].argmax()
         before = scores.clone()
@@ -314,6 +489,7 @@ def test_repetition_penalty_equals_transformers():
         assert torch.equal(scores, before)  # the caller's logits stay as they were
         changed += int(want != scores.argmax())
     assert 10 < changed
+
 
 def test_top_p_keeps_exactly_the_nucleus():
     scores = torch.tensor([0.15, 0.5, 0.05, 0.3]).log()
@@ -327,41 +503,62 @@ def test_top_p_keeps_exactly_the_nucleus():
     assert draws(0.9) == {0, 1, 3}
     assert draws(1.0) == {0, 1, 2, 3}
 
+
 def test_sampled_frequencies_equal_transformers():
     """Penalty, temperature and top_p together, in the order of `generate`, over 5000 draws."""
     scores, ids, n = random_logits(3, n=8, scale=1.5), [1, 4, 5], 5000
-    chain = transformers.LogitsProcessorList([
-        transformers.RepetitionPenaltyLogitsProcessor(1.3), transformers.TemperatureLogitsWarper(0.7),
-        transformers.TopPLogitsWarper(0.8)])
+    chain = transformers.LogitsProcessorList(
+        [
+            transformers.RepetitionPenaltyLogitsProcessor(1.3),
+            transformers.TemperatureLogitsWarper(0.7),
+            transformers.TopPLogitsWarper(0.8),
+        ]
+    )
     want = chain(torch.tensor([ids]), scores[None].clone())[0].softmax(-1)
     assert 1 < (want > 0).sum() < 8
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.tensor([draw(scores, ids, 0.7, 0.8, 1.3, generator) for _ in range(n)])
+    drawn = torch.tensor(
+        [draw(scores, ids, 0.7, 0.8, 1.3, generator) for _ in range(n)]
+    )
     drawn = drawn.bincount(minlength=8) / n
     assert torch.equal(drawn > 0, want > 0)
     close(drawn, want, 0.03)
+
 
 def test_the_same_seed_repeats_the_answer(tmp_path):
     make_folder(tmp_path)
     model = load(tmp_path)
 
     def answer(seed):
-        return list(model.generate([1, 300, 301], max_new_tokens=20, temperature=1.0,
-                                   generator=torch.Generator().manual_seed(seed)))
+        return list(
+            model.generate(
+                [1, 300, 301],
+                max_new_tokens=20,
+                temperature=1.0,
+                generator=torch.Generator().manual_seed(seed),
+            )
+        )
 
     assert answer(1) == answer(1)
     assert answer(1) != answer(2)
+
 
 def test_a_sliding_window_wider_than_the_context_is_accepted():
     sizes = LlamaConfig().to_hub() | {"model_type": "mistral", "sliding_window": 4096}
     assert LlamaConfig.from_dict(sizes) == LlamaConfig()
 
+
 @pytest.mark.parametrize("dtype", ["int3", "float64", ""])
 def test_unknown_dtype_raises_one_line(tmp_path, dtype):
     make_folder(tmp_path)
-    with pytest.raises(InputError, match=f"^dtype '{dtype}': give one of float32, [^\n]*$"):
+    with pytest.raises(
+        InputError, match=f"^dtype '{dtype}': give one of float32, [^\n]*$"
+    ):
         load(tmp_path, dtype)
 
+
 def test_missing_language_model_is_named_as_such():
-    with pytest.raises(InputError, match="^llama: no language model is given; set llama"):
+    with pytest.raises(
+        InputError, match="^llama: no language model is given; set llama"
+    ):
         load("")

@@ -14,21 +14,37 @@ from configs.schema import Config, load_config, override, parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-OPTIONAL = {("bench.py", name) for name in ("transformers", "webdataset", "gguf", "llama_cpp")}
-OPTIONAL |= {("prepare_stage1.py", "pyarrow"), ("webchat.py", "gradio"), ("plot.py", "matplotlib"),
-             ("get_weights.py", "huggingface_hub")}
+OPTIONAL = {
+    ("bench.py", name) for name in ("transformers", "webdataset", "gguf", "llama_cpp")
+}
+OPTIONAL |= {
+    ("prepare_stage1.py", "pyarrow"),
+    ("webchat.py", "gradio"),
+    ("plot.py", "matplotlib"),
+    ("get_weights.py", "huggingface_hub"),
+}
 # which say so in one line, or leave out a row, where missing
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("configs/**/*.py"), *ROOT.glob("tools/*.py")]
+
 
 def commands():
     """Every command of the README's code blocks and of the config files' and modules' docstrings."""
     pages = (README, (ROOT / "configs/tiny/README.md").read_text())
-    texts = [block for page in pages for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL)]
+    texts = [
+        block
+        for page in pages
+        for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+    ]
     texts += [ast.get_docstring(ast.parse(p.read_text())) or "" for p in SOURCES]
     for text in texts:
         for line in text.splitlines():
-            if re.match(r"\s*(python|torchrun) ", line) and "DST" not in line and "|" not in line:
+            if (
+                re.match(r"\s*(python|torchrun) ", line)
+                and "DST" not in line
+                and "|" not in line
+            ):
                 yield re.split(r"\s{3,}|  #", line.strip())[0]
+
 
 @pytest.mark.parametrize("command", sorted(set(commands())))
 def test_every_command_is_one_that_the_program_takes(command):
@@ -38,54 +54,82 @@ def test_every_command_is_one_that_the_program_takes(command):
         assert words[:3] == ["python", "-m", "pytest"]
         return
     assert (ROOT / script).is_file()
-    arguments = words[words.index(script) + 1:]
+    arguments = words[words.index(script) + 1 :]
     if script == "train.py":
         positional, given = parse_args(arguments, "", "CONFIG", Config)
         load_config(str(ROOT / positional[0]), given)
     elif not script.startswith("tests/"):
-        own = importlib.import_module(script.removesuffix(".py").replace("/", ".")).Options
+        own = importlib.import_module(
+            script.removesuffix(".py").replace("/", ".")
+        ).Options
         takes_config = script in ("tools/show_data.py", "tools/dry_run.py")
         _, given = parse_args(arguments, "", "...", own, *[Config] * takes_config)
         known = own.__dataclass_fields__
         override(own(), {k: v for k, v in given.items() if k in known})
 
+
 def test_the_file_tree_is_the_repository_s():
     tree = re.search(r"## The files\n\n```\n(.*?)```", README, re.DOTALL)[1]
-    named = [line.split()[0].rstrip("/") for line in tree.splitlines() if line[:1].strip()]
+    named = [
+        line.split()[0].rstrip("/") for line in tree.splitlines() if line[:1].strip()
+    ]
     assert all((ROOT / name).exists() for name in named)
     assert {p.name for p in ROOT.glob("*.py")} <= set(named)
     assert all(tool.name in tree for tool in ROOT.glob("tools/*.py"))
 
+
 def test_the_configs_that_it_names_are_there():
     named = set(re.findall(r"configs/\w+(?:/\w+)?\.py|\bstage[12]_?\w*\.py", README))
     assert len(named) > 5
-    assert all((ROOT / "configs" / name.removeprefix("configs/")).is_file() for name in named)
+    assert all(
+        (ROOT / "configs" / name.removeprefix("configs/")).is_file() for name in named
+    )
+
 
 def test_the_readme_opens_with_the_example_and_the_limits():
     top = README.splitlines()[:15]
     assert any("assets/tiny/example.png" in line for line in top)
     assert any("CPUs only" in line for line in top) and len(README.splitlines()) <= 350
 
+
 def test_the_evaluation_table_is_the_saved_one():
     saved = json.loads((ROOT / "assets/tiny/evaluation.json").read_text())
     assert saved["scenes"] >= 500
-    assert [r["projection"] for r in saved["rows"]] == ["random", "after stage 1", "after stage 2"]
+    assert [r["projection"] for r in saved["rows"]] == [
+        "random",
+        "after stage 1",
+        "after stage 2",
+    ]
     for row in saved["rows"]:
-        line = f"| {row['projection']} |" + "".join(f" {v:.1f} |" for v in list(row.values())[1:])
+        line = f"| {row['projection']} |" + "".join(
+            f" {v:.1f} |" for v in list(row.values())[1:]
+        )
         assert line in README
 
+
 def test_the_committed_weights_are_small():
-    assert sum(p.stat().st_size for p in (ROOT / "assets/tiny").rglob("*") if p.is_file()) <= 10e6
+    assert (
+        sum(p.stat().st_size for p in (ROOT / "assets/tiny").rglob("*") if p.is_file())
+        <= 10e6
+    )
+
 
 def test_nothing_outside_the_six_packages_is_imported():
     allowed = {"torch", "sentencepiece", "safetensors", "numpy", "PIL", "tqdm"}
     own = {p.stem for p in SOURCES} | {"configs", "tools"}
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else \
-                [node.module] if isinstance(node, ast.ImportFrom) else []
+            names = (
+                [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
             for name in names:
                 top = name.split(".")[0]
                 if (path.name, top) in OPTIONAL:
                     continue
-                assert top in allowed | own or top in sys.stdlib_module_names, f"{path.name} imports {name}"
+                assert top in allowed | own or top in sys.stdlib_module_names, (
+                    f"{path.name} imports {name}"
+                )

@@ -25,13 +25,24 @@ import chat, configs.schema
 configs.schema.run_main(chat.main)
 """
 
+
 class Terminal:
     """The program in a pseudo-terminal; `see` waits for words and returns what was printed up to them."""
 
     def __init__(self, folder, *args, slow=False, env=None, columns=80):
-        environment = {"TERM": "xterm-256color", "HOME": str(folder), "OMP_NUM_THREADS": "1",
-                       "PYTHONPATH": str(ROOT), "COLUMNS": str(columns)} | (env or {})
-        command = [sys.executable, *(["-c", SLOW] if slow else ["chat.py"]), "--temperature=0", *args]
+        environment = {
+            "TERM": "xterm-256color",
+            "HOME": str(folder),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+            "COLUMNS": str(columns),
+        } | (env or {})
+        command = [
+            sys.executable,
+            *(["-c", SLOW] if slow else ["chat.py"]),
+            "--temperature=0",
+            *args,
+        ]
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             os.chdir(ROOT)
@@ -43,7 +54,7 @@ class Terminal:
         text = text.encode() if isinstance(text, str) else text
         while text:
             with suppress(BlockingIOError):  # the program has not read what was typed
-                text = text[os.write(self.fd, text[:1000]):]
+                text = text[os.write(self.fd, text[:1000]) :]
             self.read()
 
     def see(self, words, seconds=20):
@@ -82,6 +93,7 @@ class Terminal:
         os.kill(self.pid, signal.SIGKILL)
         raise AssertionError(f"the program goes on: {self.all[-500:]!r}")
 
+
 def test_a_conversation(tmp_path):
     spaced = tmp_path / "my photo (1).png"
     shutil.copy(EXAMPLE, spaced)
@@ -98,8 +110,14 @@ def test_a_conversation(tmp_path):
     assert "How many objects\r\nare there?" in t.ask("/undo", "there?")
     t.see("you> ")
     escaped = re.sub(r"([ ()])", r"\\\1", str(spaced))
-    for spelling in (f"'{spaced}'", f'"{spaced}"', escaped, "file://" + str(spaced).replace(" ", "%20"),
-                     str(spaced), escaped.replace(str(tmp_path), "~")):
+    for spelling in (
+        f"'{spaced}'",
+        f'"{spaced}"',
+        escaped,
+        "file://" + str(spaced).replace(" ", "%20"),
+        str(spaced),
+        escaped.replace(str(tmp_path), "~"),
+    ):
         assert "What would you like to know?" in t.ask(spelling, "know?")
         t.see("you> ")
         t.ask("/clear", "you> ")
@@ -111,6 +129,7 @@ def test_a_conversation(tmp_path):
     t.type(f"/image {str(spaced)[:-9]}\x15/bye\n")
     assert t.end() == 0
     assert "What color is the star?" in (tmp_path / ".nanominigpt4_history").read_text()
+
 
 def test_ctrl_c_stops_an_answer_and_at_the_prompt_leads_to_a_fresh_line(tmp_path):
     t = Terminal(tmp_path, EXAMPLE, slow=True)
@@ -127,7 +146,10 @@ def test_ctrl_c_stops_an_answer_and_at_the_prompt_leads_to_a_fresh_line(tmp_path
     t.type("\x04")
     assert t.end() == 0
 
-@pytest.mark.parametrize("options, env", [(["--plain"], {}), ([], {"NO_COLOR": "1"}), ([], {"TERM": "dumb"})])
+
+@pytest.mark.parametrize(
+    "options, env", [(["--plain"], {}), ([], {"NO_COLOR": "1"}), ([], {"TERM": "dumb"})]
+)
 def test_plain_text_alone(tmp_path, options, env):
     t = Terminal(tmp_path, EXAMPLE, *options, env=env)
     t.see("you> ")
@@ -135,7 +157,10 @@ def test_plain_text_alone(tmp_path, options, env):
     t.see("you> ")
     t.type("/bye\n")
     assert t.end() == 0
-    assert not re.search(rb"[^\x20-\x7e\t\r\n\x80-\xff]", t.all)  # the terminal itself adds "\r"
+    assert not re.search(
+        rb"[^\x20-\x7e\t\r\n\x80-\xff]", t.all
+    )  # the terminal itself adds "\r"
+
 
 def test_odd_input(tmp_path):
     t = Terminal(tmp_path, EXAMPLE, columns=20)

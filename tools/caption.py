@@ -22,8 +22,17 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import chat
-from configs.schema import InputError, append_row, option, override, parse_args, printable, run_main
+from configs.schema import (
+    InputError,
+    append_row,
+    option,
+    override,
+    parse_args,
+    printable,
+    run_main,
+)
 from vision import SUFFIXES, load_image
+
 
 @dataclass(frozen=True)
 class Options(chat.Options):
@@ -33,16 +42,31 @@ class Options(chat.Options):
     batch_size: int = option(8, "pictures captioned together", least=1)
     retry: bool = option(False, "try the pictures that failed again")
 
+
 def find_pictures(name: str) -> list[str]:
     """The paths that an argument stands for. Raises InputError if none of them exists."""
-    paths, pattern = [name], os.path.join(glob.escape(name), "*") if os.path.isdir(name) else name
+    paths, pattern = (
+        [name],
+        os.path.join(glob.escape(name), "*") if os.path.isdir(name) else name,
+    )
     if not os.path.isfile(name):
-        paths = sorted(p for p in glob.glob(pattern, recursive=True) if p.lower().endswith(SUFFIXES))
+        paths = sorted(
+            p
+            for p in glob.glob(pattern, recursive=True)
+            if p.lower().endswith(SUFFIXES)
+        )
     elif name.endswith(".txt"):
-        paths = [p for p in Path(name).read_text("utf-8-sig", "surrogateescape").splitlines() if p.strip()]
+        paths = [
+            p
+            for p in Path(name).read_text("utf-8-sig", "surrogateescape").splitlines()
+            if p.strip()
+        ]
     if not any(map(os.path.isfile, paths)):
-        raise InputError(f"{name}: no pictures; give a picture, a folder, a glob, or a .txt that lists them")
+        raise InputError(
+            f"{name}: no pictures; give a picture, a folder, a glob, or a .txt that lists them"
+        )
     return paths
+
 
 def written_path(path: str, folder: Path) -> str:
     """A picture's path from `folder`, with slashes; absolute if it is on another drive."""
@@ -50,6 +74,7 @@ def written_path(path: str, folder: Path) -> str:
     with suppress(ValueError):  # another drive
         path = os.path.relpath(path, os.path.realpath(folder))
     return Path(path).as_posix()
+
 
 def read_lines(path: Path) -> dict[str, bytes]:
     """{picture: its line} of a .jsonl, if there is one. The last is completed, or removed if it was cut."""
@@ -67,40 +92,74 @@ def read_lines(path: Path) -> dict[str, bytes]:
         os.truncate(path, path.stat().st_size - len(lines[-1]))
     return rows
 
+
 def prompt_ids(talk: chat.Chat, question: str) -> list[int]:
     """The ids of a question about one picture, in a conversation of its own."""
-    question = question.encode("utf-8", "replace").decode()  # a terminal may send what is no text
-    return talk.prompt(chat.Turn(question, pictures=(chat.Picture("", 1, torch.zeros(0)),)))[0]
+    question = question.encode(
+        "utf-8", "replace"
+    ).decode()  # a terminal may send what is no text
+    return talk.prompt(
+        chat.Turn(question, pictures=(chat.Picture("", 1, torch.zeros(0)),))
+    )[0]
+
 
 @torch.no_grad()
 def encode(talk: chat.Chat, images: list[torch.Tensor]) -> torch.Tensor:
     """B pictures, uint8 (3, S, S) -> (B, N, d_llama)."""
     return talk.model.encode_image(torch.stack(images).to(talk.options.device))
 
-def answers(talk: chat.Chat, prompts: list[list[int]], embeds: torch.Tensor) -> list[tuple[str, bool]]:
+
+def answers(
+    talk: chat.Chat, prompts: list[list[int]], embeds: torch.Tensor
+) -> list[tuple[str, bool]]:
     """B prompts of one length and their pictures, (B, N, d_llama) -> [(answer, whether it is complete)]."""
     o, model, end = talk.options, talk.model, talk.template.end
     stop = model.tokenizer.stop_sequences(end)
-    options = dict(max_new_tokens=o.max_new_tokens, temperature=o.temperature, top_p=o.top_p,
-                   repetition_penalty=o.repetition_penalty, stop=stop, min_length=o.min_length,
-                   generator=talk.generator, num_beams=o.num_beams, length_penalty=o.length_penalty)
+    options = dict(
+        max_new_tokens=o.max_new_tokens,
+        temperature=o.temperature,
+        top_p=o.top_p,
+        repetition_penalty=o.repetition_penalty,
+        stop=stop,
+        min_length=o.min_length,
+        generator=talk.generator,
+        num_beams=o.num_beams,
+        length_penalty=o.length_penalty,
+    )
     if o.num_beams > 1:
-        rows = [[*model.generate(ids, x.unsqueeze(0), **options)] for ids, x in zip(prompts, embeds)]
+        rows = [
+            [*model.generate(ids, x.unsqueeze(0), **options)]
+            for ids, x in zip(prompts, embeds)
+        ]
     else:
         steps = model.generate(prompts, embeds, **options)
         rows = [[id for id in row if id is not None] for row in zip(*steps)]
-    return [(model.tokenizer.answer_text(ids, end), model.tokenizer.is_end(ids, stop)) for ids in rows]
+    return [
+        (model.tokenizer.answer_text(ids, end), model.tokenizer.is_end(ids, stop))
+        for ids in rows
+    ]
+
 
 def main(argv: list[str]):
     names, given = parse_args(argv, __doc__, "PICTURE ...", Options)
     o = override(Options(), given)
     out, errors, n_cut = Path(o.out), Path(o.out).with_suffix(".errors.jsonl"), 0
-    pictures = {written_path(path, out.parent): path for name in names for path in find_pictures(name)}
+    pictures = {
+        written_path(path, out.parent): path
+        for name in names
+        for path in find_pictures(name)
+    }
     if not pictures or out.suffix != ".jsonl":
-        raise InputError(f"{len(pictures)} pictures, --out={o.out}: give pictures, and a .jsonl to write to")
+        raise InputError(
+            f"{len(pictures)} pictures, --out={o.out}: give pictures, and a .jsonl to write to"
+        )
     if not out.parent.is_dir():
         raise InputError(f"{out.parent}: there is no such folder for --out; make it")
-    new = sorted(pictures.keys() - read_lines(out).keys() - (set() if o.retry else read_lines(errors).keys()))
+    new = sorted(
+        pictures.keys()
+        - read_lines(out).keys()
+        - (set() if o.retry else read_lines(errors).keys())
+    )
     if not new:
         n_failed = len(pictures.keys() & read_lines(errors).keys())
         done = f"{out}: nothing is left to do; {n_failed} have failed, --retry tries them again"
@@ -108,27 +167,44 @@ def main(argv: list[str]):
     talk = chat.Chat(*chat.load(o))
     if talk.model.vision is None:
         raise InputError(f"{o.ckpt}: this run sees no pictures; give one with vision")
-    if o.retry and (failed := read_lines(errors)):  # the failures of other pictures stay
-        errors.write_bytes(b"".join(line + b"\n" for image, line in failed.items() if image not in pictures))
+    if o.retry and (
+        failed := read_lines(errors)
+    ):  # the failures of other pictures stay
+        errors.write_bytes(
+            b"".join(
+                line + b"\n" for image, line in failed.items() if image not in pictures
+            )
+        )
     with open(out, "a") as good, open(errors, "a") as bad:
         tokens = prompt_ids(talk, o.prompt)
-        for start in tqdm(range(0, len(new), o.batch_size), f"{len(new):,} pictures", unit="batch"):
+        for start in tqdm(
+            range(0, len(new), o.batch_size), f"{len(new):,} pictures", unit="batch"
+        ):
             loaded = {}
-            for image in new[start:start + o.batch_size]:
+            for image in new[start : start + o.batch_size]:
                 try:
-                    loaded[image] = load_image(pictures[image], talk.model.image_size, smallest=2)
+                    loaded[image] = load_image(
+                        pictures[image], talk.model.image_size, smallest=2
+                    )
                 except InputError as e:
                     append_row(bad, image=image, error=str(e))
             try:
                 embeds = encode(talk, [*loaded.values()]) if loaded else ()
-                captions = answers(talk, [tokens] * len(loaded), embeds) if loaded else ()
+                captions = (
+                    answers(talk, [tokens] * len(loaded), embeds) if loaded else ()
+                )
             except torch.OutOfMemoryError as e:
-                raise InputError(f"--batch_size={o.batch_size}: too much for the GPU; lower it") from e
+                raise InputError(
+                    f"--batch_size={o.batch_size}: too much for the GPU; lower it"
+                ) from e
             for image, (text, ended) in zip(loaded, captions):
                 result = {"caption": text} if text else {"error": "the answer is empty"}
                 append_row(good if text else bad, image=image, **result)
                 n_cut += not ended
-    print(f"{len(read_lines(out))} captions ({n_cut} new ones cut off), {len(read_lines(errors))} failures")
+    print(
+        f"{len(read_lines(out))} captions ({n_cut} new ones cut off), {len(read_lines(errors))} failures"
+    )
+
 
 if __name__ == "__main__":
     run_main(main)

@@ -37,21 +37,35 @@ from data import index_tar
 
 CHUNK, LARGEST = 2**20, 2**24  # characters: read at a time; of the largest entry
 
+
 @dataclass(frozen=True)
 class Options:
     run: bool = option(False, "run img2dataset, then check its shards")
     list: str = option("", "the .tsv or .parquet to write; none: DST.tsv")
-    image_size: int = option(224, "pixels; img2dataset keeps the proportions and pads with white")
+    image_size: int = option(
+        224, "pixels; img2dataset keeps the proportions and pads with white"
+    )
     processes: int = option(16, "of img2dataset")
     threads: int = option(128, "per process")
     timeout: int = option(10, "seconds per picture")
     shard_size: int = option(10_000, "URLs per shard")
 
     def __post_init__(self):
-        if min(self.image_size, self.processes, self.threads, self.timeout, self.shard_size) < 1:
+        if (
+            min(
+                self.image_size,
+                self.processes,
+                self.threads,
+                self.timeout,
+                self.shard_size,
+            )
+            < 1
+        ):
             raise InputError("the numeric options must be at least 1")
 
+
 # ---- the list and the download -----------------------------------------------------------------------------
+
 
 def read_entries(path: str):
     """Yield the entries of a JSON list, with only a chunk in memory. InputError: where it is broken."""
@@ -60,7 +74,9 @@ def read_entries(path: str):
         text, passed, n = f.read(CHUNK), 0, 0
         start = re.match(r"\s*\[\s*\]?", text)
         if not start:
-            raise InputError(f"{path}: does not begin with [; give a JSON list of {{\"url\", \"caption\"}}")
+            raise InputError(
+                f'{path}: does not begin with [; give a JSON list of {{"url", "caption"}}'
+            )
         at, separator = start.end(), start[0][-1]  # "]": the list is empty
         while separator != "]":
             try:
@@ -69,81 +85,150 @@ def read_entries(path: str):
                 separator = text[end]
                 if separator not in ",]":
                     raise ValueError("no comma after it")
-            except (ValueError, IndexError, RecursionError) as e:  # broken, or the chunk ends here
+            except (
+                ValueError,
+                IndexError,
+                RecursionError,
+            ) as e:  # broken, or the chunk ends here
                 more = f.read(CHUNK) if len(text) - at < LARGEST else ""
                 if not more:
-                    raise InputError(f"{path}: broken or truncated in entry {n + 1:,}, which begins at "
-                                     f"character {passed + at:,}; download the file again") from e
+                    raise InputError(
+                        f"{path}: broken or truncated in entry {n + 1:,}, which begins at "
+                        f"character {passed + at:,}; download the file again"
+                    ) from e
                 text, passed, at = text[at:] + more, passed + at, 0
                 continue
             yield entry
             n, at = n + 1, end + 1
 
+
 def _rows(entries, counts):
     """Yield (url, caption) of the entries that have both; count these and the others in `counts`."""
     for entry in entries:
-        row = {key: entry.get(key) if isinstance(entry, dict) else None for key in ("url", "caption")}
-        missing = [key for key, text in row.items() if not isinstance(text, str) or not text.strip()]
+        row = {
+            key: entry.get(key) if isinstance(entry, dict) else None
+            for key in ("url", "caption")
+        }
+        missing = [
+            key
+            for key, text in row.items()
+            if not isinstance(text, str) or not text.strip()
+        ]
         counts[f"without {missing[0]}" if missing else "written"] += 1
         if not missing:
-            url, caption = (text.encode("utf-8", "replace").decode() for text in row.values())
+            url, caption = (
+                text.encode("utf-8", "replace").decode() for text in row.values()
+            )
             yield url.strip(), caption
+
 
 def _write_tsv(path, rows):
     """Line breaks, which img2dataset cannot read in a .tsv, become spaces."""
     with open(path, "w", encoding="utf-8", newline="") as f:
         writer = csv.writer(f, delimiter="\t", lineterminator="\n")
         writer.writerow(("url", "caption"))
-        writer.writerows([re.sub(r"[\r\n\0]+", " ", text) for text in row] for row in rows)
+        writer.writerows(
+            [re.sub(r"[\r\n\0]+", " ", text) for text in row] for row in rows
+        )
+
 
 def _write_parquet(path, rows):
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError as e:
-        raise InputError("a .parquet needs the package pyarrow: pip install pyarrow, or write a .tsv") from e
+        raise InputError(
+            "a .parquet needs the package pyarrow: pip install pyarrow, or write a .tsv"
+        ) from e
     schema = pyarrow.schema([("url", pyarrow.string()), ("caption", pyarrow.string())])
     with parquet.ParquetWriter(path, schema) as writer:
         while batch := list(islice(rows, 100_000)):
             writer.write_table(pyarrow.table(list(zip(*batch)), schema=schema))
 
+
 def write_list(src: str, dst: Path) -> Counter:
     """Write SRC's URLs and captions to a .tsv or .parquet; count the entries written and left out."""
     counts, part = Counter(), Path(f"{dst}.part")
-    entries = tqdm(read_entries(src), desc="writing the list", unit="entry", unit_scale=True, delay=1)
+    entries = tqdm(
+        read_entries(src),
+        desc="writing the list",
+        unit="entry",
+        unit_scale=True,
+        delay=1,
+    )
     dst.parent.mkdir(parents=True, exist_ok=True)
     try:
-        (_write_parquet if dst.suffix == ".parquet" else _write_tsv)(part, _rows(entries, counts))
+        (_write_parquet if dst.suffix == ".parquet" else _write_tsv)(
+            part, _rows(entries, counts)
+        )
     except BaseException:
         part.unlink(missing_ok=True)
         raise
     part.replace(dst)
     return counts
 
+
 def fetch_command(listed: Path, dst: Path, options: Options) -> list[str]:
     """img2dataset's command line, with the settings of the original."""
-    return ["img2dataset", "--url_list", str(listed), "--input_format", listed.suffix[1:], "--url_col", "url",
-            "--caption_col", "caption", "--output_format", "webdataset", "--output_folder", str(dst),
-            "--image_size", str(options.image_size), "--number_sample_per_shard", str(options.shard_size),
-            "--processes_count", str(options.processes), "--thread_count", str(options.threads),
-            "--timeout", str(options.timeout)]
+    return [
+        "img2dataset",
+        "--url_list",
+        str(listed),
+        "--input_format",
+        listed.suffix[1:],
+        "--url_col",
+        "url",
+        "--caption_col",
+        "caption",
+        "--output_format",
+        "webdataset",
+        "--output_folder",
+        str(dst),
+        "--image_size",
+        str(options.image_size),
+        "--number_sample_per_shard",
+        str(options.shard_size),
+        "--processes_count",
+        str(options.processes),
+        "--thread_count",
+        str(options.threads),
+        "--timeout",
+        str(options.timeout),
+    ]
+
 
 def prepare(src: str, dst: Path, options: Options):
     """Write the list, unless it exists and is newer than SRC; print or run the command."""
     listed = Path(options.list or f"{dst}.tsv")
     if listed.suffix not in (".tsv", ".parquet"):
-        raise InputError(f"--list={listed}: give a name that ends with .tsv or .parquet")
+        raise InputError(
+            f"--list={listed}: give a name that ends with .tsv or .parquet"
+        )
     if not Path(src).is_file():
-        raise InputError(f"{src}: there is no such file; give BLIP's *_synthetic_filtered_large.json")
+        raise InputError(
+            f"{src}: there is no such file; give BLIP's *_synthetic_filtered_large.json"
+        )
     if listed.is_file() and listed.stat().st_mtime >= Path(src).stat().st_mtime:
         print(printable(f"{listed} exists already, and is newer than {src}"))
     else:
         counts = write_list(src, listed)
-        left_out = ", ".join(f"{n:,} {kind}" for kind, n in counts.items() if kind != "written") or "none"
-        print(printable(f"{listed}: {counts['written']:,} pictures; left out: {left_out}"))
+        left_out = (
+            ", ".join(
+                f"{n:,} {kind}" for kind, n in counts.items() if kind != "written"
+            )
+            or "none"
+        )
+        print(
+            printable(f"{listed}: {counts['written']:,} pictures; left out: {left_out}")
+        )
     command, index = fetch_command(listed, dst, options), dst / "index.json"
     # img2dataset takes every .json in the folder for a finished shard's, and fails on this one
-    print(printable((f"rm {shlex.quote(str(index))} && " if index.exists() else "") + shlex.join(command)))
+    print(
+        printable(
+            (f"rm {shlex.quote(str(index))} && " if index.exists() else "")
+            + shlex.join(command)
+        )
+    )
     if options.run:
         near = str(Path(sys.executable).parent)
         program = shutil.which("img2dataset", path=near) or shutil.which("img2dataset")
@@ -153,10 +238,14 @@ def prepare(src: str, dst: Path, options: Options):
         dst.parent.mkdir(parents=True, exist_ok=True)
         status = subprocess.run([program, *command[1:]]).returncode
         if status:
-            raise InputError(f"img2dataset exited with {status}; run it again: finished shards are kept")
+            raise InputError(
+                f"img2dataset exited with {status}; run it again: finished shards are kept"
+            )
         check(dst)
 
+
 # ---- the shards --------------------------------------------------------------------------------------------
+
 
 def examine(path: Path) -> tuple[int, int, Counter, list[str]]:
     """(samples, URLs, failed downloads by cause, problems) of a shard, from the .tar and its *_stats.json."""
@@ -172,28 +261,50 @@ def examine(path: Path) -> tuple[int, int, Counter, list[str]]:
     try:
         stats = json.loads(stats_file.read_bytes())
         asked, successes = int(stats["count"]), int(stats["successes"])
-        causes = Counter({str(k): int(v) for k, v in stats["status_dict"].items() if k != "success"})
+        causes = Counter(
+            {str(k): int(v) for k, v in stats["status_dict"].items() if k != "success"}
+        )
         if successes != samples:
-            problems.append(f"{stats_file.name} says {successes:,} samples, the tar file has {samples:,}")
+            problems.append(
+                f"{stats_file.name} says {successes:,} samples, the tar file has {samples:,}"
+            )
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         problems.append(f"{stats_file.name} is unreadable ({e!r})")
     return samples, asked, causes, problems
 
+
 def missing_shards(tars: list[Path]) -> str:
     """[00000.tar, 00002.tar, 00005.tar] -> "00001.tar, 00003.tar to 00004.tar"; "" if none is missing."""
-    present, width = sorted({-1, *(int(t.stem) for t in tars if t.stem.isdigit())}), len(tars[0].stem)
+    present, width = (
+        sorted({-1, *(int(t.stem) for t in tars if t.stem.isdigit())}),
+        len(tars[0].stem),
+    )
     gaps = [{a + 1, b - 1} for a, b in zip(present, present[1:]) if b - a > 1]
-    return ", ".join(" to ".join(f"{i:0{width}d}.tar" for i in sorted(gap)) for gap in gaps)
+    return ", ".join(
+        " to ".join(f"{i:0{width}d}.tar" for i in sorted(gap)) for gap in gaps
+    )
+
 
 def check(folder: Path):
     """Print a report on a folder of shards, and write its index.json."""
-    tars, stats = sorted(folder.glob("*.tar")), {path.name for path in folder.glob("*_stats.json")}
+    tars, stats = (
+        sorted(folder.glob("*.tar")),
+        {path.name for path in folder.glob("*_stats.json")},
+    )
     if not tars:
         raise InputError(f"{folder}: no *.tar shards there")
     with ProcessPoolExecutor() as pool:
-        shards = list(tqdm(pool.map(examine, tars), total=len(tars), desc="checking", unit="shard", delay=1))
+        shards = list(
+            tqdm(
+                pool.map(examine, tars),
+                total=len(tars),
+                desc="checking",
+                unit="shard",
+                delay=1,
+            )
+        )
     samples, asked, causes, problems = zip(*shards)
     usual = median(samples)
     for tar, n, found in zip(tars, samples, problems):
@@ -202,19 +313,34 @@ def check(folder: Path):
         if stats and f"{tar.stem}_stats.json" not in stats:
             found.append(f"no {tar.stem}_stats.json: img2dataset has not finished it")
     n_bytes, failed = sum(tar.stat().st_size for tar in tars), sum(causes, Counter())
-    print(printable(f"{folder}: {len(tars):,} shards, {sum(samples):,} samples, {n_bytes:,} bytes"))
+    print(
+        printable(
+            f"{folder}: {len(tars):,} shards, {sum(samples):,} samples, {n_bytes:,} bytes"
+        )
+    )
     if sum(asked):
-        print(f"{failed.total():,} of {sum(asked):,} downloads failed ({failed.total() / sum(asked):.1%})")
+        print(
+            f"{failed.total():,} of {sum(asked):,} downloads failed ({failed.total() / sum(asked):.1%})"
+        )
         for cause, n in failed.most_common(10):
             print(printable(f"{n:12,}  {cause}"))
-    suspicious = [f"{tar.name}: {'; '.join(found)}" for tar, found in zip(tars, problems) if found]
+    suspicious = [
+        f"{tar.name}: {'; '.join(found)}" for tar, found in zip(tars, problems) if found
+    ]
     if missing := missing_shards(tars):
         suspicious.append(f"missing: {missing}")
-    print(printable("\n  ".join([f"suspicious shards: {len(suspicious) or 'none'}", *suspicious])))
+    print(
+        printable(
+            "\n  ".join(
+                [f"suspicious shards: {len(suspicious) or 'none'}", *suspicious]
+            )
+        )
+    )
     if not sum(samples):
         raise InputError(f"{folder}: no sample in {len(tars):,} shards")
     index = {"samples": {tar.name: n for tar, n in zip(tars, samples)}}
     (folder / "index.json").write_text(json.dumps(index, indent=0))
+
 
 def main(argv: list[str]):
     (src, dst), given = parse_args(argv, __doc__, "SRC|check DST", Options)
@@ -223,6 +349,7 @@ def main(argv: list[str]):
         check(Path(dst))
     else:
         prepare(src, Path(dst), options)
+
 
 if __name__ == "__main__":
     run_main(main)

@@ -17,7 +17,16 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configs.schema import Config, InputError, load_config, option, override, parse_args, printable, run_main
+from configs.schema import (
+    Config,
+    InputError,
+    load_config,
+    option,
+    override,
+    parse_args,
+    printable,
+    run_main,
+)
 from data import Groups, open_samples
 from llama import IGNORE, IMAGE, Tokenizer
 from tools.dry_run import meta_model
@@ -25,11 +34,13 @@ from train import prepare_data
 
 GREEN, GRAY, PLAIN = "\033[32m", "\033[90m", "\033[0m"
 
+
 @dataclass(frozen=True)
 class Options:
     plain: bool = option(False, "no colors and no pictures")
     show: int = option(3, "samples to show")
     n: int = option(1000, "samples to read; 0: all")
+
 
 def half_blocks(image: np.ndarray, columns: int = 32) -> str:
     """uint8 (3, S, S) -> lines of text, two pixels a character."""
@@ -37,17 +48,27 @@ def half_blocks(image: np.ndarray, columns: int = 32) -> str:
     pixels = image[:, ::step, ::step].transpose(1, 2, 0).tolist()
     lines = []
     for above, below in zip(pixels[::2], pixels[1::2]):
-        cells = ("\033[38;2;{};{};{};48;2;{};{};{}m\u2580".format(*a, *b) for a, b in zip(above, below))
+        cells = (
+            "\033[38;2;{};{};{};48;2;{};{};{}m\u2580".format(*a, *b)
+            for a, b in zip(above, below)
+        )
         lines.append("".join(cells) + PLAIN)
     return "\n".join(lines)
 
-def tokens_as_text(ids: list[int], targets: list[int], tokenizer: Tokenizer, plain: bool) -> str:
+
+def tokens_as_text(
+    ids: list[int], targets: list[int], tokenizer: Tokenizer, plain: bool
+) -> str:
     """Every token between bars; trained ones are green, or in [[ ]] where there are no colors."""
     parts = []
     kinds = [(i == IMAGE, target != IGNORE) for i, target in zip(ids, targets)]
     for (is_image, trained), run in groupby(zip(kinds, ids), lambda pair: pair[0]):
         run = [i for _, i in run]
-        pieces = f"<image x {len(run)}>" if is_image else "|".join(map(tokenizer.sp.id_to_piece, run))
+        pieces = (
+            f"<image x {len(run)}>"
+            if is_image
+            else "|".join(map(tokenizer.sp.id_to_piece, run))
+        )
         text = printable(pieces)
         if plain:
             parts.append(f"[[{text}]]" if trained else text)
@@ -55,11 +76,18 @@ def tokens_as_text(ids: list[int], targets: list[int], tokenizer: Tokenizer, pla
             parts.append(f"{GREEN if trained else GRAY}{text}{PLAIN}")
     return " ".join(parts)
 
+
 def padding(groups: Groups) -> float:
     """The share of padding among the tokens of a run."""
-    counts = [(b.n_tokens, b.tokens.numel()) for group in range(len(groups))
-              for _, step in groups[group][0] for b in step if b]
+    counts = [
+        (b.n_tokens, b.tokens.numel())
+        for group in range(len(groups))
+        for _, step in groups[group][0]
+        for b in step
+        if b
+    ]
     return 1 - sum(n for n, _ in counts) / max(1, sum(size for _, size in counts))
+
 
 def main(argv: list[str]):
     (path,), given = parse_args(argv, __doc__, "CONFIG", Options, Config)
@@ -71,34 +99,64 @@ def main(argv: list[str]):
     model, notes = meta_model(config)
     print(*notes, sep="\n")
     tokenizer = Tokenizer(config.tokenizer or f"{config.llama}/tokenizer.model")
-    samples, weights = open_samples(config.data, config, tokenizer, model.image_size, model.n_image_tokens)
+    samples, weights = open_samples(
+        config.data, config, tokenizer, model.image_size, model.n_image_tokens
+    )
     lengths, answers, unknown, unk = [], [], 0, tokenizer.sp.unk_id()
     first = islice(samples.keys(), options.n or None)
     for images, ids, targets in filter(None, map(samples.__getitem__, first)):
         if len(lengths) < options.show:
             for image in images:
-                print(f"picture {tuple(image.shape)}" if options.plain else half_blocks(image.numpy()))
+                print(
+                    f"picture {tuple(image.shape)}"
+                    if options.plain
+                    else half_blocks(image.numpy())
+                )
             print(tokens_as_text(ids, targets, tokenizer, options.plain), end="\n\n")
         lengths.append(len(ids))
         answers.append(sum(t != IGNORE for t in targets))
         unknown += ids.count(unk)
     for kind, count in Counter(kind for kind, _ in samples.bad).most_common():
-        examples = [" ".join(where.split()) for other, where in samples.bad if other == kind][:3]
-        print(printable("\n  ".join([f"cannot be used        {count:,}: {kind}", *examples])))
+        examples = [
+            " ".join(where.split()) for other, where in samples.bad if other == kind
+        ][:3]
+        print(
+            printable(
+                "\n  ".join([f"cannot be used        {count:,}: {kind}", *examples])
+            )
+        )
     if not lengths:
-        raise InputError(f"none of {len(samples.bad):,} samples can be used; the first: {samples.bad[0][1]}")
-    print(f"{len(lengths):,} good samples and {len(samples.bad):,} bad ones, the first of "
-          f"{sum(sum(s.counts) for s in samples.sources):,}; {model.n_image_tokens} image tokens per picture")
-    for label, values in (("tokens of a sample", lengths), ("of these, trained", answers)):
-        print(f"{label:<22}{np.mean(values):.1f} on average, {min(values)} to {max(values)}")
+        raise InputError(
+            f"none of {len(samples.bad):,} samples can be used; the first: {samples.bad[0][1]}"
+        )
+    print(
+        f"{len(lengths):,} good samples and {len(samples.bad):,} bad ones, the first of "
+        f"{sum(sum(s.counts) for s in samples.sources):,}; {model.n_image_tokens} image tokens per picture"
+    )
+    for label, values in (
+        ("tokens of a sample", lengths),
+        ("of these, trained", answers),
+    ):
+        print(
+            f"{label:<22}{np.mean(values):.1f} on average, {min(values)} to {max(values)}"
+        )
     cut = np.mean([n >= config.max_txt_len for n in answers])
-    print(f"at max_txt_len        {cut:.1%} of the samples: their answers are cut or just fit")
+    print(
+        f"at max_txt_len        {cut:.1%} of the samples: their answers are cut or just fit"
+    )
     print(f"unknown tokens        {unknown}")
     group = max(8, config.length_group)
-    n_steps = group * max(1, min(len(lengths), 1000) // (group * config.batch_size * config.grad_accum))
+    n_steps = group * max(
+        1, min(len(lengths), 1000) // (group * config.batch_size * config.grad_accum)
+    )
     for size in (1, group):
-        groups = Groups(samples, weights, replace(config, length_group=size, max_steps=n_steps))
-        print(f"padding               {padding(groups):.1%} of all tokens with length_group {size}")
+        groups = Groups(
+            samples, weights, replace(config, length_group=size, max_steps=n_steps)
+        )
+        print(
+            f"padding               {padding(groups):.1%} of all tokens with length_group {size}"
+        )
+
 
 if __name__ == "__main__":
     run_main(main)

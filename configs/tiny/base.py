@@ -1,7 +1,10 @@
 """What the pre-stages of the tiny world share; the recipe is in configs/tiny/README.md."""
-prepare = {"data/tiny/text": "tools/make_scenes.py text data/tiny/text --n=60000",
-           "data/tiny/tokenizer.model": "tools/make_scenes.py tokenizer data/tiny/tokenizer.model "
-                                        "--text=data/tiny/text/chat.jsonl"}
+
+prepare = {
+    "data/tiny/text": "tools/make_scenes.py text data/tiny/text --n=60000",
+    "data/tiny/tokenizer.model": "tools/make_scenes.py tokenizer data/tiny/tokenizer.model "
+    "--text=data/tiny/text/chat.jsonl",
+}
 trainable = ("llama",)
 max_txt_len = 160
 batch_size = 32

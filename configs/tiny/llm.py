@@ -1,8 +1,14 @@
 """Language model, step 4: to chat about scenes told in words. It never sees a picture."""
+
 from configs.tiny.base import *
+
 llama = "out/tiny_facts/llama"
-data = {"data/tiny/text/dense.jsonl": 1, "data/tiny/text/noisy.jsonl": 1, "data/tiny/text/chat.jsonl": 4,
-        "data/tiny/text/asked.jsonl": 4}
+data = {
+    "data/tiny/text/dense.jsonl": 1,
+    "data/tiny/text/noisy.jsonl": 1,
+    "data/tiny/text/chat.jsonl": 4,
+    "data/tiny/text/asked.jsonl": 4,
+}
 heldout_data = "data/tiny/text/chat_heldout.jsonl"
 template = "vicuna"
 chat_share = 0.3

@@ -1,8 +1,18 @@
 """Vision tower, step 1: single objects and their names; a small language model reads four patches a token."""
+
 from configs.tiny.base import *
-vision = dict(image_size=48, patch_size=8, width=128, n_layers=4, n_heads=4, mlp_hidden=512)
-llama = dict(hidden_size=96, num_hidden_layers=4, num_attention_heads=3, intermediate_size=256,
-             rms_norm_eps=1e-5, tie_word_embeddings=True)
+
+vision = dict(
+    image_size=48, patch_size=8, width=128, n_layers=4, n_heads=4, mlp_hidden=512
+)
+llama = dict(
+    hidden_size=96,
+    num_hidden_layers=4,
+    num_attention_heads=3,
+    intermediate_size=256,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=True,
+)
 tokenizer = "data/tiny/tokenizer.model"
 trainable = ("vision", "proj", "llama")
 data = "data/tiny/names"

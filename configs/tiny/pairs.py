@@ -1,5 +1,7 @@
 """Language model, step 2: to find the shape by the color, in a list that tells an object's shape first."""
+
 from configs.tiny.base import *
+
 llama = "out/tiny_retold/llama"
 data = {"data/tiny/text/retold.jsonl": 1, "data/tiny/text/pairs.jsonl": 2}
 heldout_data = "data/tiny/text/pairs_heldout.jsonl"

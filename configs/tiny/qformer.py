@@ -1,5 +1,7 @@
 """Q-Former: tells the teacher what the vision tower sees, as BLIP-2's did between EVA-CLIP and FlanT5."""
+
 from configs.tiny.vision import *
+
 vision = "out/tiny_vision/vision.safetensors"
 qformer = dict(n_queries=19, width=128, n_layers=4, n_heads=4, ffn_hidden=256)
 llama = "out/tiny_teacher/llama"

@@ -1,7 +1,16 @@
 """Language model, step 1: from a scene told as a list to part of it in another order."""
+
 from configs.tiny.base import *
-llama = dict(hidden_size=128, num_hidden_layers=6, num_attention_heads=4, intermediate_size=384,
-             rms_norm_eps=1e-5, tie_word_embeddings=True, max_position_embeddings=300)
+
+llama = dict(
+    hidden_size=128,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    intermediate_size=384,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=True,
+    max_position_embeddings=300,
+)
 tokenizer = "data/tiny/tokenizer.model"
 data = "data/tiny/text/retold.jsonl"
 heldout_data = "data/tiny/text/retold_heldout.jsonl"

@@ -1,6 +1,10 @@
 """The Q-Former's teacher, thrown away later as FlanT5 was: it repeats 19 random words; README.md says why."""
+
 from configs.tiny.retold import *
-llama = llama | dict(hidden_size=96, num_hidden_layers=1, num_attention_heads=3, intermediate_size=8)
+
+llama = llama | dict(
+    hidden_size=96, num_hidden_layers=1, num_attention_heads=3, intermediate_size=8
+)
 data = "data/tiny/text/words.jsonl"
 heldout_data = "data/tiny/text/words_heldout.jsonl"
 max_steps = 600
