@@ -34,8 +34,9 @@ from configs.prompts import (
     placed_message,
     training_segments,
 )
-from configs.schema import SIGNALS, Config, InputError, note, printable, start_of
+from configs.schema import SIGNALS, Config, start_of
 from llama import IGNORE, Tokenizer
+from plumbing.console import InputError, note, printable
 from vision import load_image
 
 

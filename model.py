@@ -23,15 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from configs.schema import (
-    DTYPES,
-    QUANTIZED,
-    InputError,
-    check_sizes,
-    note,
-    override,
-    start_of,
-)
+from configs.schema import DTYPES, QUANTIZED, check_sizes, override, start_of
 from llama import (
     IGNORE,
     IMAGE,
@@ -45,6 +37,7 @@ from llama import (
     read_llama_folder,
     sample,
 )
+from plumbing.console import InputError, note
 from qformer import JoinPatches, QFormer, QFormerConfig
 from vision import VisionConfig, VisionTransformer, normalize
 

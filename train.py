@@ -32,20 +32,17 @@ from tqdm import tqdm
 from configs.schema import (
     SIGNALS,
     Config,
-    InputError,
     append_row,
     load_config,
-    note,
-    outlive_reader,
     parse_args,
     prepare_data,
     read_saved_config,
-    run_main,
     to_json,
 )
 from data import Batch, Groups, Reader, Samples, collate, open_samples
 from llama import IGNORE
 from model import PARTS, MiniGPT4, fingerprint, pick_device, replacing
+from plumbing.console import InputError, note, outlive_reader, run_main
 
 ADVICE = "the last checkpoint is kept; start again with a lower --lr, or with --grad_clip=1.0"
 LAUNCHER = os.getppid()  # torchrun, or a shell

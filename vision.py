@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps
 from torch import nn
 
-from configs.schema import InputError
+from plumbing.console import InputError
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)

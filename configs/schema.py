@@ -14,16 +14,15 @@ import shlex
 import signal
 import subprocess
 import sys
-import unicodedata
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
 from math import inf
 from pathlib import Path
 from types import ModuleType, UnionType
 from typing import get_args, get_origin
 
 from configs.prompts import TEMPLATES
+from plumbing.console import InputError, note
 
 DTYPES, QUANTIZED = (
     ("float32", "bfloat16", "float16"),
@@ -36,10 +35,6 @@ SIGNALS = [
     for name in ("SIGTERM", "SIGUSR1", "SIGINT")
     if hasattr(signal, name)
 ]
-
-
-class InputError(Exception):
-    """A mistake of the user. The message is one line: what is wrong, where, and what to do."""
 
 
 def option(default, meaning: str, least=None, most=inf, choices: tuple = ()):
@@ -328,11 +323,6 @@ def _typed(name, value, kind, where):
     )
 
 
-def note(text: str):
-    """Tell the user something in one line, on stderr."""
-    print(printable(" ".join(text.split())), file=sys.stderr)
-
-
 def append_row(file, **row):
     """Append a JSON line to an open file. Raises InputError when that fails."""
     try:
@@ -450,19 +440,6 @@ def to_json(config) -> str:
     return json.dumps(asdict(config), indent=1)
 
 
-def outlive_reader(stream):
-    """Let a stream lose what it cannot write: a run goes on when the reader of its messages has left."""
-
-    def attempt(function, *args):
-        with suppress(OSError):
-            return function(*args)
-
-    stream.write, stream.flush = (
-        partial(attempt, stream.write),
-        partial(attempt, stream.flush),
-    )
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(f"command line: {message}")
@@ -503,35 +480,3 @@ def parse_args(
     if "..." not in positional and len(arguments) != len(positional.split()):
         raise InputError(f"usage: {usage}")
     return arguments, given
-
-
-def printable(text: str) -> str:
-    """Show characters that would steer a terminal as codes, such as \\x1b."""
-    return "".join(
-        c
-        if c in "\n\t\u200d" or unicodedata.category(c) not in ("Cc", "Cf", "Cs")
-        else f"\\x{ord(c):02x}"
-        for c in text
-    )
-
-
-def run_main(main):
-    """Call `main(argv)`; a mistake of the user becomes one line on stderr and exit status 2."""
-    for name in ("stdin", "stdout", "stderr"):
-        setattr(
-            sys, name, getattr(sys, name) or open(os.devnull, "r+")
-        )  # it may be closed
-        with suppress(AttributeError):  # tests replace it
-            encoding = (
-                "utf-8-sig" if name == "stdin" and not sys.stdin.isatty() else None
-            )  # None: its own
-            getattr(sys, name).reconfigure(encoding=encoding, errors="replace")
-    try:
-        main(sys.argv[1:])
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of our output, such as head, has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (InputError, OSError) as e:  # OSError: no permission, no space left
-        note(f"error: {e}")
-        sys.exit(2)

@@ -11,7 +11,7 @@ from PIL import Image
 
 import chat
 import train
-from configs.schema import InputError
+from plumbing.console import InputError
 from tools import caption, make_scenes, show_data
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,7 +12,7 @@ from PIL import Image
 
 import chat
 from chat import Chat, Options
-from configs.schema import InputError
+from plumbing.console import InputError
 from tools.make_scenes import named_objects
 from vision import load_image
 

@@ -6,8 +6,8 @@ import pytest
 
 import chat
 from chat import Chat, Options
-from configs.schema import InputError
 from llama import IMAGE
+from plumbing.console import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = str(ROOT / "assets" / "tiny" / "example.png")

@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from configs.schema import InputError
 from llama import LlamaConfig, Tokenizer
 from model import MiniGPT4, fingerprint, read_part
+from plumbing.console import InputError
 from qformer import QFormer, QFormerConfig
 from tests import random_weights
 from tests.common import GOLDEN, Golden

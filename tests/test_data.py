@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from configs.prompts import SYSTEM, TEMPLATES, chat_segments, user_message
-from configs.schema import Config, InputError
+from configs.schema import Config
 from data import (
     BadSample,
     Groups,
@@ -26,6 +26,7 @@ from data import (
     open_source,
 )
 from llama import IGNORE, IMAGE, Tokenizer
+from plumbing.console import InputError
 from tests.common import GOLDEN
 from tools import make_scenes
 

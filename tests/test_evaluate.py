@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.schema import InputError
+from plumbing.console import InputError
 from tools import caption, evaluate, make_scenes
 
 TESTS = Path(__file__).parent

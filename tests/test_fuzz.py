@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 import chat
-from configs.schema import Config, InputError, override, parse_args
+from configs.schema import Config, override, parse_args
 from data import Rows, SampleOrder, Samples, Shards, index_tar
 from llama import Tokenizer
 from model import load_tensors
+from plumbing.console import InputError
 from tests.common import GOLDEN
 from tests.test_data import picture
 

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 import chat
-from configs.schema import InputError
 from model import MiniGPT4
+from plumbing.console import InputError
 from tests import hub as fake
 from tests.hub import BLIP2, LLAMA2, MIRROR, PROJ, TINYLLAMA, VICUNA
 from tools import get_weights

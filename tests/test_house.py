@@ -4,7 +4,6 @@ import ast
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("*.py", "plumbing/*.py", "configs/**/*.py", "tools/*.py", "tests/*.py")
 TEXTS = {

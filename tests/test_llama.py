@@ -8,9 +8,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from configs.schema import InputError
 from llama import KVCache, LlamaConfig
 from model import MiniGPT4, sample
+from plumbing.console import InputError
 from tests.common import GOLDEN
 from tools import convert
 

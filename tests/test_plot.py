@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from configs.schema import Config, InputError, to_json
+from configs.schema import Config, to_json
+from plumbing.console import InputError
 from tools import plot
 
 ROWS = [

@@ -14,8 +14,8 @@ from threading import Thread
 import pytest
 from PIL import Image
 
-from configs.schema import InputError
 from data import Shards
+from plumbing.console import InputError
 from tools import prepare_stage1
 from vision import load_image
 

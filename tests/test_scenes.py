@@ -11,7 +11,7 @@ import pytest
 import sentencepiece
 from PIL import Image
 
-from configs.schema import InputError
+from plumbing.console import InputError
 from tools import make_scenes as world
 
 

@@ -10,9 +10,9 @@ from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from configs.schema import InputError
 from data import Groups, Reader
 from model import MiniGPT4
+from plumbing.console import InputError
 from tests.test_train import (
     CPU,
     assert_same,

@@ -14,9 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from configs.schema import InputError, load_config
+from configs.schema import load_config
 from llama import IGNORE, IMAGE
 from model import MiniGPT4
+from plumbing.console import InputError
 from tools import dry_run, make_scenes, show_data
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -24,16 +24,9 @@ from safetensors.torch import load_file
 
 import chat
 import train
-from configs.schema import (
-    Config,
-    InputError,
-    load_config,
-    override,
-    parse_args,
-    read_saved_config,
-    run_main,
-)
+from configs.schema import Config, load_config, override, parse_args, read_saved_config
 from model import MiniGPT4
+from plumbing.console import InputError, run_main
 from tests.common import GOLDEN
 from tools import make_scenes
 

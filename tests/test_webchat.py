@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import chat
-from configs.schema import InputError
+from plumbing.console import InputError
 from tools import webchat
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -22,15 +22,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import chat
-from configs.schema import (
-    InputError,
-    append_row,
-    option,
-    override,
-    parse_args,
-    printable,
-    run_main,
-)
+from configs.schema import append_row, option, override, parse_args
+from plumbing.console import InputError, printable, run_main
 from vision import SUFFIXES, load_image
 
 

@@ -36,16 +36,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configs.schema import (
     DTYPES,
     QUANTIZED,
-    InputError,
     check_sizes,
     load_config,
-    note,
     option,
     override,
     parse_args,
     read_json,
     read_saved_config,
-    run_main,
     start_of,
 )
 from llama import Llama, LlamaConfig, Tokenizer, indexed_files, quantize
@@ -58,6 +55,7 @@ from model import (
     load_tensors,
     replacing,
 )
+from plumbing.console import InputError, note, run_main
 from qformer import QFormer, QFormerConfig
 from train import refuse_to_overwrite, start_folder
 from vision import VisionConfig, VisionTransformer

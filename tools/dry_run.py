@@ -18,18 +18,17 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configs.schema import (
     Config,
-    InputError,
     check_options,
     load_config,
     option,
     override,
     parse_args,
     read_saved_config,
-    run_main,
 )
 from data import open_samples
 from llama import CONTEXT, IGNORE, LlamaConfig, Tokenizer, read_json
 from model import PARTS, MiniGPT4, PartFile, check_sources, read_part
+from plumbing.console import InputError, run_main
 
 
 @dataclass(frozen=True)

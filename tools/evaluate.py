@@ -42,18 +42,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import chat
 from configs.prompts import INSTRUCTIONS
-from configs.schema import (
-    InputError,
-    append_row,
-    check_options,
-    note,
-    option,
-    override,
-    parse_args,
-    printable,
-    run_main,
-)
+from configs.schema import append_row, check_options, option, override, parse_args
 from model import fingerprint, replacing
+from plumbing.console import InputError, note, printable, run_main
 from tools import caption
 from tools import make_scenes as world
 from vision import load_image

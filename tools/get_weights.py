@@ -23,18 +23,16 @@ sys.path.insert(0, str(ROOT))
 import chat
 from configs.prompts import INSTRUCTIONS
 from configs.schema import (
-    InputError,
     check_name,
     load_config,
     option,
     override,
     parse_args,
-    printable,
     read_json,
-    run_main,
     start_of,
 )
 from model import MiniGPT4, check_english, part_config, read_part, replacing
+from plumbing.console import InputError, printable, run_main
 from tools import convert
 from tools.evaluate import is_fragment, repeats_itself
 from train import refuse_to_overwrite, start_folder

@@ -12,14 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configs.schema import (
-    InputError,
-    option,
-    override,
-    parse_args,
-    read_saved_config,
-    run_main,
-)
+from configs.schema import option, override, parse_args, read_saved_config
+from plumbing.console import InputError, run_main
 
 PANELS = {
     "loss": "loss",

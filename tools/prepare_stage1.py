@@ -32,8 +32,9 @@ from statistics import median
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configs.schema import InputError, option, override, parse_args, printable, run_main
+from configs.schema import option, override, parse_args
 from data import index_tar
+from plumbing.console import InputError, printable, run_main
 
 CHUNK, LARGEST = 2**20, 2**24  # characters: read at a time; of the largest entry
 

@@ -17,18 +17,10 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configs.schema import (
-    Config,
-    InputError,
-    load_config,
-    option,
-    override,
-    parse_args,
-    printable,
-    run_main,
-)
+from configs.schema import Config, load_config, option, override, parse_args
 from data import Groups, open_samples
 from llama import IGNORE, IMAGE, Tokenizer
+from plumbing.console import InputError, printable, run_main
 from tools.dry_run import meta_model
 from train import prepare_data
 
