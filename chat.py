@@ -28,10 +28,11 @@ from configs.prompts import IMAGE, TEMPLATES, chat_segments, user_message
 from configs.schema import (
     ChatOptions as Options,
 )
-from configs.schema import check_name, override, parse_args, read_saved_config
+from configs.schema import read_saved_config
 from llama import KVCache
 from model import MiniGPT4, check_english, peak_mib, pick_device, replacing
 from plumbing.console import InputError, note, printable, run_main
+from plumbing.options import check_name, override, parse_args
 from vision import find_pictures, half_blocks, load_image
 
 HELP = """\

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from configs.schema import DTYPES, QUANTIZED, check_sizes, override, start_of
+from configs.schema import DTYPES, QUANTIZED, check_sizes, start_of
 from llama import (
     IGNORE,
     IMAGE,
@@ -38,6 +38,7 @@ from llama import (
     sample,
 )
 from plumbing.console import InputError, note
+from plumbing.options import override
 from qformer import JoinPatches, QFormer, QFormerConfig
 from vision import VisionConfig, VisionTransformer, normalize
 

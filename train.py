@@ -34,15 +34,14 @@ from configs.schema import (
     Config,
     append_row,
     load_config,
-    parse_args,
     prepare_data,
     read_saved_config,
-    to_json,
 )
 from data import Batch, Groups, Reader, Samples, collate, open_samples
 from llama import IGNORE
 from model import PARTS, MiniGPT4, fingerprint, pick_device, replacing
 from plumbing.console import InputError, note, outlive_reader, run_main
+from plumbing.options import parse_args, to_json
 
 ADVICE = "the last checkpoint is kept; start again with a lower --lr, or with --grad_clip=1.0"
 LAUNCHER = os.getppid()  # torchrun, or a shell

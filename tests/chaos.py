@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from configs.schema import option, override, parse_args
 from plumbing.console import InputError, run_main
+from plumbing.options import option, override, parse_args
 
 STEPS_PER_MINUTE = 200  # of the whole test; a third of it is the quiet run
 

@@ -21,10 +21,10 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configs.schema import option, override, parse_args
 from llama import Llama, LlamaConfig
 from model import PARTS, replacing
 from plumbing.console import InputError, run_main
+from plumbing.options import option, override, parse_args
 from qformer import QFormer, QFormerConfig
 from tools import convert
 from vision import VisionConfig, VisionTransformer

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 import chat
-from configs.schema import Config, override, parse_args
+from configs.schema import Config
 from data import Rows, SampleOrder, Samples, Shards, index_tar
 from llama import Tokenizer
 from model import load_tensors
 from plumbing.console import InputError
+from plumbing.options import override, parse_args
 from tests.common import GOLDEN
 from tests.test_data import picture
 

@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
-from configs.schema import Config, to_json
+from configs.schema import Config
 from plumbing.console import InputError
+from plumbing.options import to_json
 from tools import plot
 
 ROWS = [

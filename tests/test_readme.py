@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from configs.schema import Config, load_config, override, parse_args
+from configs.schema import Config, load_config
+from plumbing.options import override, parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

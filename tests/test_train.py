@@ -24,9 +24,10 @@ from safetensors.torch import load_file
 
 import chat
 import train
-from configs.schema import Config, load_config, override, parse_args, read_saved_config
+from configs.schema import Config, load_config, read_saved_config
 from model import MiniGPT4
 from plumbing.console import InputError, run_main
+from plumbing.options import override, parse_args
 from tests.common import GOLDEN
 from tools import make_scenes
 

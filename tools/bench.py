@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import chat
 from configs import schema
-from configs.schema import Config, option
+from configs.schema import Config
 from data import (
     Batch,
     Groups,
@@ -52,6 +52,7 @@ from data import (
 from llama import IGNORE, IMAGE, LlamaConfig, Tokenizer
 from model import PARTS, MiniGPT4, peak_mib, pick_device, read_part, replacing
 from plumbing.console import InputError
+from plumbing.options import option
 from qformer import QFormerConfig
 from train import build, flops_per_position, make_optimizer, train_step
 from vision import VisionConfig, load_image, normalize, preprocess

@@ -38,9 +38,6 @@ from configs.schema import (
     QUANTIZED,
     check_sizes,
     load_config,
-    option,
-    override,
-    parse_args,
     read_json,
     read_saved_config,
     start_of,
@@ -56,6 +53,7 @@ from model import (
     replacing,
 )
 from plumbing.console import InputError, note, run_main
+from plumbing.options import option, override, parse_args
 from qformer import QFormer, QFormerConfig
 from train import refuse_to_overwrite, start_folder
 from vision import VisionConfig, VisionTransformer

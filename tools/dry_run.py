@@ -16,19 +16,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configs.schema import (
-    Config,
-    check_options,
-    load_config,
-    option,
-    override,
-    parse_args,
-    read_saved_config,
-)
+from configs.schema import Config, load_config, read_saved_config
 from data import open_samples
 from llama import CONTEXT, IGNORE, LlamaConfig, Tokenizer, read_json
 from model import PARTS, MiniGPT4, PartFile, check_sources, read_part
 from plumbing.console import InputError, run_main
+from plumbing.options import check_options, option, override, parse_args
 
 
 @dataclass(frozen=True)

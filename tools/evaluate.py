@@ -42,9 +42,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import chat
 from configs.prompts import INSTRUCTIONS
-from configs.schema import append_row, check_options, option, override, parse_args
+from configs.schema import append_row
 from model import fingerprint, replacing
 from plumbing.console import InputError, note, printable, run_main
+from plumbing.options import check_options, option, override, parse_args
 from tools import caption
 from tools import make_scenes as world
 from vision import load_image

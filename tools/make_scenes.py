@@ -36,8 +36,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configs.prompts import INSTRUCTIONS, SYSTEM
-from configs.schema import check_name, option, override, parse_args
 from plumbing.console import InputError, run_main
+from plumbing.options import check_name, option, override, parse_args
 
 SIZES = {"small": 0.26, "large": 0.38}  # diameter, as a share of the picture's width
 COLORS = {

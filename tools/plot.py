@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configs.schema import option, override, parse_args, read_saved_config
+from configs.schema import read_saved_config
 from plumbing.console import InputError, run_main
+from plumbing.options import option, override, parse_args
 
 PANELS = {
     "loss": "loss",

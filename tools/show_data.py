@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configs.schema import Config, load_config, option, override, parse_args
+from configs.schema import Config, load_config
 from data import Groups, open_samples
 from llama import IGNORE, IMAGE, Tokenizer
 from plumbing.console import InputError, printable, run_main
+from plumbing.options import option, override, parse_args
 from tools.dry_run import meta_model
 from train import prepare_data
 

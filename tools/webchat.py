@@ -15,8 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import chat
-from configs.schema import option, override, parse_args
 from plumbing.console import InputError, run_main
+from plumbing.options import option, override, parse_args
 
 SLIDERS = {
     "temperature": (0, 2, 0.05),
