@@ -30,8 +30,9 @@ from configs.schema import (
 )
 from configs.schema import read_saved_config
 from llama import KVCache
-from model import MiniGPT4, check_english, peak_mib, pick_device, replacing
+from model import MiniGPT4, check_english, peak_mib, pick_device
 from plumbing.console import InputError, note, printable, run_main
+from plumbing.files import replacing
 from plumbing.options import check_name, override, parse_args
 from vision import find_pictures, half_blocks, load_image
 

@@ -34,9 +34,10 @@ from configs.prompts import (
     placed_message,
     training_segments,
 )
-from configs.schema import SIGNALS, Config, start_of
+from configs.schema import SIGNALS, Config
 from llama import IGNORE, Tokenizer
 from plumbing.console import InputError, note, printable
+from plumbing.files import start_of
 from vision import load_image
 
 

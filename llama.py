@@ -22,8 +22,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from configs.prompts import BOS, IMAGE
-from configs.schema import check_sizes, read_json, start_of
+from configs.schema import check_sizes
 from plumbing.console import InputError, note
+from plumbing.files import read_json, start_of
 from plumbing.options import override
 from vision import init_weights
 

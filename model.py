@@ -7,11 +7,10 @@ Axes: B sequences, T tokens, N image tokens of a picture, D width, V vocabulary.
 
 import hashlib
 import json
-import os
 import sys
 from collections import namedtuple
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from configs.schema import DTYPES, QUANTIZED, check_sizes, start_of
+from configs.schema import DTYPES, QUANTIZED, check_sizes
 from llama import (
     IGNORE,
     IMAGE,
@@ -38,6 +37,7 @@ from llama import (
     sample,
 )
 from plumbing.console import InputError, note
+from plumbing.files import replacing, start_of
 from plumbing.options import override
 from qformer import JoinPatches, QFormer, QFormerConfig
 from vision import VisionConfig, VisionTransformer, normalize
@@ -508,27 +508,6 @@ def pick_device(name: str = "", index: int = 0) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
-
-
-@contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to; it replaces `path` at the end, in one move."""
-    temporary = Path(path).parent / f".{Path(path).name}.tmp"
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        yield temporary
-        temporary.chmod(mode)  # safetensors makes its files private to their owner
-        with open(temporary, "rb+") as f:  # Windows flushes only what it may write to
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError, SafetensorError) as e:
-        raise InputError(
-            f"{path or '?'}: cannot be written ({e}); what was there before is kept"
-        ) from e
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 # sizes: a LlamaConfig, or a dict; of a projection, the fingerprints of the parts that it was trained with

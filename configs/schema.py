@@ -4,20 +4,19 @@ A config file is plain Python that assigns fields of `Config`; a variant imports
 difference. The command line overrides any field: `--key=value`, `--key value`, or a bare `--key` for True.
 """
 
-import json
 import os
 import runpy
 import shlex
 import signal
 import subprocess
 import sys
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
 from configs.prompts import TEMPLATES
 from plumbing.console import InputError, note
+from plumbing.files import read_json
 from plumbing.options import check_options, option, override
 
 DTYPES, QUANTIZED = (
@@ -242,18 +241,6 @@ class ChatOptions:
         )
 
 
-def append_row(file, **row):
-    """Append a JSON line to an open file. Raises InputError when that fails."""
-    try:
-        print(json.dumps(row), file=file, flush=True)
-    except OSError as e:
-        with suppress(OSError):  # which would be the user's message instead
-            file.close()
-        raise InputError(
-            f"{file.name}: cannot be written ({e.strerror}); what it holds is kept"
-        ) from e
-
-
 def check_sizes(sizes, where: str):
     """The dataclass `sizes`. Raises InputError for one that is NaN, not above 0, or absurdly large."""
     for name, value in asdict(sizes).items():
@@ -264,29 +251,6 @@ def check_sizes(sizes, where: str):
                 f"{where}: {name} {value} is no size; it has to be above 0, and not huge"
             )
     return sizes
-
-
-def start_of(path: str | Path, kind: str = "file") -> bytes:
-    """A file's first bytes. Raises InputError if it is missing, a pipe, or something saved in its place."""
-    if not os.path.isfile(path):
-        raise InputError(
-            f"{path}: {'not a file' if os.path.exists(path) else f'there is no such {kind}'}"
-        )
-    with open(path, "rb") as f:
-        start = f.read(64)
-    if start.startswith(b"version https://git-lfs"):
-        raise InputError(
-            f"{path}: a Git LFS pointer, not the content; run `git lfs pull` in its folder"
-        )
-    if (
-        start.lstrip(b"\xef\xbb\xbf \t\r\n")
-        .lower()
-        .startswith((b"<!doctype", b"<html"))
-    ):
-        raise InputError(
-            f"{path}: a saved web page, no PyTorch file or other data; download again"
-        )
-    return start
 
 
 def load_config(path: str, options: dict[str, str]) -> Config:
@@ -338,17 +302,3 @@ def read_saved_config(folder: str) -> Config:
         if isinstance(v, str) and v
     }
     return replace(saved, **paths)
-
-
-def read_json(path: Path) -> dict:
-    """A JSON file that holds an object."""
-    start_of(path)
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"{path}: not valid JSON ({e}); fetch or make it again") from e
-    if not isinstance(content, dict):
-        raise InputError(
-            f"{path}: it should hold a JSON object; fetch or make it again"
-        )
-    return content

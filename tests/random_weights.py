@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from llama import Llama, LlamaConfig
-from model import PARTS, replacing
+from model import PARTS
 from plumbing.console import InputError, run_main
+from plumbing.files import replacing
 from plumbing.options import option, override, parse_args
 from qformer import QFormer, QFormerConfig
 from tools import convert

@@ -22,10 +22,11 @@ from safetensors.torch import load_file, save_file
 
 import chat
 from configs.prompts import harmless, user_message
-from configs.schema import Config, append_row, load_config
+from configs.schema import Config, load_config
 from data import Sample, Samples, index_tar, open_source
 from llama import IMAGE, Tokenizer
 from plumbing.console import InputError
+from plumbing.files import append_row
 from tests.common import GOLDEN
 from tests.test_data import N, picture, reader, write_tar
 from tools import convert

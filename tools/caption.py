@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import chat
-from configs.schema import append_row
 from plumbing.console import InputError, printable, run_main
+from plumbing.files import append_row
 from plumbing.options import option, override, parse_args
 from vision import SUFFIXES, load_image
 

@@ -38,21 +38,12 @@ from configs.schema import (
     QUANTIZED,
     check_sizes,
     load_config,
-    read_json,
     read_saved_config,
-    start_of,
 )
 from llama import Llama, LlamaConfig, Tokenizer, indexed_files, quantize
-from model import (
-    PARTS,
-    MiniGPT4,
-    check_english,
-    check_fit,
-    fingerprint,
-    load_tensors,
-    replacing,
-)
+from model import PARTS, MiniGPT4, check_english, check_fit, fingerprint, load_tensors
 from plumbing.console import InputError, note, run_main
+from plumbing.files import read_json, replacing, start_of
 from plumbing.options import option, override, parse_args
 from qformer import QFormer, QFormerConfig
 from train import refuse_to_overwrite, start_folder

@@ -22,9 +22,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import chat
 from configs.prompts import INSTRUCTIONS
-from configs.schema import load_config, read_json, start_of
-from model import MiniGPT4, check_english, part_config, read_part, replacing
+from configs.schema import load_config
+from model import MiniGPT4, check_english, part_config, read_part
 from plumbing.console import InputError, printable, run_main
+from plumbing.files import read_json, replacing, start_of
 from plumbing.options import check_name, option, override, parse_args
 from tools import convert
 from tools.evaluate import is_fragment, repeats_itself
