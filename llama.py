@@ -22,11 +22,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from configs.prompts import BOS, IMAGE
-from configs.schema import check_sizes
 from plumbing.console import InputError, note
 from plumbing.files import read_json, start_of
 from plumbing.options import override
-from vision import init_weights
+from plumbing.weights import check_sizes, indexed_files, init_weights
 
 IGNORE = -100  # in the targets: no prediction here
 CONTEXT = 2000  # most tokens of a conversation
@@ -632,16 +631,3 @@ def read_llama_folder(folder: str) -> tuple[LlamaConfig, list[Path]]:
                 f"{folder}/{min(missing)}: no such weight file, of {int(n)}; fetch it too"
             )
     return config, shards
-
-
-def indexed_files(index: Path) -> list[Path]:
-    """The weight files that a Hugging Face *.index.json names."""
-    names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or {*map(type, names.values())} != {str}:
-        raise InputError(f"{index}: it has no weight_map; fetch it again")
-    files = [index.parent / name for name in sorted(set(names.values()))]
-    if missing := [file for file in files if not file.is_file()]:
-        raise InputError(
-            f"{missing[0]}: no such weight file, but {index.name} names it; fetch it too"
-        )
-    return files

@@ -5,7 +5,6 @@
 Axes: B sequences, T tokens, N image tokens of a picture, D width, V vocabulary.
 """
 
-import hashlib
 import json
 import sys
 from collections import namedtuple
@@ -16,13 +15,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from configs.schema import DTYPES, QUANTIZED, check_sizes
+from configs.schema import DTYPES, QUANTIZED
 from llama import (
     IGNORE,
     IMAGE,
@@ -37,8 +35,9 @@ from llama import (
     sample,
 )
 from plumbing.console import InputError, note
-from plumbing.files import replacing, start_of
+from plumbing.files import replacing
 from plumbing.options import override
+from plumbing.weights import check_fit, check_sizes, fingerprint, finite, load_tensors
 from qformer import JoinPatches, QFormer, QFormerConfig
 from vision import VisionConfig, VisionTransformer, normalize
 
@@ -514,18 +513,6 @@ def pick_device(name: str = "", index: int = 0) -> torch.device:
 PartFile = namedtuple("PartFile", "path tensors sizes")
 
 
-def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A safetensors file -> its tensors, memory-mapped, and metadata. Raises InputError if unreadable."""
-    start_of(path, "weight file")
-    try:
-        with safe_open(path, framework="pt") as f:
-            return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
-    except (SafetensorError, OSError) as e:
-        raise InputError(
-            f"{path}: not a complete safetensors file ({e}); fetch or convert it again"
-        ) from e
-
-
 def read_part(name: str, path: str) -> PartFile:
     """A part's file, or LLaMA's folder."""
     if name == "llama":
@@ -606,53 +593,3 @@ def part_config(
             f"{file.path}: {config} does not fit the vision part; needed is {needed}"
         )
     return config
-
-
-def check_fit(
-    path: str, part: str, shapes: dict[str, tuple], expected: dict[str, tuple]
-):
-    """Raise InputError unless a file's {name: shape} is exactly what the part expects."""
-    problems = {
-        "missing": sorted(expected.keys() - shapes.keys()),
-        "unexpected": sorted(shapes.keys() - expected.keys()),
-        "of another shape": [
-            f"{k} {shapes[k]} instead of {shape}"
-            for k, shape in expected.items()
-            if shapes.get(k, shape) != shape
-        ],
-    }
-    found = [
-        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
-        for what, names in problems.items()
-        if names
-    ]
-    if found:
-        raise InputError(
-            f"{path}: does not fit as {part}: {'; '.join(found)}; it is for another model"
-        )
-
-
-def finite(tensor: Tensor, where: str) -> Tensor:
-    """The tensor. Raises InputError unless it holds finite floats; of a large one, some are looked at."""
-    some = tensor.flatten()[
-        :: 1 if tensor.numel() < 2**22 else 2048
-    ]  # of each page of a mapped file
-    if not tensor.is_floating_point() or not some.float().sum().isfinite():
-        raise InputError(f"{where} holds NaN or infinity, or no floats; get it again")
-    return tensor
-
-
-def fingerprint(tensors: dict[str, Tensor]) -> str:
-    """12 hex digits that identify a part's weights, also cast ones: of names, shapes and some values."""
-    digest = hashlib.sha256()
-    for k in sorted(tensors):
-        values = tensors[k].detach().reshape(-1)
-        ends = (
-            torch.cat((values[:16], values[-16:]))
-            .to("cpu", torch.bfloat16)
-            .view(torch.uint8)
-        )
-        digest.update(
-            f"{k} {tuple(tensors[k].shape)}".encode() + ends.numpy().tobytes()
-        )
-    return digest.hexdigest()[:12]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vision import init_weights
+from plumbing.weights import init_weights
 
 
 @dataclass(frozen=True)

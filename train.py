@@ -32,10 +32,11 @@ from tqdm import tqdm
 from configs.schema import SIGNALS, Config, load_config, prepare_data, read_saved_config
 from data import Batch, Groups, Reader, Samples, collate, open_samples
 from llama import IGNORE
-from model import PARTS, MiniGPT4, fingerprint, pick_device
+from model import PARTS, MiniGPT4, pick_device
 from plumbing.console import InputError, note, outlive_reader, run_main
 from plumbing.files import append_row, replacing
 from plumbing.options import parse_args, to_json
+from plumbing.weights import fingerprint
 
 ADVICE = "the last checkpoint is kept; start again with a lower --lr, or with --grad_clip=1.0"
 LAUNCHER = os.getppid()  # torchrun, or a shell

@@ -20,6 +20,7 @@ from PIL import ExifTags, Image, ImageOps
 from torch import nn
 
 from plumbing.console import InputError
+from plumbing.weights import init_weights
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -164,23 +165,6 @@ class VisionConfig:
     n_heads: int = 16
     mlp_hidden: int = 6144  # int(1408 * 4.3637)
     norm_eps: float = 1e-6
-
-
-@torch.no_grad()
-def init_weights(
-    module: nn.Module,
-    stds: dict[str, float],
-    residual: tuple[str, ...] = (),
-    depth: int = 1,
-):
-    """Random weights of a transformer: normal with variance 1 / inputs, or the standard deviation in `stds`;
-    smaller for the outputs to the residual stream, those with a `residual` ending; norms one, biases zero."""
-    for name, p in module.named_parameters():
-        if p.dim() == 1:
-            p.fill_(name.endswith("weight"))  # only norms have such weights
-        else:
-            n_inputs = p[0].numel() * (2 * depth if name.endswith(residual) else 1)
-            nn.init.normal_(p, std=stds.get(name, n_inputs**-0.5))
 
 
 class Attention(nn.Module):

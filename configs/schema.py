@@ -10,7 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -239,18 +239,6 @@ class ChatOptions:
             ),
             ("top_p", 0 < self.top_p <= 1, "give one above 0, at most 1"),
         )
-
-
-def check_sizes(sizes, where: str):
-    """The dataclass `sizes`. Raises InputError for one that is NaN, not above 0, or absurdly large."""
-    for name, value in asdict(sizes).items():
-        if type(value) in (int, float) and not 0 < value < (
-            1000 if "layers" in name else 1e9
-        ):
-            raise InputError(
-                f"{where}: {name} {value} is no size; it has to be above 0, and not huge"
-            )
-    return sizes
 
 
 def load_config(path: str, options: dict[str, str]) -> Config:

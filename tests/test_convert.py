@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llama import LlamaConfig, Tokenizer
-from model import MiniGPT4, fingerprint, read_part
+from model import MiniGPT4, read_part
 from plumbing.console import InputError
+from plumbing.weights import fingerprint
 from qformer import QFormer, QFormerConfig
 from tests import random_weights
 from tests.common import GOLDEN, Golden

@@ -16,9 +16,9 @@ import chat
 from configs.schema import Config
 from data import Rows, SampleOrder, Samples, Shards, index_tar
 from llama import Tokenizer
-from model import load_tensors
 from plumbing.console import InputError
 from plumbing.options import override, parse_args
+from plumbing.weights import load_tensors
 from tests.common import GOLDEN
 from tests.test_data import picture
 

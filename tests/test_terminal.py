@@ -22,7 +22,7 @@ def generate(*args, **options):
         yield token
 model.MiniGPT4.generate = generate
 import chat, configs.schema
-configs.schema.run_main(chat.main)
+plumbing.console.run_main(chat.main)
 """
 
 

@@ -33,18 +33,19 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configs.schema import (
-    DTYPES,
-    QUANTIZED,
-    check_sizes,
-    load_config,
-    read_saved_config,
-)
-from llama import Llama, LlamaConfig, Tokenizer, indexed_files, quantize
-from model import PARTS, MiniGPT4, check_english, check_fit, fingerprint, load_tensors
+from configs.schema import DTYPES, QUANTIZED, load_config, read_saved_config
+from llama import Llama, LlamaConfig, Tokenizer, quantize
+from model import PARTS, MiniGPT4, check_english
 from plumbing.console import InputError, note, run_main
 from plumbing.files import read_json, replacing, start_of
 from plumbing.options import option, override, parse_args
+from plumbing.weights import (
+    check_fit,
+    check_sizes,
+    fingerprint,
+    indexed_files,
+    load_tensors,
+)
 from qformer import QFormer, QFormerConfig
 from train import refuse_to_overwrite, start_folder
 from vision import VisionConfig, VisionTransformer

@@ -42,10 +42,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import chat
 from configs.prompts import INSTRUCTIONS
-from model import fingerprint
 from plumbing.console import InputError, note, printable, run_main
 from plumbing.files import append_row, replacing
 from plumbing.options import check_options, option, override, parse_args
+from plumbing.weights import fingerprint
 from tools import caption
 from tools import make_scenes as world
 from vision import load_image
