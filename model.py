@@ -27,16 +27,15 @@ from llama import (
     KVCache,
     Llama,
     LlamaConfig,
-    QuantizedLinear,
     Tokenizer,
     beam_search,
-    quantize,
     read_llama_folder,
     sample,
 )
 from plumbing.console import InputError, note
 from plumbing.files import replacing
 from plumbing.options import override
+from plumbing.quantized import QuantizedLinear, quantize
 from plumbing.weights import check_fit, check_sizes, fingerprint, finite, load_tensors
 from qformer import JoinPatches, QFormer, QFormerConfig
 from vision import VisionConfig, VisionTransformer, normalize

@@ -34,11 +34,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configs.schema import DTYPES, QUANTIZED, load_config, read_saved_config
-from llama import Llama, LlamaConfig, Tokenizer, quantize
+from llama import Llama, LlamaConfig, Tokenizer
 from model import PARTS, MiniGPT4, check_english
 from plumbing.console import InputError, note, run_main
 from plumbing.files import read_json, replacing, start_of
 from plumbing.options import option, override, parse_args
+from plumbing.quantized import quantize
 from plumbing.weights import (
     check_fit,
     check_sizes,
