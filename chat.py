@@ -30,10 +30,11 @@ from configs.schema import (
 )
 from configs.schema import read_saved_config
 from llama import KVCache
-from model import MiniGPT4, check_english, peak_mib, pick_device
+from model import MiniGPT4, check_english
 from plumbing.console import InputError, note, printable, run_main
 from plumbing.files import replacing
 from plumbing.options import check_name, override, parse_args
+from plumbing.processes import peak_mib, pick_device
 from vision import find_pictures, half_blocks, load_image
 
 HELP = """\

@@ -34,10 +34,11 @@ from configs.prompts import (
     placed_message,
     training_segments,
 )
-from configs.schema import SIGNALS, Config
+from configs.schema import Config
 from llama import IGNORE, Tokenizer
 from plumbing.console import InputError, note, printable
 from plumbing.files import start_of
+from plumbing.processes import ignore_signals
 from vision import load_image
 
 
@@ -616,12 +617,6 @@ class Groups(Dataset):
             )
         bad, self.samples.bad = self.samples.bad, []
         return steps, bad
-
-
-def ignore_signals(worker: int):
-    """In a data worker: SIGNALS reach all processes of a run; the training process saves and stops it."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
 
 
 def split(items: list, n: int) -> list[list]:

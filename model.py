@@ -6,10 +6,8 @@ Axes: B sequences, T tokens, N image tokens of a picture, D width, V vocabulary.
 """
 
 import json
-import sys
 from collections import namedtuple
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -478,34 +476,6 @@ def check_english(model: MiniGPT4):
     )
     if value > 100:
         note("warning: these weights are broken or not English; fetch or convert again")
-
-
-def peak_mib(device: torch.device | str) -> float:
-    """The peak of this process's tensors on a GPU, or of its resident memory; NaN on Windows."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    with suppress(ImportError):
-        from resource import RUSAGE_SELF, getrusage
-
-        return getrusage(RUSAGE_SELF).ru_maxrss / (
-            2**20 if sys.platform == "darwin" else 2**10
-        )
-    return float("nan")
-
-
-def pick_device(name: str = "", index: int = 0) -> torch.device:
-    """ "" -> cuda if there is one, else cpu. Raises InputError for a device that this machine lacks."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name, index) if name == "cuda" else torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as e:
-        raise InputError(
-            f"device {name!r}: not available on this machine ({str(e).splitlines()[0]})"
-        ) from e
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
 
 
 # sizes: a LlamaConfig, or a dict; of a projection, the fingerprints of the parts that it was trained with

@@ -7,7 +7,6 @@ difference. The command line overrides any field: `--key=value`, `--key value`, 
 import os
 import runpy
 import shlex
-import signal
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -23,13 +22,6 @@ DTYPES, QUANTIZED = (
     ("float32", "bfloat16", "float16"),
     ("int8", "int4"),
 )  # the latter: LLaMA's matrices
-
-# that end a run after its step; Windows has not all of them
-SIGNALS = [
-    getattr(signal, name)
-    for name in ("SIGTERM", "SIGUSR1", "SIGINT")
-    if hasattr(signal, name)
-]
 
 
 @dataclass(frozen=True)

@@ -50,10 +50,11 @@ from data import (
     open_samples,
 )
 from llama import IGNORE, IMAGE, LlamaConfig, Tokenizer
-from model import PARTS, MiniGPT4, peak_mib, pick_device, read_part
+from model import PARTS, MiniGPT4, read_part
 from plumbing.console import InputError
 from plumbing.files import replacing
 from plumbing.options import option
+from plumbing.processes import peak_mib, pick_device
 from qformer import QFormerConfig
 from train import build, flops_per_position, make_optimizer, train_step
 from vision import VisionConfig, load_image, normalize, preprocess
