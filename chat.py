@@ -35,7 +35,8 @@ from plumbing.console import InputError, note, printable, run_main
 from plumbing.files import replacing
 from plumbing.options import check_name, override, parse_args
 from plumbing.processes import peak_mib, pick_device
-from vision import find_pictures, half_blocks, load_image
+from plumbing.terminal import find_pictures, half_blocks, read_message
+from vision import load_image
 
 HELP = """\
 /image PATH          show a picture, as a path in a message does
@@ -413,19 +414,6 @@ def set_up_readline():
     readline.parse_and_bind(
         "bind ^I rl_complete" if "libedit" in str(readline.__doc__) else "tab: complete"
     )
-
-
-def read_message() -> tuple[str, bool]:
-    """A line, or what stands between two \"\"\" (or one and the end), and whether it may be a command."""
-    you, more = ("you> ", "...> ") if sys.stdin.isatty() else ("", "")
-    message = input(you)
-    with suppress(EOFError):
-        while (is_long := message.lstrip().startswith('"""')) and message.count(
-            '"""'
-        ) < 2:
-            message += "\n" + input(more)
-    message = message.split('"""', 1)[1].replace('"""', " ") if is_long else message
-    return message.replace("\0", "").strip(), not is_long
 
 
 def converse(talk: Chat):

@@ -9,9 +9,7 @@ Quirks kept: queries and values have a bias, keys have none; pictures are resize
 import io
 import math
 import os
-import re
 from dataclasses import dataclass
-from urllib.parse import unquote
 
 import numpy as np
 import torch
@@ -34,8 +32,6 @@ FORMATS = (
     "TIFF",
 )  # no others: PIL would start Ghostscript for EPS
 MOST_BYTES = 1_200_000_000  # that decoding a picture may take
-# a word, quoted or with its spaces escaped, as terminals insert paths: 'it'\''s a.png', it\'s\ a.png
-WORD = re.compile(r"""(?<!\S)(?:"([^"]+)"|'((?:[^']|'\\'')+)'|((?:\\.|\S)+))""")
 
 
 def load_image(source: str | bytes, image_size: int, smallest: int = 1) -> torch.Tensor:
@@ -111,47 +107,6 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
     return (
         images.float().div_(255).sub_(mean).div_(std)
     )  # in place: memory traffic dominates
-
-
-def half_blocks(image: torch.Tensor) -> str:
-    """uint8 (3, S, S), S even -> lines of S characters for a terminal, each of two pixels in true color."""
-    rows, cell = (
-        image.permute(1, 2, 0).tolist(),
-        "\x1b[38;2;{};{};{};48;2;{};{};{}m\u2580",
-    )
-    lines = (
-        "".join(cell.format(*a, *b) for a, b in zip(*pair))
-        for pair in zip(rows[::2], rows[1::2])
-    )
-    return "\x1b[0m\n".join(lines) + "\x1b[0m"
-
-
-def find_pictures(message: str) -> tuple[str, list[str]]:
-    """A message without the paths of pictures in it, as a terminal inserts them, and these paths."""
-    paths = []
-
-    def take(word: re.Match) -> str:
-        path = (
-            word[1]
-            or (word[2] or "").replace("'\\''", "'")
-            or re.sub(r"\\(.)", r"\1", word[3])
-        )
-        path = (
-            unquote(re.sub("^file://(localhost)?", "", path))
-            if path.startswith("file://")
-            else path
-        )
-        for each in map(os.path.expanduser, (path, path.strip("?!.,;:()<>`"), word[0])):
-            if each.lower().endswith(SUFFIXES) and os.path.isfile(each):
-                return paths.append(each) or ""
-        return word[0]
-
-    if (whole := os.path.expanduser(message)).lower().endswith(
-        SUFFIXES
-    ) and os.path.isfile(whole):
-        return "", [whole]  # with spaces that are not escaped
-    rest = WORD.sub(take, message)
-    return re.sub(" {2,}", " ", rest).strip() if paths else message, paths
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 import chat
 from chat import Chat, Options
 from llama import Llama, LlamaConfig
-from vision import find_pictures, half_blocks
+from plumbing.terminal import find_pictures, half_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = str(ROOT / "assets/tiny/example.png")
