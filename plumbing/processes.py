@@ -7,7 +7,13 @@ from contextlib import suppress
 import torch
 
 from plumbing.console import InputError
-from plumbing.processes import SIGNALS
+
+# that end a run after its step; Windows has not all of them
+SIGNALS = [
+    getattr(signal, name)
+    for name in ("SIGTERM", "SIGUSR1", "SIGINT")
+    if hasattr(signal, name)
+]
 
 
 def peak_mib(device: torch.device | str) -> float:
@@ -36,14 +42,6 @@ def pick_device(name: str = "", index: int = 0) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
-
-
-# that end a run after its step; Windows has not all of them
-SIGNALS = [
-    getattr(signal, name)
-    for name in ("SIGTERM", "SIGUSR1", "SIGINT")
-    if hasattr(signal, name)
-]
 
 
 def ignore_signals(worker: int):

@@ -8,6 +8,8 @@ from urllib.parse import unquote
 
 import torch
 
+from plumbing.files import SUFFIXES
+
 # a word, quoted or with its spaces escaped, as terminals insert paths: 'it'\''s a.png', it\'s\ a.png
 WORD = re.compile(r"""(?<!\S)(?:"([^"]+)"|'((?:[^']|'\\'')+)'|((?:\\.|\S)+))""")
 

@@ -23,9 +23,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import chat
 from plumbing.console import InputError, printable, run_main
-from plumbing.files import append_row
+from plumbing.files import SUFFIXES, append_row
 from plumbing.options import option, override, parse_args
-from vision import SUFFIXES, load_image
+from vision import load_image
 
 
 @dataclass(frozen=True)
