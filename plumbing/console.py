@@ -6,14 +6,36 @@ import unicodedata
 from contextlib import suppress
 from functools import partial
 
+from tqdm import tqdm
+
+_plain = False
+
 
 class InputError(Exception):
     """A mistake of the user. The message is one line: what is wrong, where, and what to do."""
 
 
 def note(text: str):
-    """Tell the user something in one line, on stderr."""
-    print(printable(" ".join(text.split())), file=sys.stderr)
+    """Print one line on stderr; of several training processes, only the first does."""
+    if os.environ.get("RANK", "0") == "0":
+        print(printable(" ".join(text.split())), file=sys.stderr)
+
+
+def progress(items=None, label: str = "", **settings) -> tqdm:
+    """tqdm, switched off where stderr is no terminal or where plain text is wanted."""
+    return tqdm(items, label, disable=is_plain(), dynamic_ncols=True, **settings)
+
+
+def is_plain() -> bool:
+    """Whether stderr should get text alone: no colors, no progress bars."""
+    wanted = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return _plain or bool(wanted) or not sys.stderr.isatty()
+
+
+def set_plain(plain: bool):
+    """Switch colors and progress bars off for the rest of the process (--plain)."""
+    global _plain
+    _plain = plain
 
 
 def outlive_reader(stream):
@@ -57,5 +79,5 @@ def run_main(main):
     except BrokenPipeError:  # the reader of our output, such as head, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (InputError, OSError) as e:  # OSError: no permission, no space left
-        note(f"error: {e}")
+        print(printable(" ".join(f"error: {e}".split())), file=sys.stderr)
         sys.exit(2)

@@ -82,3 +82,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+def read_rows(path: str | Path) -> tuple[list[tuple[int, bytes]], bytes]:
+    """The lines of a file of JSON rows that are not blank, each with its number from 1,
+    and what follows the last newline: b"", or a row that was cut while it was written.
+    """
+    *lines, rest = Path(path).read_bytes().split(b"\n")
+    rows = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    return rows, rest

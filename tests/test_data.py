@@ -14,19 +14,17 @@ from PIL import Image
 from configs.prompts import SYSTEM, TEMPLATES, chat_segments, user_message
 from configs.schema import Config
 from data import (
-    BadSample,
     Groups,
     Reader,
-    Sample,
     SampleOrder,
     Samples,
     clean_caption,
     collate,
     open_samples,
-    open_source,
 )
 from llama import IGNORE, IMAGE, Tokenizer
 from plumbing.console import InputError
+from plumbing.sources import BadSample, Sample, open_source
 from tests.common import GOLDEN
 from tools import make_scenes
 

@@ -23,10 +23,11 @@ from safetensors.torch import load_file, save_file
 import chat
 from configs.prompts import harmless, user_message
 from configs.schema import Config, load_config
-from data import Sample, Samples, index_tar, open_source
+from data import Samples
 from llama import IMAGE, Tokenizer
 from plumbing.console import InputError
 from plumbing.files import append_row
+from plumbing.sources import Sample, index_tar, open_source
 from tests.common import GOLDEN
 from tests.test_data import N, picture, reader, write_tar
 from tools import convert

@@ -14,10 +14,11 @@ from safetensors.torch import save
 
 import chat
 from configs.schema import Config
-from data import Rows, SampleOrder, Samples, Shards, index_tar
+from data import SampleOrder, Samples
 from llama import Tokenizer
 from plumbing.console import InputError
 from plumbing.options import override, parse_args
+from plumbing.sources import Rows, Shards, index_tar
 from plumbing.weights import load_tensors
 from tests.common import GOLDEN
 from tests.test_data import picture

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from configs.prompts import BOS, IMAGE, TEMPLATES, chat_segments, user_message
-from data import Sample, Samples, clean_caption, collate
+from data import Samples, clean_caption, collate
 from llama import IGNORE
+from plumbing.sources import Sample
 from qformer import JoinPatches
 from tests.common import GOLDEN, Golden
 from train import learning_rate, make_optimizer, train_step

@@ -14,8 +14,8 @@ from threading import Thread
 import pytest
 from PIL import Image
 
-from data import Shards
 from plumbing.console import InputError
+from plumbing.sources import Shards
 from tools import prepare_stage1
 from vision import load_image
 

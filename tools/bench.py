@@ -39,22 +39,14 @@ sys.path.insert(0, str(ROOT))
 import chat
 from configs import schema
 from configs.schema import Config
-from data import (
-    Batch,
-    Groups,
-    Reader,
-    Sample,
-    Samples,
-    collate,
-    index_tar,
-    open_samples,
-)
+from data import Batch, Groups, Reader, Samples, collate, open_samples
 from llama import IGNORE, IMAGE, LlamaConfig, Tokenizer
 from model import PARTS, MiniGPT4, read_part
 from plumbing.console import InputError
 from plumbing.files import replacing
 from plumbing.options import option
 from plumbing.processes import peak_mib, pick_device
+from plumbing.sources import Sample, index_tar
 from qformer import QFormerConfig
 from train import build, flops_per_position, make_optimizer, train_step
 from vision import VisionConfig, load_image, normalize, preprocess

@@ -32,9 +32,9 @@ from statistics import median
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import index_tar
 from plumbing.console import InputError, printable, run_main
 from plumbing.options import option, override, parse_args
+from plumbing.sources import index_tar
 
 CHUNK, LARGEST = 2**20, 2**24  # characters: read at a time; of the largest entry
 
