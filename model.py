@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from configs.schema import DTYPES, QUANTIZED
 from llama import (
     IGNORE,
     IMAGE,
@@ -33,8 +32,15 @@ from llama import (
 from plumbing.console import InputError, note
 from plumbing.files import replacing
 from plumbing.options import override
-from plumbing.quantized import QuantizedLinear, quantize
-from plumbing.weights import check_fit, check_sizes, fingerprint, finite, load_tensors
+from plumbing.quantized import QUANTIZED, QuantizedLinear, quantize
+from plumbing.weights import (
+    DTYPES,
+    check_fit,
+    check_sizes,
+    fingerprint,
+    finite,
+    load_tensors,
+)
 from qformer import JoinPatches, QFormer, QFormerConfig
 from vision import VisionConfig, VisionTransformer, normalize
 

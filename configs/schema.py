@@ -17,11 +17,7 @@ from configs.prompts import TEMPLATES
 from plumbing.console import InputError, note
 from plumbing.files import read_json
 from plumbing.options import check_options, option, override
-
-DTYPES, QUANTIZED = (
-    ("float32", "bfloat16", "float16"),
-    ("int8", "int4"),
-)  # the latter: LLaMA's matrices
+from plumbing.weights import DTYPES
 
 
 @dataclass(frozen=True)
@@ -175,62 +171,6 @@ class Config:
             name: getattr(self, name)
             for name in ("vision", "qformer", "llama", "proj", "tokenizer")
         }
-
-
-@dataclass(frozen=True)
-class ChatOptions:
-    """Of chat.py, and of the tools that build on it."""
-
-    ckpt: str = option("", "a run's folder; none: the tiny model of this repo")
-    prompt: str = option("", "ask this, print the answer alone, and exit")
-    template: str = option("", "none: the run's own", choices=("", *TEMPLATES))
-    answer_end: str = option(
-        "", "what ends an answer; none: the run's own, or the template's"
-    )
-    temperature: float = option(1.0, "0: greedy", least=0, most=100)
-    top_p: float = option(
-        0.9, "sample from the likeliest tokens of this total probability"
-    )
-    repetition_penalty: float = option(1.05, "1: none", least=0.01, most=100)
-    num_beams: int = option(
-        1, "above 1: beam search, which takes the likeliest answer", least=1, most=64
-    )
-    min_length: int = option(
-        1, "least tokens of an answer, its `<s>` among them, before `</s>`", least=0
-    )
-    length_penalty: float = option(
-        1.0, "above 0: beam search prefers longer answers", least=-10, most=10
-    )
-    max_new_tokens: int = option(300, "most tokens of an answer", least=1, most=1999)
-    seed: int = option(
-        0, "the same seed gives the same answers", least=0, most=2**63 - 1
-    )
-    device: str = option("", "none: cuda if there is one, else cpu")
-    dtype: str = option(
-        "",
-        "none: the run's, but not float16 on a CPU",
-        choices=("", *DTYPES, *QUANTIZED),
-    )
-    compile: bool = option(
-        False, "on a CPU, compile decoding: faster in bfloat16, after a slow start"
-    )
-    json: bool = option(False, "print each answer as a JSON object")
-    plain: bool = option(False, "text alone: no colors, pictures or progress")
-    stats: bool = option(False, "print speed and memory after each answer")
-    check: bool = option(
-        False, "first measure whether the language model knows English"
-    )
-
-    def __post_init__(self):
-        check_options(
-            self,
-            (
-                "temperature",
-                not 0 < self.temperature < 1e-3,
-                "give 0 or at least 0.001",
-            ),
-            ("top_p", 0 < self.top_p <= 1, "give one above 0, at most 1"),
-        )
 
 
 def load_config(path: str, options: dict[str, str]) -> Config:

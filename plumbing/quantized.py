@@ -8,6 +8,8 @@ from torch import nn
 
 from plumbing.console import InputError
 
+QUANTIZED = ("int8", "int4")  # dtypes
+
 
 def quantize(weight: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
     """A matrix (out, in) -> int8 (out, in) with scales float32 (out,); or two int4 in a uint8 (out, in / 2),

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from plumbing.console import InputError
 from plumbing.files import read_json, start_of
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """A safetensors file -> its tensors, memory-mapped, and metadata. Raises InputError if unreadable."""

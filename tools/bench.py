@@ -47,6 +47,7 @@ from plumbing.files import replacing
 from plumbing.options import option
 from plumbing.processes import peak_mib, pick_device
 from plumbing.sources import Sample, index_tar
+from plumbing.weights import DTYPES
 from qformer import QFormerConfig
 from train import build, flops_per_position, make_optimizer, train_step
 from vision import VisionConfig, load_image, normalize, preprocess
@@ -124,9 +125,7 @@ class Options:
         5, "train: timed steps per round; data: 8 times as many batches", least=1
     )
     batch_size: int = option(8, "train: pictures per step", least=1)
-    dtype: str = option(
-        "bfloat16", "train: bfloat16 or float32", choices=schema.DTYPES[:2]
-    )
+    dtype: str = option("bfloat16", "train: bfloat16 or float32", choices=DTYPES[:2])
     workers: int = option(2, "data: worker processes, at most 16", least=1, most=16)
 
     def __post_init__(self):

@@ -33,14 +33,15 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configs.schema import DTYPES, QUANTIZED, load_config, read_saved_config
+from configs.schema import load_config, read_saved_config
 from llama import Llama, LlamaConfig, Tokenizer
 from model import PARTS, MiniGPT4, check_english
 from plumbing.console import InputError, note, run_main
 from plumbing.files import read_json, replacing, start_of
 from plumbing.options import option, override, parse_args
-from plumbing.quantized import quantize
+from plumbing.quantized import QUANTIZED, quantize
 from plumbing.weights import (
+    DTYPES,
     check_fit,
     check_sizes,
     fingerprint,
