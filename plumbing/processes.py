@@ -1,8 +1,10 @@
 """Processes: device, signals, memory."""
 
+import re
 import signal
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -17,15 +19,20 @@ SIGNALS = [
 
 
 def peak_mib(device: torch.device | str) -> float:
-    """The peak of this process's tensors on a GPU, or of its resident memory; NaN on Windows."""
+    """The process's own peak: tensors on a GPU, or resident memory; NaN on Windows."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    with suppress(OSError):  # Linux only
+        status = Path("/proc/self/status").read_text()
+        if found := re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE):
+            return int(found[1]) / 2**10
+    # a started process inherits this peak from the process that started it
     with suppress(ImportError):
         from resource import RUSAGE_SELF, getrusage
 
-        return getrusage(RUSAGE_SELF).ru_maxrss / (
-            2**20 if sys.platform == "darwin" else 2**10
-        )
+        peak = getrusage(RUSAGE_SELF).ru_maxrss
+        is_mac = sys.platform == "darwin"
+        return peak / (2**20 if is_mac else 2**10)  # bytes, or KiB
     return float("nan")
 
 

@@ -132,6 +132,27 @@ def test_data_beside_webdataset(bench):
     assert small["name"] == "224x224 w2" and large["name"] == "640x480 w2"
 
 
+def test_a_started_process_reports_its_own_peak_memory():
+    """Linux hands ru_maxrss over exec, so a small process reported its parent's peak."""
+    program = (
+        "import subprocess, sys\n"
+        "from plumbing.processes import peak_mib\n"
+        "if sys.argv[1:]:\n"
+        "    block = b'1' * (600 << 20)\n"
+        "    subprocess.run([sys.executable, '-c', sys.argv[1]])\n"
+        "print(peak_mib('cpu'))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, program],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
+    child, parent = map(float, done.stdout.split())
+    assert child < 600 < parent
+
+
 @pytest.mark.parametrize(
     "arguments, hint",
     [
