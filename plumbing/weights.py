@@ -105,14 +105,23 @@ def init_weights(
             nn.init.normal_(p, std=stds.get(name, n_inputs**-0.5))
 
 
+def read_weight_map(index: Path) -> dict[str, str]:
+    """{tensor: file name} of a Hugging Face *.index.json."""
+    weight_map = read_json(index).get("weight_map")
+    is_map = isinstance(weight_map, dict) and weight_map
+    if not is_map or not all(isinstance(name, str) for name in weight_map.values()):
+        raise InputError(f"{index}: it has no weight_map; fetch it again")
+    return weight_map
+
+
 def indexed_files(index: Path) -> list[Path]:
     """The weight files that a Hugging Face *.index.json names."""
-    names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or {*map(type, names.values())} != {str}:
-        raise InputError(f"{index}: it has no weight_map; fetch it again")
-    files = [index.parent / name for name in sorted(set(names.values()))]
-    if missing := [file for file in files if not file.is_file()]:
+    names = sorted(set(read_weight_map(index).values()))
+    files = [index.parent / name for name in names]
+    missing = [file for file in files if not file.is_file()]
+    if missing:
         raise InputError(
-            f"{missing[0]}: no such weight file, but {index.name} names it; fetch it too"
+            f"{missing[0]}: no such weight file, but {index.name} names it; "
+            "fetch it too"
         )
     return files

@@ -47,6 +47,7 @@ from plumbing.weights import (
     fingerprint,
     indexed_files,
     load_tensors,
+    read_weight_map,
 )
 from qformer import QFormer, QFormerConfig
 from train import refuse_to_overwrite, start_folder
@@ -272,14 +273,6 @@ def qformer_sizes(shapes: dict, options: "Options") -> QFormerConfig:
         vision_width=shapes["layers.0.cross_attn.key.weight"][1],
         cross_attention_every=with_cross[1] if len(with_cross) > 1 else n_layers,
     )
-
-
-def read_weight_map(index: Path) -> dict[str, str]:
-    """{tensor: file} of a Hugging Face *.index.json."""
-    names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or {*map(type, names.values())} != {str}:
-        raise InputError(f"{index}: it has no weight_map; fetch it again")
-    return names
 
 
 def open_blip2(

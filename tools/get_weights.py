@@ -27,6 +27,7 @@ from model import MiniGPT4, check_english, part_config, read_part
 from plumbing.console import InputError, printable, run_main
 from plumbing.files import read_json, replacing, start_of
 from plumbing.options import check_name, option, override, parse_args
+from plumbing.weights import read_weight_map
 from tools import convert
 from tools.evaluate import is_fragment, repeats_itself
 from train import refuse_to_overwrite, start_folder
@@ -175,9 +176,7 @@ def fetch(part: str, repo: str, name: str) -> Path:
 def names_in_index(part: str, index: Path) -> list[str]:
     """The files that hold a part's tensors; all of a LLaMA."""
     own = re.compile(convert.OF_BLIP2.get(part, ""))
-    return sorted(
-        {file for k, file in convert.read_weight_map(index).items() if own.match(k)}
-    )
+    return sorted({file for k, file in read_weight_map(index).items() if own.match(k)})
 
 
 def names_in_repo(part: str, repo: str, proj: str) -> list[str]:
