@@ -29,14 +29,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from configs.schema import Config, load_config, prepare_data, read_saved_config
+from configs.schema import Config, load_config, read_saved_config
 from data import Batch, Groups, Reader, Samples, collate, open_samples
 from llama import IGNORE
 from model import PARTS, MiniGPT4
 from plumbing.console import InputError, note, outlive_reader, run_main
 from plumbing.files import append_row, replacing
 from plumbing.options import parse_args, to_json
-from plumbing.processes import SIGNALS, pick_device
+from plumbing.processes import SIGNALS, make_missing, pick_device
 from plumbing.weights import fingerprint
 
 ADVICE = "the last checkpoint is kept; start again with a lower --lr, or with --grad_clip=1.0"
@@ -509,7 +509,7 @@ def train(config: Config, device, rank: int = 0, world: int = 1):
     """Run the config from its first or its last saved step to max_steps, or until a signal."""
     refuse_to_overwrite(config)
     if rank == 0:
-        prepare_data(config)
+        make_missing(config.prepare, config.data_paths())
     if world > 1:
         dist.barrier()
     model = build(config, device)

@@ -6,15 +6,12 @@ difference. The command line overrides any field: `--key=value`, `--key value`, 
 
 import os
 import runpy
-import shlex
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
 from configs.prompts import TEMPLATES
-from plumbing.console import InputError, note
+from plumbing.console import InputError
 from plumbing.files import read_json
 from plumbing.options import check_options, option, override
 from plumbing.weights import DTYPES
@@ -172,6 +169,13 @@ class Config:
             for name in ("vision", "qformer", "llama", "proj", "tokenizer")
         }
 
+    def data_paths(self) -> list[str]:
+        """The paths that training reads, apart from weights: `prepare` may make them."""
+        paths = [self.tokenizer]
+        for data in (self.data, self.heldout_data):
+            paths += [data] if isinstance(data, str) else data
+        return paths
+
 
 def load_config(path: str, options: dict[str, str]) -> Config:
     """Read a config file, then the command line's `options` over it."""
@@ -185,23 +189,6 @@ def load_config(path: str, options: dict[str, str]) -> Config:
         if not k.startswith("_") and not isinstance(v, ModuleType)
     }
     return override(override(Config(), settings, path), options)
-
-
-def prepare_data(config: Config):
-    """If data is missing that `prepare` makes, run its commands in order, but not for what exists already."""
-    used = [
-        path
-        for data in ([config.tokenizer], config.data, config.heldout_data)
-        for path in ([data] if isinstance(data, str) else data)
-    ]
-    missing = [path for path in config.prepare if not Path(path).exists()]
-    if any(f"{u}/".startswith(f"{path}/") for u in used for path in missing):
-        for path in missing:
-            note(f"{path} is missing; making it: python {config.prepare[path]}")
-            if subprocess.run(
-                [sys.executable, *shlex.split(config.prepare[path])]
-            ).returncode:
-                raise InputError(f"{path} could not be made: the command above failed")
 
 
 def read_saved_config(folder: str) -> Config:

@@ -1,14 +1,16 @@
-"""Processes: device, signals, memory."""
+"""Processes: device, signals, memory, commands that make missing data."""
 
 import re
+import shlex
 import signal
+import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from plumbing.console import InputError
+from plumbing.console import InputError, note
 
 # that end a run after its step; Windows has not all of them
 SIGNALS = [
@@ -55,3 +57,24 @@ def ignore_signals(worker: int):
     """In a data worker: SIGNALS reach all processes of a run; the training process saves and stops it."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def make_missing(prepare: dict[str, str], used: list[str]):
+    """Make the paths that are missing, if one of them is used or holds one that is.
+
+    prepare: {path: arguments of python that make it}, in the order to run them. Paths
+    that exist are left alone. Raises InputError when a command fails.
+    """
+    missing = [path for path in prepare if not Path(path).exists()]
+    if not any(is_within(path, missing) for path in used):
+        return
+    for path in missing:
+        note(f"{path} is missing; making it: python {prepare[path]}")
+        command = [sys.executable, *shlex.split(prepare[path])]
+        if subprocess.run(command).returncode != 0:
+            raise InputError(f"{path} could not be made: the command above failed")
+
+
+def is_within(path: str, folders: list[str]) -> bool:
+    """Whether a path is one of `folders`, or lies in one."""
+    return any(f"{path}/".startswith(f"{folder}/") for folder in folders)

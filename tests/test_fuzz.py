@@ -103,7 +103,7 @@ def _tar() -> bytes:
 FIXTURES = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 KEYS = st.sampled_from(
-    "image image_id caption text context conversation conversations x".split()
+    ["image", "image_id", "caption", "text", "context", "conversation", "conversations", "x"]
 )
 TURNS = st.lists(
     st.one_of(

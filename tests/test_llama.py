@@ -488,7 +488,7 @@ def test_repetition_penalty_equals_transformers():
         assert draw(scores, ids, 0, 0.9, 1.5) == want
         assert torch.equal(scores, before)  # the caller's logits stay as they were
         changed += int(want != scores.argmax())
-    assert 10 < changed
+    assert changed > 10
 
 
 def test_top_p_keeps_exactly_the_nucleus():

@@ -151,9 +151,9 @@ def test_pictures_are_found_in_messages(tmp_path, spelling):
 
 def test_ctrl_c_ends_a_script_with_130_and_a_mistake_with_2():
     code = (
-        "import sys, time, model, chat, configs.schema\n"
+        "import sys, time, model, chat, plumbing.console\n"
         "def generate(*args, **options):\n    print('begun', flush=True); time.sleep(30); yield 5\n"
-        "model.MiniGPT4.generate = generate\nconfigs.schema.run_main(chat.main)"
+        "model.MiniGPT4.generate = generate\nplumbing.console.run_main(chat.main)"
     )
     program = subprocess.Popen(
         [sys.executable, "-c", code, "--prompt=x"],

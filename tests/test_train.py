@@ -28,6 +28,7 @@ from configs.schema import Config, load_config, read_saved_config
 from model import MiniGPT4
 from plumbing.console import InputError, run_main
 from plumbing.options import override, parse_args
+from plumbing.processes import make_missing
 from tests.common import GOLDEN
 from tools import make_scenes
 
@@ -785,18 +786,16 @@ def test_missing_data_is_made_on_first_use_after_what_it_is_made_from(tmp_path):
             tokenizer
         ): f"{make} tokenizer {tokenizer} --text={text}/chat.jsonl --vocab_size=500",
     }
-    config = Config(data=str(tmp_path), tokenizer=str(tokenizer), prepare=prepare)
-    train.prepare_data(replace(config, tokenizer="other"))
+    used = [str(tmp_path)]
+    make_missing(prepare, ["other", *used])
     assert not tokenizer.exists()  # not used, not made
-    train.prepare_data(config)
+    make_missing(prepare, used + [str(tokenizer)])
     assert tokenizer.is_file()
     shutil.rmtree(text)
-    train.prepare_data(config)
+    make_missing(prepare, used + [str(tokenizer)])
     assert not text.exists()  # what it was for is there
     with pytest.raises(InputError, match="could not be made"):
-        train.prepare_data(
-            replace(config, data="none", prepare={"none": f"{make} nothing"})
-        )
+        make_missing({"none": f"{make} nothing"}, ["none"])
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ KEYS = (
     "answer",
     "ended",
 )  # of a line of --answers
-NUMBERS = "zero one two three four five six seven eight nine ten".split()
+NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 DIGITS = {word: str(i) for i, word in enumerate(NUMBERS)} | {"none": "0"}
 
 

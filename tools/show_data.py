@@ -22,8 +22,8 @@ from data import Groups, open_samples
 from llama import IGNORE, IMAGE, Tokenizer
 from plumbing.console import InputError, printable, run_main
 from plumbing.options import option, override, parse_args
+from plumbing.processes import make_missing
 from tools.dry_run import meta_model
-from train import prepare_data
 
 GREEN, GRAY, PLAIN = "\033[32m", "\033[90m", "\033[0m"
 
@@ -88,7 +88,7 @@ def main(argv: list[str]):
     options, config = override(Options(), own), load_config(path, given)
     if options.n < 0:
         raise InputError(f"--n={options.n}: give at least 0")
-    prepare_data(config)
+    make_missing(config.prepare, config.data_paths())
     model, notes = meta_model(config)
     print(*notes, sep="\n")
     tokenizer = Tokenizer(config.tokenizer or f"{config.llama}/tokenizer.model")
