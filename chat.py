@@ -24,7 +24,19 @@ from pathlib import Path
 
 import torch
 
-from configs.prompts import IMAGE, TEMPLATES, chat_segments, user_message
+from configs.prompts import (
+    END,
+    IMAGE,
+    TEMPLATES,
+    chat_segments,
+    encode_segments,
+    format_end,
+    is_end,
+    parse_end,
+    stop_sequences,
+    user_message,
+    visible_answer,
+)
 from configs.schema import read_saved_config
 from llama import KVCache
 from model import MiniGPT4, check_english
@@ -148,9 +160,8 @@ def load(options: Options) -> tuple[MiniGPT4, Options]:
     if not (template := options.template or saved.template):
         note(f"note: {run} was trained without a template; --template=vicuna is used")
     template = template or "vicuna"
-    end = options.answer_end or (
-        saved.answer_end if template == saved.template else TEMPLATES[template].end
-    )
+    end = saved.answer_end if template == saved.template else TEMPLATES[template].end
+    end = options.answer_end or format_end(end)
     if options.check:
         check_english(model)
     return model, replace(
@@ -171,7 +182,9 @@ class Chat:
 
     def __init__(self, model: MiniGPT4, options: Options):
         self.model, self.options = model, options
-        self.template = replace(TEMPLATES[options.template], end=options.answer_end)
+        self.template = replace(
+            TEMPLATES[options.template], end=parse_end(options.answer_end)
+        )
         self.generator = torch.Generator(options.device).manual_seed(options.seed)
         self.context = model.llama.config.max_position_embeddings
         self.reset()
@@ -225,7 +238,7 @@ class Chat:
         }
         self.new_pictures, stop, ids, shown = (
             (),
-            model.tokenizer.stop_sequences(end),
+            stop_sequences(model.tokenizer, end),
             [],
             "",
         )
@@ -246,8 +259,8 @@ class Chat:
         ):
             ids.append(token)
             answer, ended = (
-                model.tokenizer.answer_text(ids, end),
-                model.tokenizer.is_end(ids, stop),
+                visible_answer(model.tokenizer, ids, end),
+                is_end(ids, stop),
             )
             self.turns[-1] = self.turns[-1]._replace(answer=answer, ended=ended)
             self.stats |= {
@@ -256,10 +269,11 @@ class Chat:
             }
             self.stats.setdefault("first_word_s", self.stats["seconds"])
             if not ended and len(ids) < room:
-                answer = answer[
-                    : -max(n for n in range(len(end)) if answer.endswith(end[:n]))
-                    or None
-                ]
+                if end != END:
+                    answer = answer[
+                        : -max(n for n in range(len(end)) if answer.endswith(end[:n]))
+                        or None
+                    ]
                 answer = answer.rstrip(
                     "\ufffd"
                 ).rstrip()  # half an end, or half a character, waits
@@ -318,7 +332,9 @@ class Chat:
         segments = chat_segments(
             zip(messages, [turn.answer for turn in turns]), self.template
         )
-        return self.model.tokenizer.encode_segments(segments, self.model.n_image_tokens)
+        return encode_segments(
+            self.model.tokenizer, segments, self.model.n_image_tokens
+        )
 
 
 def show(talk: Chat, path: str, encoded: bytes | None = None):

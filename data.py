@@ -21,6 +21,9 @@ from configs.prompts import (
     IMAGE,
     INSTRUCTIONS,
     clean_caption,
+    encode_answer,
+    encode_segments,
+    format_end,
     harmless,
     placed_message,
     training_segments,
@@ -156,9 +159,9 @@ class Samples(Dataset):
             prompts[0][:0] = [BOS, *[IMAGE] * len(sample.images)]
         ids, targets = [], []
         for prompt, (_, answer) in zip(prompts, turns):
-            prompt = self.tokenizer.encode_segments(prompt, self.n_image_tokens)
+            prompt = encode_segments(self.tokenizer, prompt, self.n_image_tokens)
             answer = harmless(answer, end) if end else answer
-            answer = self.tokenizer.encode_answer(answer, end)[
+            answer = encode_answer(self.tokenizer, answer, end)[
                 : self.config.max_txt_len
             ]
             ids += prompt + answer
@@ -275,10 +278,11 @@ class Groups(Dataset):
             hashlib.sha256(json.dumps(s.content).encode()).hexdigest()[:12]
             for s in samples.sources
         ]
-        kept = "seed shuffle_shards length_group template answer_end clean_captions max_txt_len chat_share"
+        kept = "seed shuffle_shards length_group template clean_captions max_txt_len chat_share"
         self.identity = {
             k: getattr(config, k) for k in kept.split()
         } | {  # what must not change in a run
+            "answer_end": format_end(config.answer_end),
             "processes x batch_size x grad_accum": self.step_size,
             "data": [
                 [d, sum(s.counts), w]

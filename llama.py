@@ -11,7 +11,6 @@ import re
 import shutil
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from sentencepiece import SentencePieceProcessor
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from configs.prompts import BOS, IMAGE
+from configs.prompts import is_end
 from plumbing.console import InputError, note
 from plumbing.files import read_json, start_of
 from plumbing.options import override
@@ -425,7 +424,7 @@ def beam_search(
         finished += [
             (total / length**length_penalty, ids)
             for total, ids, _ in candidates[:num_beams]
-            if tokenizer.is_end(ids, stop)
+            if is_end(ids, stop)
         ]
         finished = sorted(finished, reverse=True)[:num_beams]
         if (
@@ -433,7 +432,7 @@ def beam_search(
             and finished[-1][0] >= candidates[0][0] / length**length_penalty
         ):
             return finished[0][1]
-        kept = [c for c in candidates if not tokenizer.is_end(c[1], stop)][:num_beams]
+        kept = [c for c in candidates if not is_end(c[1], stop)][:num_beams]
         beams, rows = (
             [c[:2] for c in kept],
             torch.tensor([c[2] for c in kept], device=x.device),
@@ -455,59 +454,29 @@ class Tokenizer:
             if not os.path.isfile(path):  # a device would be read without end
                 raise OSError("no regular file")
             start_of(path)
-            self.sp = SentencePieceProcessor(model_file=str(path))
+            self._processor = SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as e:
             raise InputError(
                 f"{path}: no sentencepiece model; it is a LLaMA folder's tokenizer.model"
             ) from e
         self.path = str(path)
-        self.bos, self.eos, self.vocab_size = (
-            self.sp.bos_id(),
-            self.sp.eos_id(),
-            self.sp.vocab_size(),
-        )
+        self.vocab_size = self._processor.vocab_size()
+        self.bos = self._processor.bos_id()
+        self.eos = self._processor.eos_id()
+        self.unknown = self._processor.unk_id()
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
-        """ "a dog" -> [263, 11203]. Sentencepiece adds a leading space piece; `bos` prepends `<s>`."""
-        return [self.bos] * bos + self.sp.encode(text)
+        """ "a dog" -> [263, 11203]. Sentencepiece adds a leading space; `bos` prepends `<s>`."""
+        ids = self._processor.encode(text)
+        return [self.bos, *ids] if bos else ids
 
     def decode(self, ids: list[int]) -> str:
-        """[263, 11203] -> "a dog", without the leading space piece; control tokens give no text."""
-        return self.sp.decode(ids)
+        """[263, 11203] -> "a dog", without the leading space; control tokens give no text."""
+        return self._processor.decode(ids)
 
-    def encode_segments(
-        self, segments: list[str | int], n_image_tokens: int
-    ) -> list[int]:
-        """A prompt's segments (configs/prompts.py) -> ids; adjacent texts are encoded as one."""
-        ids = []
-        markers = {IMAGE: [IMAGE] * n_image_tokens, BOS: [self.bos]}
-        for kind, run in groupby(segments, key=type):
-            ids += (
-                self.encode("".join(run))
-                if kind is str
-                else sum(map(markers.get, run), [])
-            )
-        return ids
-
-    def encode_answer(self, text: str, end: str) -> list[int]:
-        """An answer with its end, a text or the control token "</s>"."""
-        return (
-            self.encode(text) + [self.eos] if end == "</s>" else self.encode(text + end)
-        )
-
-    def answer_text(self, ids: list[int], end: str) -> str:
-        """What a user is shown of an answer: everything before its first end."""
-        return self.decode(ids).split(end)[0].strip()
-
-    def is_end(self, ids: list[int], stop: tuple[list[int], ...]) -> bool:
-        """Whether ids of an answer end it, with `</s>` or one of the `stop` sequences."""
-        return ids[-1] == self.eos or any(ids[-len(s) :] == list(s) for s in stop)
-
-    def stop_sequences(self, end: str) -> tuple[list[int], ...]:
-        """The ids that end an answer, alone and after text: "###" -> [835], [2277, 29937]."""
-        if end == "</s>":
-            return ([self.eos],)
-        return self.encode(end), self.encode("a" + end)[len(self.encode("a")) :]
+    def piece(self, id: int) -> str:
+        """263 -> "\u2581a"."""
+        return self._processor.id_to_piece(id)
 
 
 def read_llama_folder(folder: str) -> tuple[LlamaConfig, list[Path]]:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+from configs.prompts import IMAGE, is_end
 from llama import (
     IGNORE,
-    IMAGE,
     KVCache,
     Llama,
     LlamaConfig,
@@ -155,6 +155,7 @@ class MiniGPT4(nn.Module):
         None after an end. tokens: ids with IMAGE, the first ones perhaps in `cache`; image_embeds: (pictures,
         N, d_llama). An answer ends at `</s>` (from `min_length` ids on, with `<s>`), a `stop` sequence or
         max_new_tokens. `context` (0: the model's) cuts the prompt's beginning. Several beams: one prompt."""
+        stop = ([self.tokenizer.eos], *stop)
         batch = tokens if isinstance(tokens[0], list) else [tokens]
         if not context:  # the answer gets what the prompt leaves, at least a third
             context = self.llama.config.max_position_embeddings
@@ -199,9 +200,7 @@ class MiniGPT4(nn.Module):
                 if batch is tokens
                 else new[0]
             )
-            ended = [
-                end or self.tokenizer.is_end(row, stop) for end, row in zip(ended, ids)
-            ]
+            ended = [end or is_end(row, stop) for end, row in zip(ended, ids)]
             if all(ended):
                 return
             x = self.llama.embed_tokens(token)

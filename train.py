@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from configs.prompts import stop_sequences
 from configs.schema import Config, load_config, read_saved_config
 from data import Batch, Groups, Reader, Samples, collate, open_samples
 from llama import IGNORE
@@ -136,7 +137,7 @@ def evaluate(
     loss_sum = sum(
         model(*batch.to(device)).item() * batch.n_targets for batch in batches
     )
-    shown, stop = [], model.tokenizer.stop_sequences(config.answer_end)
+    shown, stop = [], stop_sequences(model.tokenizer, config.answer_end)
     for images, ids, targets in samples.first(config.show_samples):
         start = next(i for i, target in enumerate(targets) if target != IGNORE)
         embeds = model.encode_image(torch.stack(images).to(device)) if images else None

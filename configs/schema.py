@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
-from configs.prompts import TEMPLATES
+from configs.prompts import TEMPLATES, parse_end
 from plumbing.console import InputError
 from plumbing.files import read_json
 from plumbing.options import check_options, option, override
@@ -121,9 +121,11 @@ class Config:
     )
 
     @property
-    def answer_end(self) -> str:
-        """What ends every answer: a text, or "</s>" for the control token."""
-        return self.end_sym or (TEMPLATES[self.template].end if self.template else "\n")
+    def answer_end(self) -> str | int:
+        """What ends every answer: a text or END."""
+        if self.end_sym:
+            return parse_end(self.end_sym)
+        return TEMPLATES[self.template].end if self.template else "\n"
 
     def __post_init__(self):
         frozen_vision = self.vision and not {"vision", "qformer"} & set(self.trainable)

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 
+from configs.prompts import IMAGE
 from configs.schema import Config
-from llama import IMAGE, Tokenizer
+from llama import Tokenizer
 from model import MiniGPT4
 from tools import convert
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 import chat
 from chat import Chat, Options
+from configs.prompts import END, visible_answer
 from plumbing.console import InputError
 from tools.make_scenes import named_objects
 from vision import load_image
@@ -74,7 +75,7 @@ def test_streamed_pieces_add_up_to_the_answer_without_its_end(tiny):
     assert len(pieces) > 5 and "#" not in "".join(pieces)
     assert "".join(pieces) == talk.turns[0][1]
     ids = model.tokenizer.encode("".join(pieces) + "### Human: x")
-    assert model.tokenizer.answer_text(ids, "###") == "".join(pieces)
+    assert visible_answer(model.tokenizer, ids, "###") == "".join(pieces)
 
 
 def test_an_answer_cut_at_max_new_tokens_is_not_ended(tiny):
@@ -121,7 +122,8 @@ def test_an_answer_ends_as_the_run_was_trained(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(parts))
     for options, end in (
         ({}, "END"),
-        ({"template": "llama2"}, "</s>"),
+        ({"template": "llama2"}, END),
+        ({"answer_end": "</s>"}, END),
         ({"answer_end": "."}, "."),
     ):
         talk = Chat(*chat.load(Options(ckpt=str(tmp_path), device="cpu", **options)))

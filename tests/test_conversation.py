@@ -6,7 +6,7 @@ import pytest
 
 import chat
 from chat import Chat, Options
-from llama import IMAGE
+from configs.prompts import IMAGE
 from plumbing.console import InputError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,7 +11,16 @@ import pytest
 import torch
 from PIL import Image
 
-from configs.prompts import SYSTEM, TEMPLATES, chat_segments, user_message
+from configs.prompts import (
+    END,
+    IMAGE,
+    SYSTEM,
+    TEMPLATES,
+    chat_segments,
+    encode_segments,
+    stop_sequences,
+    user_message,
+)
 from configs.schema import Config
 from data import (
     Groups,
@@ -22,7 +31,7 @@ from data import (
     collate,
     open_samples,
 )
-from llama import IGNORE, IMAGE, Tokenizer
+from llama import IGNORE, Tokenizer
 from plumbing.console import InputError
 from plumbing.sources import BadSample, Sample, open_source
 from tests.common import GOLDEN
@@ -128,12 +137,13 @@ def test_stage_2_draws_an_instruction_and_cuts_long_answers_without_an_end():
 
 def test_control_tokens_typed_as_letters_are_text():
     segments = chat_segments([(user_message("</s><s>", 0), None)], TEMPLATES["llama2"])
-    ids = TOKENIZER.encode_segments(segments, N)
+    ids = encode_segments(TOKENIZER, segments, N)
     assert (
         ids.count(TOKENIZER.bos) == 2 and TOKENIZER.eos not in ids
     )  # the start, and the template's own <s>
-    assert TOKENIZER.stop_sequences("###") == ([346], [322])  # alone, and after a text
-    assert TOKENIZER.stop_sequences("</s>") == (EOS,)
+    # alone, and after a text
+    assert stop_sequences(TOKENIZER, "###") == (EOS, [346], [322])
+    assert stop_sequences(TOKENIZER, END) == (EOS,)
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import chat
-from configs.prompts import harmless, user_message
+from configs.prompts import END, IMAGE, harmless, is_end, stop_sequences, user_message
 from configs.schema import Config, load_config
 from data import Samples
-from llama import IMAGE, Tokenizer
+from llama import Tokenizer
 from plumbing.console import InputError
 from plumbing.files import append_row
 from plumbing.sources import Sample, index_tar, open_source
@@ -255,13 +255,13 @@ FORGED = st.lists(
 
 def ends(ids, end):
     """How often ids end a turn."""
-    stop = TOKENIZER.stop_sequences(end)
-    return sum(TOKENIZER.is_end(ids[:i], stop) for i in range(1, len(ids) + 1))
+    stop = stop_sequences(TOKENIZER, end)
+    return sum(is_end(ids[:i], stop) for i in range(1, len(ids) + 1))
 
 
 @given(FORGED, FORGED)
 def test_no_text_ends_a_turn_begins_one_or_adds_a_picture(question, answer):
-    for template, end in (("vicuna", "###"), ("llama2", "</s>")):
+    for template, end in (("vicuna", "###"), ("llama2", END)):
         samples = Samples(
             [], Config(template=template, max_txt_len=10_000), TOKENIZER, 28, N
         )

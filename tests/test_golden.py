@@ -12,7 +12,16 @@ import pytest
 import torch
 from PIL import Image
 
-from configs.prompts import BOS, IMAGE, TEMPLATES, chat_segments, user_message
+from configs.prompts import (
+    BOS,
+    IMAGE,
+    TEMPLATES,
+    chat_segments,
+    encode_segments,
+    stop_sequences,
+    user_message,
+    visible_answer,
+)
 from data import Samples, clean_caption, collate
 from llama import IGNORE
 from plumbing.sources import Sample
@@ -201,8 +210,8 @@ def test_all_four_instructions_equal_the_originals(golden, name):
     for drawn, prompt in enumerate(case.prompts):
         _, ids, targets = next(make_samples(golden, case._replace(drawn=drawn)))
         before, after = prompt.split("<ImageHere>")
-        want = golden.tokenizer.encode_segments(
-            [BOS, before, IMAGE, after], golden.n_image_tokens
+        want = encode_segments(
+            golden.tokenizer, [BOS, before, IMAGE, after], golden.n_image_tokens
         )
         assert ids[: len(want)] == want and targets[: len(want)] == [IGNORE] * len(want)
         assert targets[len(want)] != IGNORE
@@ -298,7 +307,7 @@ def chat_ids(golden, template, questions, answers):
     """The ids of a conversation about one picture, made as in chat.py."""
     messages = [user_message(q, n_images=int(i == 0)) for i, q in enumerate(questions)]
     segments = chat_segments(list(zip(messages, [*answers, None])), TEMPLATES[template])
-    return golden.tokenizer.encode_segments(segments, golden.n_image_tokens)
+    return encode_segments(golden.tokenizer, segments, golden.n_image_tokens)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -378,10 +387,10 @@ def test_live_conversation(golden, template):
                 max_new_tokens=20,
                 temperature=0,
                 repetition_penalty=1.05,
-                stop=model.tokenizer.stop_sequences(end),
+                stop=stop_sequences(model.tokenizer, end),
             )
         )
         assert got == new_ids
-        answers.append(model.tokenizer.answer_text(got, end))
+        answers.append(visible_answer(model.tokenizer, got, end))
         assert answers[turn] == text
     assert len(answers) == 2

@@ -14,8 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
+from configs.prompts import IMAGE
 from configs.schema import load_config
-from llama import IGNORE, IMAGE
+from llama import IGNORE
 from model import MiniGPT4
 from plumbing.console import InputError
 from tools import dry_run, make_scenes, show_data

@@ -38,9 +38,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import chat
 from configs import schema
+from configs.prompts import IMAGE
 from configs.schema import Config
 from data import Batch, Groups, Reader, Samples, collate, open_samples
-from llama import IGNORE, IMAGE, LlamaConfig, Tokenizer
+from llama import IGNORE, LlamaConfig, Tokenizer
 from model import PARTS, MiniGPT4, read_part
 from plumbing.console import InputError
 from plumbing.files import replacing

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import chat
+from configs.prompts import is_end, stop_sequences, visible_answer
 from plumbing.console import InputError, printable, run_main
 from plumbing.files import SUFFIXES, append_row
 from plumbing.options import option, override, parse_args
@@ -108,7 +109,7 @@ def answers(
 ) -> list[tuple[str, bool]]:
     """B prompts of one length and their pictures, (B, N, d_llama) -> [(answer, whether it is complete)]."""
     o, model, end = talk.options, talk.model, talk.template.end
-    stop = model.tokenizer.stop_sequences(end)
+    stop = stop_sequences(model.tokenizer, end)
     options = dict(
         max_new_tokens=o.max_new_tokens,
         temperature=o.temperature,
@@ -129,8 +130,7 @@ def answers(
         steps = model.generate(prompts, embeds, **options)
         rows = [[id for id in row if id is not None] for row in zip(*steps)]
     return [
-        (model.tokenizer.answer_text(ids, end), model.tokenizer.is_end(ids, stop))
-        for ids in rows
+        (visible_answer(model.tokenizer, ids, end), is_end(ids, stop)) for ids in rows
     ]
 
 

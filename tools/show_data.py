@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from configs.prompts import IMAGE
 from configs.schema import Config, load_config
 from data import Groups, open_samples
-from llama import IGNORE, IMAGE, Tokenizer
+from llama import IGNORE, Tokenizer
 from plumbing.console import InputError, printable, run_main
 from plumbing.options import option, override, parse_args
 from plumbing.processes import make_missing
@@ -58,9 +59,7 @@ def tokens_as_text(
     for (is_image, trained), run in groupby(zip(kinds, ids), lambda pair: pair[0]):
         run = [i for _, i in run]
         pieces = (
-            f"<image x {len(run)}>"
-            if is_image
-            else "|".join(map(tokenizer.sp.id_to_piece, run))
+            f"<image x {len(run)}>" if is_image else "|".join(map(tokenizer.piece, run))
         )
         text = printable(pieces)
         if plain:
@@ -95,7 +94,7 @@ def main(argv: list[str]):
     samples, weights = open_samples(
         config.data, config, tokenizer, model.image_size, model.n_image_tokens
     )
-    lengths, answers, unknown, unk = [], [], 0, tokenizer.sp.unk_id()
+    lengths, answers, unknown, unk = [], [], 0, tokenizer.unknown
     first = islice(samples.keys(), options.n or None)
     for images, ids, targets in filter(None, map(samples.__getitem__, first)):
         if len(lengths) < options.show:
