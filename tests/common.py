@@ -15,7 +15,11 @@ from llama import Tokenizer
 from model import MiniGPT4
 from tools import convert
 
-GOLDEN = Path(__file__).parent / "golden"
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "assets/tiny"  # the committed weights
+EXAMPLE = str(TINY / "example.png")
+GOLDEN = ROOT / "tests/golden"
+TOKENIZER = Tokenizer(GOLDEN / "tokenizer" / "tokenizer.model")
 IMAGE_ROW = -200  # stands for one image token in the golden ids
 torch.set_num_threads(1)  # at these sizes more threads only slow each other down
 

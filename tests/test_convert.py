@@ -19,11 +19,10 @@ from plumbing.console import InputError
 from plumbing.weights import fingerprint
 from qformer import QFormer, QFormerConfig
 from tests import random_weights
-from tests.common import GOLDEN, Golden
+from tests.common import GOLDEN, ROOT, Golden
 from tools import convert
 from vision import VisionConfig, VisionTransformer
 
-ROOT = Path(__file__).resolve().parent.parent
 SIZES = dict(
     vocab_size=600,
     hidden_size=32,
@@ -904,3 +903,25 @@ def test_what_was_saved_in_place_of_the_weights_is_named(
 ):
     (tmp_path / name).write_text(content)
     assert words in fails("proj", tmp_path / name, tmp_path / "proj.safetensors")
+
+
+@pytest.mark.parametrize(
+    "tensor, words",
+    [
+        (torch.zeros(1).expand(999, 999), "fewer than its shape says"),
+        (torch.zeros(3, 3).int(), "holds no weights"),
+        (torch.zeros(3, 3).cfloat(), "holds no weights"),
+        (torch.zeros(0, 3), "holds no weights"),
+        (torch.full((3, 3), float("nan")), "holds NaN or infinity"),
+    ],
+)
+def test_converted_are_finite_weights_only(tmp_path, tensor, words):
+    torch.save(
+        {"llama_proj.weight": tensor, "llama_proj.bias": torch.zeros(3)},
+        tmp_path / "x.pth",
+    )
+    with pytest.raises(InputError, match=f"proj.weight.* {words}"):
+        convert.main(
+            ["proj", str(tmp_path / "x.pth"), str(tmp_path / "proj.safetensors")]
+        )
+    assert not (tmp_path / "proj.safetensors").exists()

@@ -1,6 +1,5 @@
 """What the model is fed: token layout and targets, sources, the order of the samples, bad samples."""
 
-import io
 import json
 import tarfile
 import time
@@ -9,7 +8,6 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from configs.prompts import (
     END,
@@ -31,42 +29,17 @@ from data import (
     collate,
     open_samples,
 )
-from llama import IGNORE, Tokenizer
+from llama import IGNORE
 from plumbing.console import InputError
 from plumbing.sources import BadSample, Sample, open_source
-from tests.common import GOLDEN
-from tools import make_scenes
+from tests.common import TOKENIZER
+from tests.samples import BOS, EOS, LLAMA2, VICUNA, N, layout, picture, write_tar
 
-N = 3  # image tokens
-TOKENIZER = Tokenizer(GOLDEN / "tokenizer" / "tokenizer.model")
-BOS, EOS = [TOKENIZER.bos], [TOKENIZER.eos]
-VICUNA, LLAMA2 = {"template": "vicuna"}, {"template": "llama2"}
 CAPTION, TURN = Sample([""], "A Dog!"), Sample([""], turns=[("Hi", "A dog.")])
+
 TALK = Sample(turns=[("Hi", "A dog."), ("And?", "A cat.")])
 
 # ---- tokens and targets ------------------------------------------------------------------------------------
-
-
-def layout(segments):
-    """The ids and targets of segments; those in a set are predicted."""
-    ids, targets = [], []
-    for segment in segments:
-        if isinstance(segment, set):
-            (text,) = segment
-            new = TOKENIZER.encode(text.removesuffix("</s>")) + EOS * text.endswith(
-                "</s>"
-            )
-        else:
-            new = (
-                [IMAGE] * N
-                if segment == IMAGE
-                else TOKENIZER.encode(segment)
-                if segment != BOS
-                else BOS
-            )
-        ids += new
-        targets += new if isinstance(segment, set) else [IGNORE] * len(new)
-    return ids, targets
 
 
 @pytest.mark.parametrize(
@@ -166,250 +139,6 @@ def test_collate_pads_on_the_right():
     assert batch.tokens.tolist() == [[1, -1, 5], [1, 0, 0]]
     assert batch.targets.tolist() == [[-100, -100, 5], [-100, -100, -100]]
     assert (batch.n_tokens, batch.n_targets) == (4, 1)
-
-
-# ---- sources -----------------------------------------------------------------------------------------------
-
-
-def picture(mode="RGB", size=(20, 10), kind="JPEG"):
-    buffer = io.BytesIO()
-    Image.new(mode, size).save(buffer, kind)
-    return buffer.getvalue()
-
-
-def write_tar(path, names, **changed):
-    """One sample per name, which is also its caption. `changed`: other members, {name: content}."""
-    path.parent.mkdir(exist_ok=True)
-    members = {
-        f"{name}.{kind}": content
-        for name in names
-        for kind, content in (("jpg", picture()), ("txt", name.encode()))
-    }
-    with tarfile.open(path, "w") as tar:
-        for name, content in (members | changed).items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-
-
-def test_shards_read_every_sample(tmp_path):
-    folder = tmp_path / "stage1"
-    make_scenes.main(["stage1", str(folder), "--n=1030"])  # two shards
-    source = open_source(str(folder))
-    with tarfile.open(folder / "00001.tar") as tar:
-        wanted = json.loads(tar.extractfile("000010004.json").read())["caption"]
-        member = tar.getmember("000010004.jpg")
-    assert source[1, 4].caption == wanted
-    assert source[1, 4].images == [
-        (f"{folder}/00001.tar", member.offset_data, member.size)
-    ]
-    (tmp_path / "list.txt").write_text(f"{folder}/00001.tar\n\n{folder}/00000.tar\n")
-    listed = open_source(f"{tmp_path}/list.txt")
-    assert listed.counts == [30, 1000] and listed.content != source.content
-    for path in (folder, f"{folder}/{{00000..00001}}.tar", f"{folder}/*.tar"):
-        assert open_source(str(path)).counts == [1000, 30]
-
-
-def test_missing_shards_of_a_range_are_left_out_with_one_warning(tmp_path, capsys):
-    write_tar(tmp_path / "00000.tar", "ab")
-    write_tar(tmp_path / "00003.tar", "c")
-    source = open_source(f"{tmp_path}/{{00000..00003}}.tar")
-    assert source.counts == [2, 1] and source[1, 0].caption == "c"
-    (warning,) = capsys.readouterr().err.splitlines()
-    assert "2 of 4 shards are missing" in warning and "00001.tar" in warning
-
-
-@pytest.mark.parametrize(
-    "file, content",
-    [
-        ("index.json", {"samples": {"a.tar": 7}}),
-        ("a_stats.json", {"successes": 7, "count": 9}),
-    ],
-)
-def test_known_counts_are_used_without_reading_the_shard(tmp_path, file, content):
-    write_tar(tmp_path / "a.tar", "x")
-    (tmp_path / file).write_text(json.dumps(content))
-    source = open_source(f"{tmp_path}/a.tar")
-    assert source.counts == [7] and source[0, 0].caption == "x"
-    with pytest.raises(BadSample, match="missing in its tar file"):
-        source[0, 1]
-
-
-def test_caption_folder(tmp_path):
-    file = tmp_path / "filter_cap.json"
-    file.write_text('{"annotations": [{"image_id": "7", "caption": "A dog."}]}')
-    source = open_source(str(tmp_path))
-    assert source.counts == [1] and source[0, 0] == Sample(
-        [f"{tmp_path}/image/7.jpg"], "A dog."
-    )
-    for content in (
-        "[]",
-        '{"annotations": null}',
-        '{"annotations": 7}',
-        '{"annotations": {}}',
-    ):
-        file.write_text(content)
-        with pytest.raises(InputError, match="filter_cap.json"):
-            open_source(str(tmp_path))
-
-
-def said(*texts):
-    """LLaVA's conversation of these texts."""
-    return [
-        {"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)
-    ]
-
-
-SEEN = (
-    "###Human: <Img>",
-    IMAGE,
-    "</Img> What is it? ###Assistant: ",
-    {"A dog.###"},
-)  # trained: in a set
-LLAVA = [  # (record, segments of its ids, or the kind of fault)
-    (
-        {
-            "id": "1",
-            "image": "a.jpg",
-            "conversations": said("<image>\nWhat is it?", "A dog."),
-        },
-        SEEN,
-    ),
-    (
-        {
-            "conversations": said("What is it?", "A dog."),
-            "id": 2,
-            "image": "00/日本 é.jpg",
-        },
-        SEEN,
-    ),  # not marked
-    (
-        {"image": "a.jpg", "conversations": said("What is it?\n<image>", "A dog.")},
-        ("###Human: What is it? <Img>", IMAGE, "</Img> ###Assistant: ", {"A dog.###"}),
-    ),
-    (
-        {
-            "image": "a.jpg",
-            "conversations": [
-                {"value": "What is it?", "from": "human"},
-                {"value": "A dog.", "from": "gpt"},
-                {"value": "<image>\nAnd it?", "from": "human"},
-                {"value": "A cat.", "from": "gpt"},
-            ],
-        },
-        (
-            "###Human: What is it? ###Assistant: ",
-            {"A dog.###"},
-            "Human: <Img>",
-            IMAGE,
-            "</Img> And it? ###Assistant: ",
-            {"A cat.###"},
-        ),
-    ),
-    (
-        {
-            "image": ["a.jpg", "b.png"],
-            "conversations": said("<image>\n<image>\nCompare.", "Equal."),
-        },
-        (
-            "###Human: <Img>",
-            IMAGE,
-            "</Img> <Img>",
-            IMAGE,
-            "</Img> Compare. ###Assistant: ",
-            {"Equal.###"},
-        ),
-    ),
-    (
-        {"conversations": said("Hi", "Hello", "Bye", "Bye")},
-        (
-            "###Human: Hi ###Assistant: ",
-            {"Hello###"},
-            "Human: Bye ###Assistant: ",
-            {"Bye###"},
-        ),
-    ),
-    (
-        {"image": None, "conversations": said("Hi", "Hello")},
-        ("###Human: Hi ###Assistant: ", {"Hello###"}),
-    ),
-    (
-        {"image": "none.jpg", "conversations": said("<image>\nWhat is it?", "A dog.")},
-        "FileNotFoundError",
-    ),
-    (
-        {"image": "a.jpg", "conversations": said("<image>\nThis <image>?", "A dog.")},
-        "not as many <image> as pictures",
-    ),
-    (
-        {"conversations": said("<image>\nWhat is it?", "A dog.")},
-        "not as many <image> as pictures",
-    ),
-    (
-        {"image": "a.jpg", "conversations": said("<image>\nWhat?")},
-        "user and assistant do not alternate",
-    ),
-    (
-        {
-            "image": "a.jpg",
-            "conversations": [{"from": "system", "value": "x"}, *said("a", "b")],
-        },
-        "user and assistant do not alternate",
-    ),
-    ({"image": "a.jpg", "conversations": []}, "ValueError"),
-    ({"image": "a.jpg", "conversations": said("<image>", 3)}, "TypeError"),
-    ({"image": "a.jpg", "conversations": [{"from": "human"}]}, "KeyError"),
-    (3, "TypeError"),
-]
-
-
-@pytest.mark.parametrize("folder", ["images", "."])
-def test_llava_s_records_give_their_ids_or_count_as_bad(tmp_path, folder):
-    for name in ("a.jpg", "b.png", "00/日本 é.jpg"):
-        (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / folder / name).write_bytes(picture())
-    records = [record for record, _ in LLAVA] * 3
-    (tmp_path / "own.json").write_text(json.dumps(records, ensure_ascii=False), "utf-8")
-    config = Config(trainable=("llama",), **VICUNA)
-    samples, _ = open_samples(f"{tmp_path}/own.json", config, TOKENIZER, 28, N)
-    rows = [samples.read(key) for key in samples.keys()]
-    assert (
-        len(rows) == 48
-        and [bool(row) for row in rows] == [type(e) is tuple for _, e in LLAVA] * 3
-    )
-    kinds = iter(samples.bad)
-    for row, (record, expected) in zip(rows, LLAVA * 3):
-        if row:
-            assert row[1:] == layout((BOS, *expected))
-            assert len(row[0]) == expected.count(IMAGE)
-        else:
-            kind, where = next(kinds)
-            assert (
-                kind.startswith(expected)
-                and f"{tmp_path}/own.json, annotation " in where
-            )
-
-
-def test_llava_s_single_turns_are_captions_where_there_is_no_template(tmp_path):
-    Image.new("RGB", (20, 10)).save(tmp_path / "a.jpg")
-    records = [
-        {"image": "a.jpg", "conversations": said(*texts)}
-        for texts in (
-            ("Describe it.\n<image>", "A Dog!"),
-            ("<image>\nWhat?", " "),
-            ("<image>", "Hello", "Bye", "Bye"),
-        )
-    ]
-    (tmp_path / "pairs.json").write_text(json.dumps(records))
-    samples, _ = open_samples(
-        f"{tmp_path}/pairs.json", Config(clean_captions=True), TOKENIZER, 28, N
-    )
-    (_, *row), *bad = [samples.read(key) for key in samples.keys()]
-    assert tuple(row) == layout((BOS, IMAGE, {"a dog\n"})) and bad == [None, None]
-    assert [kind for kind, _ in samples.bad] == [
-        "empty caption",
-        "a conversation about pictures needs a template, vicuna or llama2",
-    ]
 
 
 def test_empty_data_and_data_of_no_weight_are_refused(tmp_path):
@@ -748,3 +477,24 @@ def test_any_odd_line_of_a_jsonl_is_one_bad_sample(tmp_path, capsys, line):
     it = reader(str(path), length_group=1)
     assert names(take(it, 1)) == ["A"] and it.skipped.total() == 1
     assert "own.jsonl, line 4 (" in capsys.readouterr().err
+
+
+def test_a_short_run_of_bad_samples_alone_stops(tmp_path):
+    rows = [{"image": "none.jpg", "caption": "a"}] * 40 + [
+        {"image": "a.jpg", "caption": "a"}
+    ]
+    (tmp_path / "a.jpg").write_bytes(picture())
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    it = reader(str(tmp_path / "a.jsonl"), batch_size=2, length_group=1, max_steps=4)
+    it.groups.orders[0] = [(0, row) for row in range(8)]
+    with pytest.raises(InputError, match="8 of 8 samples cannot be used"):
+        list(it)
+
+
+def test_control_characters_of_names_are_shown_as_codes(tmp_path, capsys):
+    write_tar(
+        tmp_path / "0.tar", ["a"], **{"\x1b[2J.jpg": b"no picture", "\x1b[2J.txt": b"b"}
+    )
+    list(reader(str(tmp_path), length_group=1, max_steps=2, max_bad_fraction=1.0))
+    message = capsys.readouterr().err
+    assert "\\x1b[2J" in message and "\x1b" not in message

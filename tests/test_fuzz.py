@@ -22,7 +22,7 @@ from plumbing.options import override, parse_args
 from plumbing.sources import Rows, Shards, index_tar
 from plumbing.weights import load_tensors
 from tests.common import GOLDEN
-from tests.test_data import picture
+from tests.samples import picture
 
 TOKENIZER = Tokenizer(GOLDEN / "tokenizer" / "tokenizer.model")
 NAMES = [f.name for f in fields(Config)]

@@ -1,6 +1,9 @@
 """The shape of the repository: what imports what."""
 
 import ast
+import os
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -45,3 +48,24 @@ def test_imports_run_one_way():
     }
     for path, others in graph.items():
         assert {place(other) for other in others} <= allowed[place(path)], path
+
+
+def test_imports_leave_the_environment_alone():
+    code = "import os; before = dict(os.environ); import train, chat; assert dict(os.environ) == before"
+    subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={"PATH": os.environ["PATH"]},
+        check=True,
+    )
+
+
+def test_windows_modules_are_enough():
+    code = (
+        "import sys\n"
+        "absent = ('fcntl', 'resource', 'readline', 'termios')\n"
+        "sys.modules |= dict.fromkeys(absent)\n"
+        "import chat, train\n"
+        "from tools import bench, caption, convert, show_data\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -5,15 +5,24 @@ import importlib
 import json
 import re
 import shlex
+import subprocess
 import sys
-from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
 
 from configs.schema import Config, load_config
 from plumbing.options import override, parse_args
+from tests.common import ROOT
+from tests.runs import (
+    ENV,
+    losses,
+    read_log,
+)
 
-ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 OPTIONAL = {
     ("bench.py", name) for name in ("transformers", "webdataset", "gguf", "llama_cpp")
@@ -134,3 +143,61 @@ def test_nothing_outside_the_six_packages_is_imported():
                 assert top in allowed | own or top in sys.stdlib_module_names, (
                     f"{path.name} imports {name}"
                 )
+
+
+def test_twenty_photographs_and_a_jsonl_train_and_answer(tmp_path):
+    """As the README says, from the tiny weights: captions, and a conversation about two pictures."""
+    lines = []
+    for i in range(20):
+        pixels = np.random.default_rng(i).integers(
+            0, 255, (30 + i, 40, 3), dtype=np.uint8
+        )
+        Image.fromarray(pixels).resize((400, 300)).save(tmp_path / f"IMG_{i}.JPG")
+        lines.append({"image": f"IMG_{i}.JPG", "caption": f"Our garden, number {i}."})
+    talk = [{"user": "What changed?"}, {"assistant": "The cat left."}]
+    lines.append({"image": ["IMG_0.JPG", "IMG_1.JPG"], "conversation": talk})
+    (tmp_path / "data.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines)
+    )
+    out = tmp_path / "my run"
+    options = [
+        "--max_steps=6",
+        "--warmup_steps=1",
+        "--log_interval=1",
+        f"--out_dir={out}",
+    ]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "train.py",
+            "configs/finetune_own.py",
+            f"--data={tmp_path}/data.jsonl",
+            *options,
+        ],
+        cwd=ROOT,
+        env=ENV,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(losses(read_log(out))) == 6 and not any(
+        "skipped" in row for row in read_log(out)
+    )
+    before, after = (
+        load_file(folder / "proj.safetensors") for folder in (ROOT / "assets/tiny", out)
+    )
+    assert not torch.equal(before["proj.weight"], after["proj.weight"])
+    python, *chat_command = shlex.split(
+        done.stderr.splitlines()[-1]
+    )  # how to chat with the result
+    talked = subprocess.run(
+        [sys.executable, *chat_command],
+        cwd=ROOT,
+        env=ENV,
+        capture_output=True,
+        text=True,
+        input="What is it?\n",
+    )
+    assert python == "python" and talked.returncode == 0 and talked.stdout.strip(), (
+        talked.stderr
+    )

@@ -7,13 +7,14 @@ import signal
 import sys
 import time
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
+import torch
+
+from plumbing.terminal import find_pictures, half_blocks
+from tests.common import EXAMPLE, ROOT
 
 pty = pytest.importorskip("pty")
-ROOT = Path(__file__).resolve().parent.parent
-EXAMPLE = str(ROOT / "assets/tiny/example.png")
 SLOW = """import sys, time, model
 fast = model.MiniGPT4.generate
 def generate(*args, **options):
@@ -174,3 +175,34 @@ def test_odd_input(tmp_path):
     t.see("you> ")
     t.type("/bye\n")
     assert t.end() == 0 and b"Traceback" not in t.all
+
+
+@pytest.mark.parametrize(
+    "spelling", ["'{}'", '"{}"', "{}", "file://localhost{}", "({})", "`{}`,", "<{}>?"]
+)
+def test_pictures_are_found_in_messages(tmp_path, spelling):
+    path = tmp_path / "it's (a) b.PNG"
+    path.write_text("")
+    (tmp_path / "a.png").write_text("")
+    quoted = str(path).replace("'", "'\\''") if spelling[0] == "'" else str(path)
+    if spelling[0] not in "'\"":
+        quoted = re.sub(r"([ ()'])", r"\\\1", quoted)
+    if spelling.startswith("file"):
+        quoted = str(path).replace(" ", "%20").replace("'", "%27")
+    message = (
+        f"Compare {tmp_path}/data.png {spelling.format(quoted)} {tmp_path}/a.png please"
+    )
+    assert find_pictures(message) == (
+        f"Compare {tmp_path}/data.png please",
+        [str(path), f"{tmp_path}/a.png"],
+    )
+
+
+def test_half_blocks_hold_two_pixels_each():
+    image = torch.arange(12, dtype=torch.uint8).view(
+        3, 2, 2
+    )  # red, green, blue: 0-3, 4-7, 8-11
+    assert half_blocks(image) == (
+        "\x1b[38;2;0;4;8;48;2;2;6;10m\u2580\x1b[38;2;1;5;9;48;2;3;7;11m\u2580\x1b[0m"
+    )
+    assert len(half_blocks(torch.zeros(3, 6, 6, dtype=torch.uint8)).splitlines()) == 3

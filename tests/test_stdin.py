@@ -1,25 +1,20 @@
-"""chat.py without a terminal: pictures and text on stdin, JSON, saved conversations, exit status."""
+"""chat.py without a terminal: pictures and text on stdin, JSON, saved conversations."""
 
 import io
 import json
-import re
-import shutil
-import signal
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-import torch
 
 import chat
-from chat import Chat, Options
-from llama import Llama, LlamaConfig
-from plumbing.terminal import find_pictures, half_blocks
+from tests.common import EXAMPLE, ROOT
+from tests.runs import (
+    run,
+)
 
-ROOT = Path(__file__).resolve().parent.parent
-EXAMPLE = str(ROOT / "assets/tiny/example.png")
 STAR = "What color is the star?"
 
 
@@ -128,98 +123,23 @@ def test_a_message_that_fails_leaves_nothing_behind(run, tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    "spelling", ["'{}'", '"{}"', "{}", "file://localhost{}", "({})", "`{}`,", "<{}>?"]
-)
-def test_pictures_are_found_in_messages(tmp_path, spelling):
-    path = tmp_path / "it's (a) b.PNG"
-    path.write_text("")
-    (tmp_path / "a.png").write_text("")
-    quoted = str(path).replace("'", "'\\''") if spelling[0] == "'" else str(path)
-    if spelling[0] not in "'\"":
-        quoted = re.sub(r"([ ()'])", r"\\\1", quoted)
-    if spelling.startswith("file"):
-        quoted = str(path).replace(" ", "%20").replace("'", "%27")
-    message = (
-        f"Compare {tmp_path}/data.png {spelling.format(quoted)} {tmp_path}/a.png please"
-    )
-    assert find_pictures(message) == (
-        f"Compare {tmp_path}/data.png please",
-        [str(path), f"{tmp_path}/a.png"],
-    )
-
-
-def test_ctrl_c_ends_a_script_with_130_and_a_mistake_with_2():
-    code = (
-        "import sys, time, model, chat, plumbing.console\n"
-        "def generate(*args, **options):\n    print('begun', flush=True); time.sleep(30); yield 5\n"
-        "model.MiniGPT4.generate = generate\nplumbing.console.run_main(chat.main)"
-    )
-    program = subprocess.Popen(
-        [sys.executable, "-c", code, "--prompt=x"],
+def python(*words, stdin="", **env):
+    return subprocess.run(
+        [sys.executable, *words],
         cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert program.stdout.readline() == "begun\n"
-    time.sleep(0.2)
-    program.send_signal(signal.SIGINT)
-    assert (
-        "Traceback" not in program.communicate(timeout=20)[1]
-        and program.returncode == 130
-    )
-    done = subprocess.run(
-        [sys.executable, "chat.py", "nowhere.png"],
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
+        input=stdin.encode(),
         capture_output=True,
-        text=True,
-    )
-    assert (
-        done.returncode == 2
-        and "nowhere.png" in done.stderr
-        and "Traceback" not in done.stderr
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
     )
 
 
-@pytest.mark.parametrize("dtype", ["int8", "int4"])
-def test_a_quantized_model_chats(dtype):
-    talk = Chat(*chat.load(Options(device="cpu", temperature=0.0, dtype=dtype)))
-    talk.add_image(EXAMPLE)
-    assert "red" in "".join(talk.ask(STAR)) and "two" in "".join(
-        talk.ask("How many objects are there?")
+def test_stdin_is_utf_8_also_where_the_locale_is_not():
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = python(
+        "chat.py",
+        "--json",
+        "--max_new_tokens=2",
+        stdin="\ufeffGr\u00f6\u00dfe?",
+        **locale,
     )
-
-
-def test_half_blocks_hold_two_pixels_each():
-    image = torch.arange(12, dtype=torch.uint8).view(
-        3, 2, 2
-    )  # red, green, blue: 0-3, 4-7, 8-11
-    assert half_blocks(image) == (
-        "\x1b[38;2;0;4;8;48;2;2;6;10m\u2580\x1b[38;2;1;5;9;48;2;3;7;11m\u2580\x1b[0m"
-    )
-    assert len(half_blocks(torch.zeros(3, 6, 6, dtype=torch.uint8)).splitlines()) == 3
-
-
-@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
-def test_compiled_rows_give_the_same_logits_and_no_compiler_is_noted(
-    monkeypatch, capsys
-):
-    torch.manual_seed(0)
-    model = Llama(LlamaConfig(64, 64, 64, 2, 4, 4, 16)).requires_grad_(
-        False
-    )  # one shape to compile
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.2)
-    rows = [torch.randn(1, 1, 64), torch.randn(1, 5, 64), torch.randn(2, 1, 64)]
-    want = [model.logits(model(x)) for x in rows]
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    model.compile_rows()
-    assert "needs a C++ compiler" in capsys.readouterr().err
-    monkeypatch.setenv("CXX", "g++")
-    model.compile_rows()
-    assert capsys.readouterr().err == "" and "forward" in vars(model.lm_head)
-    for x, logits in zip(rows, want):
-        assert torch.allclose(model.logits(model(x)), logits, atol=1e-4)
+    assert json.loads(done.stdout)["prompt"] == "Gr\u00f6\u00dfe?"

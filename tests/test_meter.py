@@ -1,0 +1,78 @@
+"""What the log says about loss and speed."""
+
+import pytest
+from torch.utils.flop_counter import FlopCounterMode
+
+import train
+from data import Groups, Reader
+from tests.runs import CPU, micro, run
+
+
+def read_steps(config):
+    """The model of a run, and its steps, each (source, micro-batches)."""
+    model = train.build(config, CPU)
+    samples, sources, _ = train.open_data(config, model, CPU)
+    return model, list(Reader(Groups(samples, sources, config)))
+
+
+def test_the_log_has_the_mean_loss_per_token_of_its_interval_for_each_source(
+    world, tmp_path
+):
+    mixed = {world["data"]: 1, world["stage2"]: 1}
+    each, total = (
+        run(micro(world, tmp_path / str(n), data=mixed, log_interval=n)) for n in (1, 6)
+    )
+    _, steps = read_steps(micro(world, tmp_path, data=mixed))
+    counts = [
+        (list(mixed)[source], sum(b.n_targets for b in batches))
+        for source, batches in steps
+    ]
+    assert len(total) == 1 and total[0]["losses"].keys() == mixed.keys()
+    for name in (*mixed, None):
+        pairs = [
+            (row["loss"], n)
+            for row, (source, n) in zip(each, counts)
+            if name in (source, None)
+        ]
+        mean = sum(loss * n for loss, n in pairs) / sum(n for _, n in pairs)
+        assert (
+            total[0]["losses"][name] if name else total[0]["loss"]
+        ) == pytest.approx(mean, rel=1e-6)
+
+
+def test_the_log_tells_the_speed_and_with_peak_tflops_mfu(world, tmp_path):
+    for peak in (0.0, 1e-3):
+        for row in run(micro(world, tmp_path / str(peak), peak_tflops=peak)):
+            assert (
+                row["tokens_per_s"] > row["images_per_s"] > 0
+                and 0 <= row["data_wait"] <= 1
+            )
+            assert row["mfu"] > 0 if peak else "mfu" not in row
+            assert "losses" not in row  # there is only one source
+
+
+def test_flops_are_those_that_a_step_computes(world, tmp_path):
+    """Against PyTorch's counter on a real step, less padding and the logits that are computed again."""
+    llama = dict(
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+    )
+    config = micro(
+        world, tmp_path, llama=llama, tokenizer=f"{world['llama']}/tokenizer.model"
+    )
+    model, steps = read_steps(config)
+    (batch,) = steps[0][1]
+    with FlopCounterMode(display=False) as counter:
+        model(*batch).backward()
+    per_picture, per_token = train.flops_per_position(model, config.trainable)
+    again = 2 * batch.n_targets * model.llama.embed_tokens.weight.numel()
+    counted = (
+        counter.get_total_flops()
+        - (batch.tokens.numel() - batch.n_tokens) * per_token
+        - again
+    )
+    assert len(
+        batch.images
+    ) * per_picture + batch.n_tokens * per_token == pytest.approx(counted, rel=0.1)

@@ -1,0 +1,102 @@
+"""Options on the command line."""
+
+import importlib
+import re
+from dataclasses import fields, is_dataclass
+
+import pytest
+
+from configs.schema import Config, load_config
+from plumbing.console import InputError
+from plumbing.options import override, parse_args
+from tests.common import ROOT
+
+
+def parsed(*words) -> Config:
+    (path,), options = parse_args(
+        [*words, str(ROOT / "configs/stage1.py")], "", "CONFIG", Config
+    )
+    return load_config(path, options)
+
+
+@pytest.mark.parametrize(
+    "words, name, value",
+    [
+        (["--lr=1"], "lr", 1.0),
+        (["--lr", "1e-3"], "lr", 1e-3),
+        (["--batch-size", "4"], "batch_size", 4),
+        (["--resume"], "resume", True),
+        (["--resume=TRUE"], "resume", True),
+        (["--resume", "false"], "resume", False),
+        (["--trainable=proj"], "trainable", ("proj",)),
+        (["--trainable=proj,qformer"], "trainable", ("proj", "qformer")),
+        (["--betas=0,0.95"], "betas", (0.0, 0.95)),
+        (["--betas=(0.5, 0.6)"], "betas", (0.5, 0.6)),
+        (["--data={'a': 1}"], "data", {"a": 1}),
+        (["--out_dir=7"], "out_dir", "7"),
+        (["--out_dir=a=b"], "out_dir", "a=b"),
+    ],
+)
+def test_options_are_parsed_as_their_type(words, name, value):
+    assert getattr(parsed(*words), name) == value
+    assert override(Config(), {"betas": (0, 0.95)}).betas == (
+        0.0,
+        0.95,
+    )  # as in a config file
+
+
+@pytest.mark.parametrize(
+    "option, words",
+    [
+        ("learning_rate=1", "'learning_rate'"),
+        ("bath_size=4", "did you mean batch_size"),
+        ("batch_size=many", "batch_size = 'many' is not of type int"),
+        ("lr=True", "lr = True"),
+        ("resume=yes", "resume = 'yes' is not of type bool"),
+        ("trainable=7", "trainable = 7"),
+        ("lr={[]: 1}", "lr = "),
+        ("out_dir=", "out_dir = "),
+        ("trainable=proj,proj", "trainable = "),
+        ("betas=(0.9, 1.5)", "betas = "),
+        (f"seed={2**70}", "seed = "),
+        ("prepare={'a': 5}", "prepare = "),
+        ("chat_share=2", "chat_share = "),
+        ("template=alpaca", "vicuna, llama2"),
+        ("lr=-1", "lr = -1.0: give at least 0"),
+        ("grad_clip=nan", "grad_clip = "),
+    ],
+)
+def test_wrong_options_are_refused(option, words):
+    with pytest.raises(InputError, match=words):
+        parsed(f"--{option}")
+
+
+PROGRAMS = [
+    "train",
+    "chat",
+    *sorted(f"tools.{path.stem}" for path in (ROOT / "tools").glob("*.py")),
+]
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_help_lists_every_option_with_its_default_and_meaning(
+    name, monkeypatch, capsys
+):
+    monkeypatch.setenv("COLUMNS", "1000")
+    program = importlib.import_module(name)
+    with pytest.raises(SystemExit) as end:
+        program.main(["-h"])
+    text, said = capsys.readouterr()
+    assert end.value.code == 0 and not said and program.__doc__.splitlines()[0] in text
+    options = dict(
+        re.findall(r"^  --(\w+) \S+\s+(\S.*) \(default: .*\)$", text, re.MULTILINE)
+    )
+    assert len(options) == len(re.findall(r"^  --", text, re.MULTILINE))
+    kinds = [
+        kind
+        for kind in vars(program).values()
+        if is_dataclass(kind) and kind.__name__ == "Options"
+    ]
+    assert {f.name for kind in kinds for f in fields(kind)} <= options.keys()
+    if name == "train":
+        assert options.keys() == {f.name for f in fields(Config)}

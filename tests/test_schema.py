@@ -1,0 +1,49 @@
+"""Config files."""
+
+import pytest
+
+from configs.schema import Config, load_config, read_saved_config
+from plumbing.console import InputError
+from tests.common import ROOT
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted(
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "configs").rglob("*.py")
+        if path.stem not in ("schema", "prompts", "base")
+    ),
+)
+def test_every_config_is_valid(path):
+    config = load_config(str(ROOT / path), {})
+    assert config.llama and config.data and config.warmup_steps <= config.max_steps
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ('{"bath_size": 3}', "unknown name 'bath_size'; did you mean batch_size"),
+        ("[]", "should hold a JSON object"),
+        ("{", "not valid JSON"),
+    ],
+)
+def test_an_unreadable_config_json_is_named(tmp_path, content, words):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(InputError, match=f"config.json.*{words}"):
+        read_saved_config(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "text", ["exit()", "raise SystemExit(0)", "1 / 0", "import nothing_of_this_name"]
+)
+def test_a_config_that_ends_early_is_a_mistake_of_the_user(tmp_path, text):
+    (tmp_path / "c.py").write_text(text)
+    with pytest.raises(InputError, match=r"config file \S+c.py: \w+"):
+        load_config(str(tmp_path / "c.py"), {})
+
+
+def test_an_out_dir_that_is_a_file_is_refused_before_the_work(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="out_dir = .*file.: name a folder"):
+        Config(out_dir=str(tmp_path / "file"))
