@@ -42,7 +42,7 @@ from plumbing.weights import (
     load_tensors,
 )
 from qformer import JoinPatches, QFormer, QFormerConfig
-from vision import VisionConfig, VisionTransformer, normalize
+from vision import VisionConfig, VisionTransformer
 
 PARTS = ("vision", "qformer", "proj", "llama")
 CONFIGS = {
@@ -73,11 +73,16 @@ class MiniGPT4(nn.Module):
         )
         if vision:
             self.vision = VisionTransformer(vision)
-            self.bridge = QFormer(qformer) if qformer else JoinPatches(vision.width)
+            has_class_token = self.vision.has_class_token
+            self.bridge = (
+                QFormer(qformer)
+                if qformer
+                else JoinPatches(vision.width, has_class_token)
+            )
             self.proj = nn.Linear(self.bridge.width, llama.hidden_size)
             self.image_size = image_size or vision.image_size
             self.n_image_tokens = self.bridge.n_image_tokens(
-                (self.image_size // vision.patch_size) ** 2
+                self.vision.n_patches(self.image_size)
             )
         self.llama = Llama(llama)
         self.tokenizer: Tokenizer | None = None
@@ -92,7 +97,9 @@ class MiniGPT4(nn.Module):
 
     def image_features(self, images: Tensor) -> Tensor:
         """Pictures (B, 3, S, S) -> the projection's input (B, N, bridge.width)."""
-        images = normalize(images) if images.dtype == torch.uint8 else images
+        images = (
+            self.vision.normalize(images) if images.dtype == torch.uint8 else images
+        )
         return self.bridge(self.vision(images))
 
     def embed(self, tokens: Tensor, image_embeds: Tensor | None) -> Tensor:

@@ -1,9 +1,11 @@
-"""EVA-ViT, MiniGPT-4's vision tower, and the image transform that training, chat and tests share.
+"""EVA-ViT, MiniGPT-4's vision tower, and the image transform of training and chat.
 
-BLIP-2's vision tower (arXiv 2301.12597) is EVA-CLIP ViT-g/14 (arXiv 2211.07636) without its last block and
-final norm: a plain pre-norm vision transformer with learned absolute positions. Module and tensor names are
-those of the official `eva_vit_g.pth`. Axes: B images, N tokens (class token + patches), D width, H heads.
-Quirks kept: queries and values have a bias, keys have none; pictures are resized to a square without a crop.
+BLIP-2's vision tower (arXiv 2301.12597) is EVA-CLIP ViT-g/14 (arXiv 2211.07636) without
+its last block and final norm: a plain pre-norm vision transformer with learned absolute
+positions. Modules and tensors are named as in the official `eva_vit_g.pth`.
+Axes: B images, N tokens (class token + patches), D width, H heads, S pixels of a side.
+Quirks kept: queries and values have a bias, keys have none; pictures are resized to a
+square without a crop.
 """
 
 import io
@@ -20,92 +22,106 @@ from torch import nn
 from plumbing.console import InputError
 from plumbing.weights import init_weights
 
+# CLIP's, of RGB values from 0 to 1
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
-FORMATS = (
-    "JPEG",
-    "PNG",
-    "WEBP",
-    "BMP",
-    "GIF",
-    "TIFF",
-)  # no others: PIL would start Ghostscript for EPS
-MOST_BYTES = 1_200_000_000  # that decoding a picture may take
+
+# of PIL's formats; for EPS, PIL would start Ghostscript
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+PLAIN_MODES = ("1", "L", "RGB", "CMYK", "YCbCr")  # without transparency, 8 bits
+TRANSPARENT_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
+MOST_BYTES = 1_200_000_000  # of memory to decode a picture
 
 
 def load_image(source: str | bytes, image_size: int, smallest: int = 1) -> torch.Tensor:
-    """A picture's path or bytes -> uint8 (3, image_size, image_size), RGB; turned as EXIF says, transparent
-    pixels on white. Raises InputError for an unreadable one, or a side of fewer pixels than `smallest`."""
+    """A picture's path or bytes -> uint8 (3, image_size, image_size), RGB.
+
+    It is turned as EXIF says; transparent pixels become white. Raises InputError for an
+    unreadable picture, or one with a side of fewer pixels than `smallest`.
+    """
     name = source if isinstance(source, str) else "picture"
     try:
-        if name is source and not os.path.isfile(source) and os.path.exists(source):
-            raise ValueError("no regular file")  # a pipe would be waited for
-        with Image.open(
-            source if name is source else io.BytesIO(source), formats=FORMATS
-        ) as image:
-            plain = (
-                image.mode in ("1", "L", "RGB", "CMYK", "YCbCr")
-                and "transparency" not in image.info
-            )
-            if (
-                image.width * image.height * (6 if plain else 20) > MOST_BYTES
-            ):  # with the copies made below
-                raise ValueError(f"too large: {image.width} x {image.height} pixels")
-            if min(image.size) >= smallest:
-                exif = image.getexif()
-                for tag in [tag for tag in exif if tag != ExifTags.Base.Orientation]:
-                    del exif[
-                        tag
-                    ]  # exif_transpose would write them back, and fail at odd values
-                ImageOps.exif_transpose(image, in_place=True)
-                return preprocess(to_rgb(image), image_size)
+        image = decode(source)
     except FileNotFoundError as e:
         raise InputError(f"{name}: there is no such picture") from e
     except Exception as e:  # PIL's decoders raise nearly anything
-        raise InputError(
-            f"{name}: cannot be read as a picture ({e}); give a JPEG, PNG or the like"
-        ) from e
-    raise InputError(
-        f"{name}: only {image.width} x {image.height} pixels; give a larger picture"
-    )
+        what = f"cannot be read as a picture ({e})"
+        raise InputError(f"{name}: {what}; give a JPEG, PNG or the like") from e
+    if min(image.size) < smallest:
+        size = f"{image.width} x {image.height}"
+        raise InputError(f"{name}: only {size} pixels; give a larger picture")
+    return preprocess(to_rgb(image), image_size)
+
+
+def decode(source: str | bytes) -> Image.Image:
+    """A picture in any mode, turned upright. Raises any exception for a broken one."""
+    if isinstance(source, bytes):
+        file = io.BytesIO(source)
+    elif os.path.exists(source) and not os.path.isfile(source):
+        raise ValueError("no regular file")  # reading a pipe could wait forever
+    else:
+        file = source
+    with Image.open(file, formats=FORMATS) as image:
+        # before anything is decoded; the copies made by to_rgb count as well
+        is_plain = image.mode in PLAIN_MODES and "transparency" not in image.info
+        bytes_per_pixel = 6 if is_plain else 20
+        if image.width * image.height * bytes_per_pixel > MOST_BYTES:
+            raise ValueError(f"too large: {image.width} x {image.height} pixels")
+        image.load()
+        keep_only_orientation(image.getexif())
+        ImageOps.exif_transpose(image, in_place=True)
+        return image
+
+
+def keep_only_orientation(exif: Image.Exif):
+    """Drop the tags that exif_transpose would write back; it fails at odd values."""
+    for tag in list(exif):
+        if tag != ExifTags.Base.Orientation:
+            del exif[tag]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL mode -> RGB, transparent pixels on white."""
-    if (
-        image.mode.startswith("I") or image.mode == "F"
-    ):  # 16-bit gray, or float from 0 to 1 or to 255
-        pixels = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0).clip(
-            min=0
-        )
-        top = max(
-            65535 if image.mode != "F" else 1 if pixels.max() <= 1 else 255,
-            pixels.max(),
-        )
-        image = Image.fromarray((pixels * (255 / top)).astype(np.uint8))
-    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = to_8_bits(image)
+    if "transparency" in image.info or image.mode in TRANSPARENT_MODES:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return (
-        image if image.mode == "RGB" else image.convert("RGB")
-    )  # convert always copies
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    if image.mode == "RGB":
+        return image  # convert would copy it
+    return image.convert("RGB")
+
+
+def to_8_bits(image: Image.Image) -> Image.Image:
+    """16-bit gray (modes I), or floats from 0 to 1 or 255 (mode F) -> 8-bit gray."""
+    pixels = np.asarray(image, dtype=np.float32)
+    pixels = np.nan_to_num(pixels, posinf=0).clip(min=0)
+    largest = pixels.max()
+    if image.mode != "F":
+        white = 65535
+    elif largest <= 1:
+        white = 1
+    else:
+        white = 255
+    scaled = pixels * (255 / max(white, largest))
+    return Image.fromarray(scaled.astype(np.uint8))
 
 
 def preprocess(image: Image.Image, image_size: int) -> torch.Tensor:
-    """RGB picture -> uint8 (3, image_size, image_size) by PIL's bicubic resize to a square."""
-    if image.size != (image_size, image_size):
-        image = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
+    """RGB -> uint8 (3, image_size, image_size) by PIL's bicubic resize to a square."""
+    size = (image_size, image_size)
+    if image.size != size:
+        image = image.resize(size, Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def normalize(images: torch.Tensor) -> torch.Tensor:
-    """uint8 (B, 3, S, S), 0..255 -> float32 (B, 3, S, S) normalized by CLIP's mean and standard deviation."""
-    mean, std = torch.tensor((IMAGE_MEAN, IMAGE_STD), device=images.device).view(
-        2, 3, 1, 1
-    )
-    return (
-        images.float().div_(255).sub_(mean).div_(std)
-    )  # in place: memory traffic dominates
+def normalize(images: torch.Tensor, means=IMAGE_MEAN, stds=IMAGE_STD) -> torch.Tensor:
+    """uint8 (B, 3, S, S) -> float32: (RGB from 0 to 1 - means) / stds."""
+    constants = torch.tensor((means, stds), device=images.device)
+    mean, std = constants.view(2, 3, 1, 1)
+    # in place, because memory traffic dominates
+    return images.float().div_(255).sub_(mean).div_(std)
 
 
 @dataclass(frozen=True)
@@ -134,13 +150,15 @@ class Attention(nn.Module):
 
     def forward(self, x):
         B, N, D = x.shape
-        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        qkv = F.linear(x, self.qkv.weight, bias).view(
-            B, N, 3, self.n_heads, D // self.n_heads
-        )
+        H = self.n_heads
+        no_bias = torch.zeros_like(self.q_bias)
+        bias = torch.cat((self.q_bias, no_bias, self.v_bias))
+        qkv = F.linear(x, self.qkv.weight, bias)
+        qkv = qkv.view(B, N, 3, H, D // H)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, N, D/H)
         y = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(y.transpose(1, 2).reshape(B, N, D))
+        y = y.transpose(1, 2).reshape(B, N, D)
+        return self.proj(y)
 
 
 class MLP(nn.Module):
@@ -171,54 +189,72 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """One vector per patch, in reading order: (B, 3, S, S) -> (B, (S / patch_size)^2, D)."""
+    """One vector per patch, in reading order: (B, 3, S, S) -> (B, patches, D)."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
-        self.proj = nn.Conv2d(
-            3, config.width, kernel_size=config.patch_size, stride=config.patch_size
-        )
+        size = config.patch_size
+        self.proj = nn.Conv2d(3, config.width, kernel_size=size, stride=size)
 
     def forward(self, images):
         return self.proj(images).flatten(2).transpose(1, 2)
 
 
 class VisionTransformer(nn.Module):
-    """Normalized images (B, 3, S, S) -> class token and patches (B, N, D), in the weights' dtype.
-    S may be any multiple of patch_size; positions are interpolated for another S than in training."""
+    """Normalized images (B, 3, S, S) -> class token and patches (B, N, D).
+
+    The output has the weights' dtype. S may be any multiple of patch_size: positions
+    are interpolated for another S than in training.
+    """
+
+    kind = "eva_vit"  # in the metadata of its file
+    config_class = VisionConfig
+    has_class_token = True  # the first of the output's tokens
 
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.config = config
+        n_tokens = 1 + self.n_patches(config.image_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
-        n_patches = (config.image_size // config.patch_size) ** 2
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + n_patches, config.width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, n_tokens, config.width))
         self.patch_embed = PatchEmbed(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
 
+    def n_patches(self, image_size: int) -> int:
+        return (image_size // self.config.patch_size) ** 2
+
+    def normalize(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 (B, 3, S, S) -> what `forward` takes, float32."""
+        return normalize(images, IMAGE_MEAN, IMAGE_STD)
+
     def forward(self, images):
         x = self.patch_embed(images.to(self.pos_embed.dtype))
-        x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
+        cls_token = self.cls_token.expand(len(x), -1, -1)
+        x = torch.cat((cls_token, x), dim=1)
         x = x + self.positions(x.shape[1])
         for block in self.blocks:
             x = block(x)
-        return x  # all tokens, no final norm
+        return x  # no final norm
 
-    def positions(self, n_tokens):
-        """pos_embed (1, n_tokens, D), its square grid of patches resized bicubically if n_tokens differs."""
+    def positions(self, n_tokens: int) -> torch.Tensor:
+        """pos_embed, its square grid resized for n_tokens -> (1, n_tokens, D)."""
         if n_tokens == self.pos_embed.shape[1]:
             return self.pos_embed
-        cls, patches = self.pos_embed[:, :1], self.pos_embed[:, 1:]
-        old, new = math.isqrt(patches.shape[1]), math.isqrt(n_tokens - 1)
-        grid = patches.float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
-        grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
-        return torch.cat((cls, grid.flatten(2).transpose(1, 2).to(cls.dtype)), dim=1)
+        cls_token = self.pos_embed[:, :1]
+        patches = self.pos_embed[:, 1:]
+        old_side = math.isqrt(patches.shape[1])
+        new_side = math.isqrt(n_tokens - 1)
+        grid = patches.float().unflatten(1, (old_side, old_side))
+        grid = grid.permute(0, 3, 1, 2)  # (1, D, side, side)
+        grid = F.interpolate(grid, size=(new_side, new_side), mode="bicubic")
+        patches = grid.flatten(2).transpose(1, 2)
+        return torch.cat((cls_token, patches.to(cls_token.dtype)), dim=1)
 
     def reset_parameters(self):
-        """Positions get variance 1, so that they can be told apart from the first step on."""
+        """Random weights. Positions get variance 1: attention can tell them apart."""
         init_weights(
             self,
-            {"cls_token": 1, "pos_embed": 1},
-            ("attn.proj.weight", "fc2.weight"),
-            len(self.blocks),
+            stds={"cls_token": 1, "pos_embed": 1},
+            residual=("attn.proj.weight", "fc2.weight"),
+            depth=len(self.blocks),
         )
