@@ -173,7 +173,7 @@ def rename(name: str, table: dict[str, str]) -> str | None:
 
 
 def rename_all(
-    names: Iterable[str], table: dict[str, str], path: Path | str
+    names: Iterable[str], table: dict[str, str], path: Path
 ) -> dict[str, str]:
     """{our name: original name} of all tensors in use.
 
@@ -341,7 +341,7 @@ def qformer_sizes(shapes: Shapes, options: Options) -> QFormerConfig:
 
 
 def check_part(
-    part: str, source: str, tensors: Tensors, options: Options
+    part: str, source: Path, tensors: Tensors, options: Options
 ) -> VisionConfig | QFormerConfig:
     """The sizes of a vision part or Q-Former.
 
@@ -396,13 +396,20 @@ def refuse_other_qformers(folder: Path, config: dict):
     )
 
 
-def with_blip2_sizes(
-    options: Options, folder: Path, part: str, config: dict
-) -> Options:
-    """The options, with the sizes of BLIP-2's config.json where none are given.
+def with_blip2_sizes(options: Options, folder: Path, part: str) -> Options:
+    """The options, with the sizes in BLIP-2's config.json where none are given.
 
-    Raises InputError for a part with malformed sizes or another activation.
+    Raises InputError for a folder of something else.
     """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(
+            f"{folder}: it has no config.json; give the hub's BLIP-2, or the official "
+            "file"
+        )
+    config = read_json(path)
+    if part == "qformer":
+        refuse_other_qformers(folder, config)
     sizes = config.get(f"{part}_config") or {}
     try:
         heads = options.heads or int(sizes.get("num_attention_heads", 0))
@@ -412,7 +419,7 @@ def with_blip2_sizes(
         activation = sizes.get("hidden_act", "gelu")
     except (AttributeError, TypeError, ValueError) as e:
         raise InputError(
-            f"{folder}/config.json: no sizes of a {part} part ({e}); fetch it again"
+            f"{path}: no sizes of a {part} part ({e}); fetch it again"
         ) from e
     if activation != "gelu":
         raise InputError(
@@ -423,7 +430,10 @@ def with_blip2_sizes(
 
 
 def read_blip2(folder: Path, part: str) -> Tensors:
-    """A part's tensors from the hub's BLIP-2, under the original names."""
+    """A part's tensors from the hub's BLIP-2, under the original names.
+
+    Raises InputError for a file or tensor that is missing, or of another model.
+    """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         files = read_weight_map(index)
@@ -461,24 +471,6 @@ def split_qkv_bias(name: str, bias: Tensor, where: str) -> Tensors:
     return {f"{block}q_bias": q_bias, f"{block}v_bias": v_bias}
 
 
-def open_blip2(folder: Path, part: str, options: Options) -> tuple[Tensors, Options]:
-    """A part of the hub's BLIP-2 under the original names, and options with its sizes.
-
-    Raises InputError for a folder of something else.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise InputError(
-            f"{folder}: it has no config.json; give the hub's BLIP-2, or the official "
-            "file"
-        )
-    config = read_json(path)
-    if part == "qformer":
-        refuse_other_qformers(folder, config)
-    options = with_blip2_sizes(options, folder, part, config)
-    return read_blip2(folder, part), options
-
-
 def open_original(path: Path, part: str) -> Tensors:
     """An official file's tensors under the original names."""
     tensors = open_weights(path)
@@ -493,7 +485,7 @@ def open_original(path: Path, part: str) -> Tensors:
     return tensors
 
 
-def select_part(part: str, source: str, tensors: Tensors, n_layers: int) -> Tensors:
+def select_part(part: str, source: Path, tensors: Tensors, n_layers: int) -> Tensors:
     """A part's tensors under our names, with the first layers of a vision part."""
     by_part = {part: {} for part in KINDS}
     for name, original in rename_all(tensors, NAMES, source).items():
@@ -526,21 +518,22 @@ def new_run(config: str, target: Path) -> Config:
     return run
 
 
-def convert_part(part: str, source: str, target: str, options: Options) -> int:
+def convert_part(part: str, source: Path, target: Path, options: Options) -> int:
     """Convert a vision part, Q-Former or projection; return its number of tensors."""
     run = None
     if part == "proj" and options.config:
-        run = new_run(options.config, Path(target))
-    if part in OF_BLIP2 and Path(source).is_dir():
-        tensors, options = open_blip2(Path(source), part, options)
+        run = new_run(options.config, target)
+    if part in OF_BLIP2 and source.is_dir():
+        options = with_blip2_sizes(options, source, part)
+        tensors = read_blip2(source, part)
     else:
-        tensors = open_original(Path(source), part)
+        tensors = open_original(source, part)
     own = select_part(part, source, tensors, options.n_layers)
     metadata = {"kind": KINDS[part]}
     if part != "proj":
         sizes = check_part(part, source, own, options)
         metadata["config"] = json.dumps(asdict(sizes))
-    write(Path(target), own.items(), options.dtype, **metadata)
+    write(target, own.items(), options.dtype, **metadata)
     if run:
         start_folder(run)
     return len(own)
@@ -644,7 +637,7 @@ def join_pieces(name: str, pieces: list[Tensor]) -> Tensor:
     """Join a tensor that Meta split over files: matrices by rows, some by columns."""
     if pieces[0].dim() == 1:  # a norm's, the same in all files
         return pieces[0]
-    by_columns = any(part in name for part in ("embed_tokens", "o_proj", "down_proj"))
+    by_columns = re.match("embed_tokens|.*(o_proj|down_proj)", name)
     return torch.cat(pieces, dim=1 if by_columns else 0)
 
 
@@ -661,7 +654,7 @@ def check_above_0(settings: dict, names: tuple[str, ...], path: Path):
     """Raise InputError unless each of the settings is a number above 0."""
     for name in names:
         value = settings.get(name)
-        if not isinstance(value, (int, float)) or value <= 0:
+        if not isinstance(value, int | float) or value <= 0:
             raise InputError(
                 f"{path}: {name} = {value!r} is no number above 0; fetch the file again"
             )
@@ -829,20 +822,21 @@ def write_llama(folder: Path, llama: Source, dtype: str = ""):
             temporary.write_text(json.dumps(content, indent=1))
 
 
-def convert_llama(source: str, target: str, options: Options) -> int:
+def convert_llama(source: Path, target: Path, options: Options) -> int:
     """Write a folder for from_files and for the Hugging Face library.
 
     Returns its number of tensors.
     """
-    folder, out = Path(source), Path(target)
-    if out.exists():
-        raise InputError(f"{out} exists already: give another name, or remove it first")
-    llama = open_llama(folder)
+    if target.exists():
+        raise InputError(
+            f"{target} exists already: give another name, or remove it first"
+        )
+    llama = open_llama(source)
     if options.delta:
         llama = add_base(llama, open_llama(Path(options.delta)))
     if options.lora:
         llama = merge_lora(llama, Path(options.lora))
-    tokenizer = find_tokenizer(folder, folder.parent, Path(options.delta or folder))
+    tokenizer = find_tokenizer(source, source.parent, Path(options.delta or source))
     llama = trim(llama, Tokenizer(str(tokenizer)).vocab_size)
     if llama.config.quantization:
         raise InputError(
@@ -851,13 +845,13 @@ def convert_llama(source: str, target: str, options: Options) -> int:
         )
     expected = parameter_shapes(Llama, llama.config)
     check_fit(source, "llama", shapes_of(llama.layout), expected)
-    part = out.with_name(out.name + ".part")
+    part = target.with_name(target.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     try:
         part.mkdir()
         write_llama(part, llama, options.dtype)
         shutil.copyfile(tokenizer, part / "tokenizer.model")
-        part.rename(out)
+        part.rename(target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return len(llama.layout)
@@ -877,7 +871,7 @@ def find_tokenizer(*folders: Path) -> Path:
 # ---- the other way, and the command ----------------------------------------------
 
 
-def export(run: str, target: str, options: Options) -> int:
+def export(run: Path, target: Path, options: Options) -> int:
     """Write a run's projection as the original's checkpoint.
 
     It holds {"model": {"llama_proj.weight": ..., "llama_proj.bias": ...}}. Returns its
@@ -896,7 +890,7 @@ CONVERTERS |= {"llama": convert_llama, "export": export}
 
 
 def main(argv: list[str]):
-    (what, source, target), given = parse_args(argv, __doc__, "KIND SRC DST", Options)
+    (what, *paths), given = parse_args(argv, __doc__, "KIND SRC DST", Options)
     options = override(Options(), given)
     if what not in CONVERTERS:
         raise InputError(
@@ -905,11 +899,12 @@ def main(argv: list[str]):
         )
     if options.dtype in QUANTIZED and what != "llama":
         raise InputError(f"--dtype={options.dtype}: only llama can be quantized")
-    Path(target).parent.mkdir(parents=True, exist_ok=True)
+    source, target = map(Path, paths)
+    target.parent.mkdir(parents=True, exist_ok=True)
     n = CONVERTERS[what](source, target, options)
     note(f"{target}: {n} tensors written")
     if what == "llama" and options.check:
-        check_english(MiniGPT4.from_files(None, None, target))
+        check_english(MiniGPT4.from_files(None, None, str(target)))
 
 
 if __name__ == "__main__":

@@ -226,7 +226,8 @@ def check_local(part: str, path: Path):
     if part == "llama":
         convert.open_llama(path)
     elif path.is_dir():
-        convert.open_blip2(path, part, convert.Options())
+        convert.with_blip2_sizes(convert.Options(), path, part)
+        convert.read_blip2(path, part)
     elif path.suffix == ".safetensors" and part != "proj":
         part_config(part, {part: str(path)}, {part: read_part(part, str(path))})
 
@@ -321,13 +322,13 @@ def make(source: Source):
         path = files[0] if part == "proj" else files[0].parent
     target.parent.mkdir(parents=True, exist_ok=True)
     if part == "llama":
-        convert.convert_llama(str(path), str(target), convert.Options(dtype="bfloat16"))
+        convert.convert_llama(path, target, convert.Options(dtype="bfloat16"))
     elif path.suffix == ".safetensors":
         read_part(part, str(path))  # raises InputError for something else
         with replacing(target) as temporary:
             shutil.copyfile(path, temporary)
     else:
-        convert.convert_part(part, str(path), str(target), convert.Options())
+        convert.convert_part(part, path, target, convert.Options())
     print(f"{part:8}{target}: made")
 
 
