@@ -12,6 +12,7 @@ from hypothesis import settings
 
 from model import MiniGPT4
 from tests.common import GOLDEN
+from tests.runs import Run
 from tools import make_scenes
 
 settings.register_profile("default", max_examples=300, deadline=None)
@@ -27,6 +28,22 @@ def signals():
     yield
     for number, handler in zip(numbers, handlers):
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def start():
+    """A function that starts a run in the background; what is left of it is killed."""
+    runs = []
+
+    def call(config, processes=1) -> Run:
+        runs.append(Run(config, processes))
+        return runs[-1]
+
+    yield call
+    for run in runs:
+        if run.process.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+            run.process.wait()
 
 
 @pytest.fixture(scope="session")

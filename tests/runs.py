@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -16,8 +17,6 @@ from model import MiniGPT4
 from tests.common import ROOT
 
 CPU = torch.device("cpu")
-
-
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}  # the runs below are too small for more
 
 
@@ -72,29 +71,83 @@ def run_until_killed(config: Config, monkeypatch):
         run(config)
 
 
-def command(config: Config) -> list[str]:
-    """The command line that runs `config` in a process of its own."""
+def command(config: Config, processes: int = 1) -> list[str]:
+    """The command line that runs `config` in one or several processes of its own."""
     path = Path(f"{config.out_dir}.py")
     path.write_text("".join(f"{k} = {v!r}\n" for k, v in vars(config).items()))
-    return [str(ROOT / "train.py"), str(path)]
+    launcher = []
+    if processes > 1:  # --standalone takes a free port
+        launcher = ["-m", "torch.distributed.run", "--standalone"]
+        launcher += [f"--nproc-per-node={processes}"]
+    return [sys.executable, *launcher, str(ROOT / "train.py"), str(path)]
 
 
-def by_torchrun(config: Config, processes: int, port: int) -> list[dict]:
+def by_torchrun(config: Config, processes: int) -> list[dict]:
     """Train in several processes; the lines of log.jsonl."""
-    start = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        str(processes),
-        "--master-port",
-        str(port),
-    ]
     done = subprocess.run(
-        [*start, *command(config)], env=ENV, capture_output=True, text=True
+        command(config, processes),
+        env=ENV,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     return read_log(config.out_dir)
+
+
+def wait_until(process: subprocess.Popen, condition, seconds: float = 60):
+    """Wait until `condition()` holds; fail if the process ends before, or at last."""
+    end = time.monotonic() + seconds
+    while True:
+        status = process.poll()
+        if condition():
+            return
+        assert status is None, f"the process ended with status {status}"
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.005)
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process started, oldest first."""
+    return [
+        int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    ]
+
+
+def lives(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+class Run:
+    """A training run in the background, in a process group of its own."""
+
+    def __init__(self, config: Config, processes: int = 1):
+        self.out = Path(config.out_dir)
+        self.messages = Path(f"{config.out_dir}.err")  # a file is never full
+        with self.messages.open("w") as stderr:
+            self.process = subprocess.Popen(
+                command(config, processes),
+                env=ENV,
+                stderr=stderr,
+                start_new_session=True,
+            )
+        self.pid = self.process.pid
+
+    def wait_for_steps(self, n: int = 1):
+        """Until the log has n rows with a loss."""
+        log = self.out / "log.jsonl"
+        wait_until(self.process, lambda: log.exists() and len(self.losses()) >= n)
+
+    def losses(self) -> list[float]:
+        """So far; the last row may be half written."""
+        text = (self.out / "log.jsonl").read_text()
+        rows = text[: text.rfind("\n") + 1].splitlines()
+        return losses(json.loads(row) for row in rows)
+
+    def wait(self, seconds: float = 60) -> tuple[int, str]:
+        """Its exit status, and what it wrote to stderr."""
+        status = self.process.wait(seconds)
+        return status, self.messages.read_text()
 
 
 def changed_llama(world, folder, name: str, factor: float) -> str:

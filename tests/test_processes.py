@@ -5,10 +5,8 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +17,9 @@ from tests.common import ROOT
 from tests.runs import (
     ENV,
     by_torchrun,
+    children,
     command,
+    lives,
     losses,
     micro,
     read_log,
@@ -31,115 +31,89 @@ from tests.runs import (
 # ---- signals -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
-def test_a_signal_ends_a_run_after_its_step_saved(world, tmp_path, name):
-    run(micro(world, tmp_path / "whole", max_steps=8))
-    config = micro(
-        world, tmp_path / "run", max_steps=100_000, save_interval=100_000, num_workers=1
-    )
-    process = subprocess.Popen(
-        [sys.executable, *command(config)],
-        env=ENV,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    while not (tmp_path / "run/log.jsonl").exists() or not losses(
-        read_log(tmp_path / "run")
-    ):
-        assert process.poll() is None
-        time.sleep(0.02)
-    os.killpg(process.pid, getattr(signal, name))  # its data worker gets it, too
-    _, err = process.communicate(timeout=60)
-    assert (
-        process.returncode == (130 if name == "SIGINT" else 0)
-        and "Traceback" not in err
-    ), err
-    step = read_log(tmp_path / "run")[-1]["step"]
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, status", [("SIGTERM", 0), ("SIGUSR1", 0), ("SIGINT", 130)]
+)
+def test_a_signal_ends_a_run_after_its_step_saved(world, tmp_path, start, name, status):
+    endless = dict(max_steps=100_000, save_interval=100_000, num_workers=1)
+    run = start(micro(world, tmp_path / "run", **endless))
+    run.wait_for_steps()
+    os.killpg(run.pid, getattr(signal, name))  # its data worker gets it, too
+    got, err = run.wait()
+    assert got == status and "Traceback" not in err, err
+    step = read_log(run.out)[-1]["step"]
     assert f"stopped after step {step}, which is saved" in err
-    assert torch.load(tmp_path / "run/state.pt", weights_only=True)["step"] == step
+    assert torch.load(run.out / "state.pt", weights_only=True)["step"] == step
 
 
-def test_the_third_signal_ends_a_run_whose_data_worker_hangs(world, tmp_path):
-    config = micro(world, tmp_path / "run", max_steps=100_000, num_workers=1)
-    process = subprocess.Popen(
-        [sys.executable, *command(config)], env=ENV, stderr=subprocess.PIPE, text=True
-    )
-    while not (tmp_path / "run/log.jsonl").exists() or not losses(
-        read_log(tmp_path / "run")
-    ):
-        time.sleep(0.02)
-    worker = int(
-        Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[-1]
-    )
+@pytest.mark.slow
+def test_the_third_signal_ends_a_run_whose_data_worker_hangs(world, tmp_path, start):
+    run = start(micro(world, tmp_path / "run", max_steps=100_000, num_workers=1))
+    run.wait_for_steps()
+    worker = children(run.pid)[-1]
     os.kill(worker, signal.SIGSTOP)
     time.sleep(1)  # what it has made already is trained on
     for _ in range(3):
-        process.send_signal(signal.SIGINT)
+        run.process.send_signal(signal.SIGINT)
         time.sleep(0.2)
-    _, err = process.communicate(timeout=30)
-    assert process.returncode == 130 and "Traceback" not in err, err
-    assert not Path(f"/proc/{worker}").exists()
+    status, err = run.wait(30)
+    assert status == 130 and "Traceback" not in err, err
+    assert not lives(worker)
 
 
-def test_a_killed_data_worker_is_one_line(world, tmp_path):
-    config = micro(world, tmp_path / "run", max_steps=100_000, num_workers=1)
-    process = subprocess.Popen(
-        [sys.executable, *command(config)], env=ENV, stderr=subprocess.PIPE, text=True
-    )
-    while not (tmp_path / "run/log.jsonl").exists() or not losses(
-        read_log(tmp_path / "run")
-    ):
-        time.sleep(0.02)
-    worker = (
-        Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[-1]
-    )
-    os.kill(int(worker), signal.SIGKILL)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 2 and "Traceback" not in err, err
+@pytest.mark.slow
+def test_a_killed_data_worker_is_one_line(world, tmp_path, start):
+    run = start(micro(world, tmp_path / "run", max_steps=100_000, num_workers=1))
+    run.wait_for_steps()
+    os.kill(children(run.pid)[-1], signal.SIGKILL)
+    status, err = run.wait()
+    assert status == 2 and "Traceback" not in err, err
     assert re.search(r"error: a data worker died .*--resume$", err, re.MULTILINE), err
 
 
+@pytest.mark.slow
 def test_messages_that_nobody_reads_do_not_end_a_run(world, tmp_path):
     config = micro(world, tmp_path / "run", max_steps=50)
-    process = subprocess.Popen(
-        [sys.executable, *command(config)], env=ENV, stderr=subprocess.PIPE
-    )
+    process = subprocess.Popen(command(config), env=ENV, stderr=subprocess.PIPE)
     process.stderr.read(10)
     process.stderr.close()
-    assert process.wait() == 0 and read_log(tmp_path / "run")[-1]["step"] == 50
+    assert process.wait(60) == 0
+    assert read_log(tmp_path / "run")[-1]["step"] == 50
 
 
 # ---- several processes ---------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "processes, settings, changes, port",
+    "processes, settings, changes",
     [
-        (2, {"max_steps": 50, "eval_interval": 25}, {}, 29521),
-        (4, {}, {}, 29522),
-        (2, {}, {"shard": True}, 29523),
-        (2, {}, {"grad_accum": 2, "batch_size": 2, "cache_features": True}, 29524),
-        (2, {"trainable": ("proj", "llama")}, {}, 29525),
+        pytest.param(2, {"max_steps": 50, "eval_interval": 25}, {}, id="two"),
+        pytest.param(4, {}, {}, id="four"),
+        pytest.param(2, {}, {"shard": True}, id="sharded"),
+        pytest.param(
+            2,
+            {},
+            {"grad_accum": 2, "batch_size": 2, "cache_features": True},
+            id="accumulated-cached",
+        ),
+        # on texts too, which give the projection no gradient
+        pytest.param(2, {"trainable": ("proj", "llama")}, {}, id="llama-on-texts"),
     ],
-)  # on texts too, which give the projection no gradient
+)
 def test_processes_give_the_numbers_of_one(
-    world, tmp_path, processes, settings, changes, port
+    world, tmp_path, processes, settings, changes
 ):
-    data = {world["data"]: 1} | ({world["texts"]: 1} if "trainable" in settings else {})
-    one = micro(
-        world,
-        tmp_path / "one",
-        batch_size=8,
-        data=data,
-        heldout_data=world["stage2"],
-        eval_samples=8,
-        **{"eval_interval": 3} | settings,
-    )
-    many = replace(
-        one, out_dir=f"{tmp_path}/many", **{"batch_size": 8 // processes} | changes
-    )
-    logs = run(one), by_torchrun(many, processes, port)
+    data = {world["data"]: 1}
+    if "trainable" in settings:
+        data[world["texts"]] = 1
+    shared = {"eval_interval": 3, "eval_samples": 8, "batch_size": 8} | settings
+    heldout = world["stage2"]
+    one = micro(world, tmp_path / "one", data=data, heldout_data=heldout, **shared)
+    changes = {"batch_size": 8 // processes} | changes
+    many = replace(one, out_dir=f"{tmp_path}/many", **changes)
+    logs = run(one), by_torchrun(many, processes)
     for key in ("loss", "heldout_loss"):
         a, b = ([row[key] for row in log if key in row] for log in logs)
         assert len(a) > 1 and b == pytest.approx(a, rel=1e-5)
@@ -148,15 +122,15 @@ def test_processes_give_the_numbers_of_one(
     )
 
 
-@pytest.mark.parametrize("length_group, port", [(1, 29514), (4, 29515)])
+@pytest.mark.slow
+@pytest.mark.parametrize("length_group", [1, 4])
 def test_a_run_goes_on_in_twice_the_processes_at_half_the_batch_size(
-    world, tmp_path, monkeypatch, length_group, port
+    world, tmp_path, monkeypatch, length_group
 ):
-    mixed = {world["data"]: 2, world["stage2"]: 1}
     unbroken = micro(
         world,
         tmp_path / "unbroken",
-        data=mixed,
+        data={world["data"]: 2, world["stage2"]: 1},
         length_group=length_group,
         batch_size=8,
         max_steps=20,
@@ -164,55 +138,38 @@ def test_a_run_goes_on_in_twice_the_processes_at_half_the_batch_size(
     )
     broken = replace(unbroken, out_dir=f"{tmp_path}/broken")
     run_until_killed(broken, monkeypatch)
-    resumed = by_torchrun(replace(broken, batch_size=4, resume=True), 2, port)
-    assert (
-        losses(resumed) == pytest.approx(losses(run(unbroken)), rel=1e-5)
-        and len(resumed) == 20
-    )
+    resumed = by_torchrun(replace(broken, batch_size=4, resume=True), 2)
+    assert losses(resumed) == pytest.approx(losses(run(unbroken)), rel=1e-5)
+    assert len(resumed) == 20
 
 
-def test_the_ranks_end_when_torchrun_dies(world, tmp_path):
-    config = micro(world, tmp_path / "run", max_steps=100_000, save_interval=100_000)
-    start = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        "--master-port=29517",
-    ]
-    torchrun = subprocess.Popen(
-        [*start, *command(config)], env=ENV, stderr=subprocess.DEVNULL
-    )
-    while not (tmp_path / "run/log.jsonl").exists() or not losses(
-        read_log(tmp_path / "run")
-    ):
-        time.sleep(0.02)
-    ranks = (
-        Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
-    )
-    torchrun.kill()
-    torchrun.wait()
-    end = time.time() + 30
-    while any(Path(f"/proc/{rank}").exists() for rank in ranks) and time.time() < end:
+@pytest.mark.slow
+def test_the_ranks_end_when_torchrun_dies(world, tmp_path, start):
+    endless = dict(max_steps=100_000, save_interval=100_000)
+    run = start(micro(world, tmp_path / "run", **endless), processes=2)
+    run.wait_for_steps()
+    ranks = children(run.pid)
+    assert len(ranks) == 2
+    run.process.kill()
+    run.wait()
+    end = time.monotonic() + 30
+    while any(map(lives, ranks)) and time.monotonic() < end:
         time.sleep(0.1)
-    assert len(ranks) == 2 and not any(Path(f"/proc/{rank}").exists() for rank in ranks)
-    assert (tmp_path / "run/state.pt").exists()
+    assert not any(map(lives, ranks))
+    assert (run.out / "state.pt").exists()
 
 
 # ---- data made on first use ----------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_missing_data_is_made_on_first_use_after_what_it_is_made_from(tmp_path):
-    text, tokenizer, make = (
-        tmp_path / "text",
-        tmp_path / "tokenizer.model",
-        f"{ROOT}/tools/make_scenes.py",
-    )
+    text, tokenizer = tmp_path / "text", tmp_path / "tokenizer.model"
+    make = f"{ROOT}/tools/make_scenes.py"
+    chats = f"{text}/chat.jsonl"
     prepare = {
         str(text): f"{make} text {text} --n=300",
-        str(
-            tokenizer
-        ): f"{make} tokenizer {tokenizer} --text={text}/chat.jsonl --vocab_size=500",
+        str(tokenizer): f"{make} tokenizer {tokenizer} --text={chats} --vocab_size=500",
     }
     used = [str(tmp_path)]
     make_missing(prepare, ["other", *used])

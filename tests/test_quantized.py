@@ -22,9 +22,6 @@ def test_a_quantized_model_chats(dtype):
     )
 
 
-STAR = "What color is the star?"
-
-
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 def test_compiled_rows_give_the_same_logits_and_no_compiler_is_noted(
     monkeypatch, capsys

@@ -11,9 +11,6 @@ import pytest
 
 import chat
 from tests.common import EXAMPLE, ROOT
-from tests.runs import (
-    run,
-)
 
 STAR = "What color is the star?"
 

@@ -279,7 +279,14 @@ def test_wrong_paths_and_parts_are_refused(world, tmp_path, changes, words):
 STAGE2 = dict(template="vicuna", max_txt_len=160)
 
 
-@pytest.mark.parametrize("switch", ["grad_checkpoint", "cache_features", "compile"])
+@pytest.mark.parametrize(
+    "switch",
+    [
+        "grad_checkpoint",
+        "cache_features",
+        pytest.param("compile", marks=pytest.mark.slow),
+    ],
+)
 def test_a_switch_changes_no_number(world, tmp_path, switch):
     plain = micro(
         world,
