@@ -285,7 +285,7 @@ def evaluate(talk: chat.Chat, drawn: list[world.Scene], o: Options, label: str) 
         right += len(objects & scene.pairs)
         failures += failed(*answers[picture, instruction])
         questions += world.answer_is_right(
-            scene, question, kind, answers[picture, question][0], truth
+            scene, kind, answers[picture, question][0], truth
         )
         rhymes += world.rhyme_is_right(scene, answers[picture, rhyme][0])
     shares = (

@@ -1,59 +1,68 @@
-"""The tiny world: seeded drawings of 1-3 colored shapes and texts about them, in the formats of real data.
+"""The tiny world: seeded drawings of 1-3 colored shapes, and texts about them.
 
     python tools/make_scenes.py KIND DST [--n=...] [--seed=...] [--heldout]
     python tools/make_scenes.py tokenizer DST --text=chat.jsonl [--vocab_size=...]
 
-The kinds:
-    stage1     tar shards like img2dataset's, with short and noisy captions
-    clean      the same, with captions that tell the whole picture
+The kinds have the formats of real data:
+    stage1     tar shards as img2dataset writes them, with short, noisy captions
+    clean      the same, with captions that describe the whole picture
     eyes       the same, with captions that are lists of 19 words
-    names      the same with one object per picture; the caption is "red star"
-    stage2     filter_cap.json and image/, with long clean descriptions
+    names      the same, with one object per picture; the caption is "red star"
+    stage2     filter_cap.json and image/, with long, clean descriptions
     test       pictures of held-out combinations and scenes.json, to score answers
-    text       a .jsonl of each kind of `document` for language models, and *_heldout.jsonl of each
+    text       for language models: NAME.jsonl and NAME_heldout.jsonl, where NAME is
+               a kind of `document`
     tokenizer  a sentencepiece model, trained on such a .jsonl
 
-A hash, independent of the seed, holds out a tenth of all sets of (color, shape): training data never shows
-them. --heldout draws only from that tenth (text and test ignore it: they have held-out scenes of their own).
-Sample i depends only on the kind, the seed, --heldout and i. Every `rng` is a random.Random.
+A hash, independent of the seed, holds out a tenth of all sets of (color, shape):
+training data never shows them. --heldout draws only from that tenth (text and test
+ignore it: they have held-out scenes of their own). Sample i depends only on the kind,
+the seed, --heldout and i.
 """
 
 import io
 import json
-import math
-import random
 import re
 import shutil
 import sys
 import tarfile
 import zlib
 from dataclasses import asdict, dataclass, replace
+from math import ceil, cos, sin, tau
 from pathlib import Path
+from random import Random
+from typing import NamedTuple
 
 import sentencepiece
-from PIL import Image, ImageDraw
-from tqdm import tqdm
+from PIL import Image, ImageColor, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configs.prompts import INSTRUCTIONS, SYSTEM
-from plumbing.console import InputError, run_main
+from plumbing.console import InputError, progress, run_main
 from plumbing.options import check_name, option, override, parse_args
 
 SIZES = {"small": 0.26, "large": 0.38}  # diameter, as a share of the picture's width
 COLORS = {
-    "red": (215, 25, 30),
-    "green": (50, 190, 40),
-    "blue": (35, 60, 225),
-    "yellow": (250, 225, 30),
-    "purple": (135, 35, 175),
-    "orange": (250, 135, 10),
-    "white": (250, 250, 250),
-    "black": (15, 15, 15),
+    "red": "#d7191e",
+    "green": "#32be28",
+    "blue": "#233ce1",
+    "yellow": "#fae11e",
+    "purple": "#8723af",
+    "orange": "#fa870a",
+    "white": "#fafafa",
+    "black": "#0f0f0f",
 }
+# of stripes and dots: half as bright as the object; gray on white and black
 MARKS = {
-    c: tuple(v // 2 for v in rgb) for c, rgb in COLORS.items()
-}  # of stripes and dots
-MARKS |= {"black": (125, 125, 125), "white": (105, 105, 105)}
+    "red": "#6b0c0f",
+    "green": "#195f14",
+    "blue": "#111e70",
+    "yellow": "#7d700f",
+    "purple": "#431157",
+    "orange": "#7d4305",
+    "white": "#696969",
+    "black": "#7d7d7d",
+}
 TEXTURES = {"plain": "", "striped": "with stripes", "dotted": "with dots"}
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart", "ring", "diamond")
 CELLS = (
@@ -72,11 +81,12 @@ PLACES = [
     for row in ("top", "center", "bottom")
     for column in ("left", "center", "right")
 ]
+PLACE_WORDS = ("top", "center", "bottom", "left", "right")
 BACKGROUNDS = {
-    "gray": (150, 150, 150),
-    "pink": (245, 175, 195),
-    "brown": (115, 75, 45),
-    "teal": (20, 125, 130),
+    "gray": "#969696",
+    "pink": "#f5afc3",
+    "brown": "#734b2d",
+    "teal": "#147d82",
 }
 
 
@@ -91,9 +101,8 @@ class Object:
 
 @dataclass(frozen=True)
 class Scene:
-    objects: tuple[
-        Object, ...
-    ]  # 1-3, by cell: top to bottom, left to right; no (color, shape) twice
+    # 1-3, by cell: top to bottom, left to right; no (color, shape) appears twice
+    objects: tuple[Object, ...]
     background: str
 
     @property
@@ -105,143 +114,159 @@ class Scene:
 
     @classmethod
     def from_dict(cls, d: dict) -> "Scene":
-        return cls(tuple(Object(**o) for o in d["objects"]), d["background"])
+        objects = tuple(Object(**o) for o in d["objects"])
+        return cls(objects, d["background"])
 
 
 def is_heldout(scene: Scene) -> bool:
     """Whether the scene's set of (color, shape) belongs to the held-out tenth."""
-    return zlib.crc32(repr(sorted(scene.pairs)).encode()) % 10 == 0
+    pairs = repr(sorted(scene.pairs))
+    return zlib.crc32(pairs.encode()) % 10 == 0
 
 
-def random_scene(
-    rng: random.Random, heldout: bool = False, n_objects: int = 0
-) -> Scene:
-    """A scene of training or held-out combinations, with n_objects; 0: 1 in 20 %, 2 in 45 %, 3 in 35 %."""
+def _random_object(cell, rng):
+    return Object(
+        rng.choice(tuple(SIZES)),
+        rng.choice(tuple(COLORS)),
+        rng.choice(tuple(TEXTURES)),
+        rng.choice(SHAPES),
+        cell,
+    )
+
+
+def random_scene(rng: Random, heldout: bool = False, n_objects: int = 0) -> Scene:
+    """A scene of training combinations or of held-out ones.
+
+    With n_objects=0, 20 % of the scenes have 1 object, 45 % have 2, 35 % have 3.
+    """
     n_objects = n_objects or rng.choices((1, 2, 3), (20, 45, 35))[0]
     while True:
         cells = sorted(rng.sample(range(9), n_objects))
-        objects = tuple(
-            Object(
-                rng.choice(tuple(SIZES)),
-                rng.choice(tuple(COLORS)),
-                rng.choice(tuple(TEXTURES)),
-                rng.choice(SHAPES),
-                cell,
-            )
-            for cell in cells
-        )
+        objects = tuple(_random_object(cell, rng) for cell in cells)
         scene = Scene(objects, rng.choice(tuple(BACKGROUNDS)))
         if len(scene.pairs) == n_objects and is_heldout(scene) == heldout:
             return scene
 
 
-# ---- pictures ----------------------------------------------------------------------------------------------
+# ---- pictures ------------------------------------------------------------------------
+
+WIDTH = 128  # pixels of a picture
+OVERSAMPLE = 3
+CANVAS = WIDTH * OVERSAMPLE  # pixels, before the picture is reduced
+JPEG = {"format": "JPEG", "quality": 92}
+INK = "#0f0f0f"  # color of outlines
+EDGE = 18  # width of outlines in pixels of the canvas, half of them inside
 
 
 def _around(n, inner=1.0, outer=1.0):
-    """n points around the origin, clockwise from the top, every other one at the distance `inner`."""
-    turns = [2 * math.pi * i / n for i in range(n)]
-    return [
-        (r * math.sin(t), -r * math.cos(t))
-        for r, t in zip([outer, inner] * (n // 2), turns)
-    ]
+    """n points around the origin, clockwise from the top, every other one inner."""
+    points = []
+    for i in range(n):
+        angle = tau * i / n
+        radius = inner if i % 2 else outer
+        points.append((radius * sin(angle), -radius * cos(angle)))
+    return points
 
 
-ANGLES = [2 * math.pi * i / 48 for i in range(48)]
+def _heart_point(t):
+    y = -13 * cos(t) + 5 * cos(2 * t) + 2 * cos(3 * t) + cos(4 * t)
+    return sin(t) ** 3, y / 16
+
+
+def _cross():
+    points = [(-0.35, -0.95), (0.35, -0.95), (0.35, -0.35)]  # the upper arm
+    for _ in range(3):
+        points += [(-y, x) for x, y in points[-3:]]  # turned clockwise
+    return points
+
+
 OUTLINES = {  # polygons in [-1, 1] x [-1, 1], y downwards
     "circle": _around(48),
     "ring": _around(48),
     "diamond": _around(4),
-    "star": _around(10, 0.45, 1.05),
+    "star": _around(10, inner=0.45, outer=1.05),
     "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
     "triangle": [(0, -0.95), (1, 0.8), (-1, 0.8)],
-    "cross": [
-        (-0.35, -0.95),
-        (0.35, -0.95),
-        (0.35, -0.35),
-        (0.95, -0.35),
-        (0.95, 0.35),
-        (0.35, 0.35),
-        (0.35, 0.95),
-        (-0.35, 0.95),
-        (-0.35, 0.35),
-        (-0.95, 0.35),
-        (-0.95, -0.35),
-        (-0.35, -0.35),
-    ],
-    "heart": [
-        (
-            math.sin(t) ** 3,
-            (
-                -13 * math.cos(t)
-                + 5 * math.cos(2 * t)
-                + 2 * math.cos(3 * t)
-                + math.cos(4 * t)
-            )
-            / 16,
-        )
-        for t in ANGLES
-    ],
+    "cross": _cross(),
+    "heart": [_heart_point(tau * i / 48) for i in range(48)],
 }
-WIDTH, OVERSAMPLE = 128, 3  # pixels; drawn 3 times as large
-JPEG = {"format": "JPEG", "quality": 92}
-INK, EDGE = (
-    (15, 15, 15),
-    18,
-)  # of outlines: color, and oversampled pixels of width, half of them inside
 
 
 def _shade(color, delta):
-    return tuple(min(255, max(0, c + delta)) for c in color)
+    """The RGB values of a color, delta brighter."""
+    channels = ImageColor.getrgb(color)
+    return tuple(min(255, max(0, channel + delta)) for channel in channels)
+
+
+def _box(x, y, radius):
+    return x - radius, y - radius, x + radius, y + radius
+
+
+def _draw_stripes(pen, d, color, phase):
+    step = 17 * OVERSAMPLE
+    for i in range(-1, int(2 * d / step) + 1):
+        x = (i + phase) * step
+        pen.line((x, 0, x - d, d), fill=color, width=int(0.33 * step))
+
+
+def _draw_dots(pen, d, color, phase):
+    step = 13 * OVERSAMPLE
+    radius = 0.29 * step
+    for column in range(-1, int(2 * d / step) + 1):
+        x = (column + phase) * step
+        shift = column % 2 / 2
+        for row in range(-1, int(d / step) + 2):
+            y = (row + phase + shift) * step
+            pen.ellipse(_box(x, y, radius), fill=color)
 
 
 def _patch(obj, d, rng):
     """The object as d x d pixels, and the mask of its outline."""
-    fill = Image.new("RGB", (d, d), _shade(COLORS[obj.color], rng.randint(-14, 14)))
-    pen, mark = ImageDraw.Draw(fill), MARKS[obj.color]
-    step, phase = (17 if obj.texture == "striped" else 13) * OVERSAMPLE, rng.random()
-    for i in range(-1, int(2 * d / step) + 1):
-        at = (i + phase) * step
-        if obj.texture == "striped":
-            pen.line((at, 0, at - d, d), fill=mark, width=int(0.33 * step))
-        elif obj.texture == "dotted":
-            for j in range(-1, int(d / step) + 2):
-                y, r = (j + phase + i % 2 / 2) * step, 0.29 * step
-                pen.ellipse((at - r, y - r, at + r, y + r), fill=mark)
+    shade = _shade(COLORS[obj.color], rng.randint(-14, 14))
+    patch = Image.new("RGB", (d, d), shade)
+    pen = ImageDraw.Draw(patch)
+    phase = rng.random()
+    if obj.texture == "striped":
+        _draw_stripes(pen, d, MARKS[obj.color], phase)
+    elif obj.texture == "dotted":
+        _draw_dots(pen, d, MARKS[obj.color], phase)
+
     mask = Image.new("L", (d, d))
+    mask_pen = ImageDraw.Draw(mask)
     outline = [((x + 1) * d / 2, (y + 1) * d / 2) for x, y in OUTLINES[obj.shape]]
-    ImageDraw.Draw(mask).polygon(outline, fill=255)
+    mask_pen.polygon(outline, fill=255)
     pen.line(outline + outline[:2], fill=INK, width=EDGE)
     if obj.shape == "ring":
-        near, far = 0.25 * d, 0.75 * d  # of the hole
-        ImageDraw.Draw(mask).ellipse((near, near, far, far), fill=0)
-        near, far = near - EDGE // 2, far + EDGE // 2
-        pen.ellipse((near, near, far, far), outline=INK, width=EDGE // 2)
-    return fill, mask
+        center, radius = d / 2, d / 4  # of the hole
+        edge = EDGE // 2  # its half outside the hole is all that the mask shows
+        mask_pen.ellipse(_box(center, center, radius), fill=0)
+        pen.ellipse(_box(center, center, radius + edge), outline=INK, width=edge)
+    return patch, mask
 
 
-def draw(scene: Scene, rng: random.Random) -> Image.Image:
-    """The scene as 128 x 128 RGB pixels; places, sizes and shades vary a little with `rng`."""
-    width = WIDTH * OVERSAMPLE
-    blotches = b"".join(
-        bytes(_shade(BACKGROUNDS[scene.background], rng.randint(-16, 16)))
-        for _ in range(16)
-    )
-    canvas = Image.frombytes("RGB", (4, 4), blotches).resize(
-        (width, width), Image.Resampling.BILINEAR
-    )
+def _place(index, d, rng):
+    """Where an object of d pixels starts in a row or column (0..2) of the canvas."""
+    center = (index + 0.5) * CANVAS / 3
+    start = center - d / 2 + rng.uniform(-0.025, 0.025) * CANVAS
+    return int(min(max(start, 0), CANVAS - d))
+
+
+def draw(scene: Scene, rng: Random) -> Image.Image:
+    """The scene as 128 x 128 RGB pixels; places, sizes and shades vary with `rng`."""
+    color = BACKGROUNDS[scene.background]
+    blotches = [_shade(color, rng.randint(-16, 16)) for _ in range(16)]
+    background = Image.frombytes("RGB", (4, 4), b"".join(map(bytes, blotches)))
+    canvas = background.resize((CANVAS, CANVAS), Image.Resampling.BILINEAR)
     for obj in scene.objects:
-        d = int(SIZES[obj.size] * width * rng.uniform(0.95, 1.04))
-        corner = []
-        for at in (obj.cell % 3, obj.cell // 3):
-            start = (at + 0.5) * width / 3 - d / 2 + rng.uniform(-0.025, 0.025) * width
-            corner.append(int(min(max(start, 0), width - d)))
-        fill, mask = _patch(obj, d, rng)
-        canvas.paste(fill, tuple(corner), mask)
+        d = int(SIZES[obj.size] * CANVAS * rng.uniform(0.95, 1.04))
+        x = _place(obj.cell % 3, d, rng)
+        y = _place(obj.cell // 3, d, rng)
+        patch, mask = _patch(obj, d, rng)
+        canvas.paste(patch, (x, y), mask)
     return canvas.reduce(OVERSAMPLE)
 
 
-# ---- words about a scene -----------------------------------------------------------------------------------
+# ---- words about a scene -------------------------------------------------------------
 
 NUMBERS = ("no", "one", "two", "three")
 DESCRIBE_PROMPTS = (
@@ -253,6 +278,14 @@ DESCRIBE_PROMPTS = (
 )
 SIDES = ("to the left of", "above", "to the right of", "below")
 COUNTS = ("is one object", "are two objects", "are three objects")
+NOUNS = (
+    "{size} {color} {texture} {shape}",
+    "{size} {texture} {color} {shape}",
+    "{size} {color} {shape} {marks}",
+)
+VERBS = ("", "placed ", "seen ")
+STARTS = ("", "", "", "a picture of ", "photo of ", "image: ", "drawing of ")
+NOISE = (" - free download", " (stock photo)", "!!", " clip art", " #art", " for sale")
 OPENINGS = (
     "The image shows {0}.",
     "In this picture there is {0}.",
@@ -266,13 +299,9 @@ BACKDROPS = (
 )
 
 
-def _join(*words):
-    """The words separated by spaces, without empty ones and "plain", which only questions and answers say."""
-    return " ".join(w for w in words if w not in ("", "plain"))
-
-
 def _an(phrase):
-    return ("an " if phrase[0] in "aeiou" else "a ") + phrase
+    article = "an" if phrase[0] in "aeiou" else "a"
+    return f"{article} {phrase}"
 
 
 def _listed(items):
@@ -283,20 +312,16 @@ def _listed(items):
 def _named(scene, obj):
     """ "the star", or "the red star" if there are several stars."""
     shapes = [o.shape for o in scene.objects]
-    return (
-        f"the {obj.shape}"
-        if shapes.count(obj.shape) == 1
-        else f"the {obj.color} {obj.shape}"
-    )
+    if shapes.count(obj.shape) == 1:
+        return f"the {obj.shape}"
+    return f"the {obj.color} {obj.shape}"
 
 
 def _noun(obj, form=0):
-    """The object without its place, in one of three wordings: "large red striped star"."""
-    return (
-        _join(obj.size, obj.color, obj.texture, obj.shape),
-        _join(obj.size, obj.texture, obj.color, obj.shape),
-        _join(obj.size, obj.color, obj.shape, TEXTURES[obj.texture]),
-    )[form]
+    """The object without its place, in one of three forms: "large red striped star"."""
+    marks = TEXTURES[obj.texture]
+    noun = NOUNS[form].format(**vars(obj), marks=marks)
+    return noun.replace("plain ", "").strip()
 
 
 def _words(text):
@@ -311,8 +336,12 @@ def repeats(text: str, n: int = 4) -> bool:
 
 
 def named_objects(text: str) -> set[tuple[str, str]]:
-    """The (color, shape) pairs that a text names, with only sizes, colors, textures between the two words."""
-    found, color = set(), None
+    """The (color, shape) pairs in a text.
+
+    Between the two words there may only be sizes, colors and textures.
+    """
+    found = set()
+    color = None
     for token in re.findall(r"[a-z]+|[^\sa-z]", text.lower()):
         if token in COLORS:
             color = token
@@ -324,24 +353,31 @@ def named_objects(text: str) -> set[tuple[str, str]]:
 
 
 def dense_caption(scene: Scene) -> str:
-    """ "large red striped star at the top left, small blue circle in the center, gray background"."""
+    """ "large red striped star at the top left, gray background"."""
     items = [f"{_noun(o)} {CELLS[o.cell]}" for o in scene.objects]
     return ", ".join([*items, f"{scene.background} background"])
 
 
 def told_list(scene: Scene) -> str:
-    """All facts, one word each (two for the place), in a fixed order: "star red large striped top left gray".
-    Always 19 words: the background's word fills the places of missing objects. The shape comes first, so that
-    a causal model knows at each word whose fact it is."""
-    objects = [
+    """All facts, one word each (two for the place), in a fixed order.
+
+    "star red large striped top left gray" and so on, always 19 words: the background's
+    word fills the places of missing objects. The shape comes first, so that a causal
+    model knows at each word whose fact it is.
+    """
+    items = [
         f"{o.shape} {o.color} {o.size} {o.texture} {PLACES[o.cell]}"
         for o in scene.objects
     ]
-    return " ".join(objects + [scene.background] * (19 - 6 * len(objects)))
+    padding = [scene.background] * (19 - 6 * len(items))
+    return " ".join(items + padding)
 
 
-def retold(scene: Scene, rng: random.Random) -> str:
-    """Every object's shape and about half of its other facts, in any order: "ring yellow star large"."""
+def retold(scene: Scene, rng: Random) -> str:
+    """Each object's shape and about half of its other facts, the objects in any order.
+
+    For example "ring yellow star large".
+    """
     words = []
     for o in rng.sample(scene.objects, len(scene.objects)):
         others = (o.color, o.size, o.texture, PLACES[o.cell])
@@ -349,96 +385,112 @@ def retold(scene: Scene, rng: random.Random) -> str:
     return " ".join(words)
 
 
-def told(scene: Scene, rng: random.Random) -> str:
-    """All facts, as told_list or in a loose wording: what a language model reads in place of a picture."""
+def told(scene: Scene, rng: Random) -> str:
+    """All facts: what a language model reads in place of a picture.
+
+    Three in four are as told_list, the others worded loosely.
+    """
     if rng.random() < 0.75:
         return told_list(scene)
-    article, short_cell = (rng.random() < 0.4 for _ in range(2))
-    parts = [
-        f"{'a ' * article}{_noun(o)} {CELLS[o.cell].split(' the ')[1] if short_cell else CELLS[o.cell]}"
-        for o in scene.objects
-    ]
+    has_articles = rng.random() < 0.4
+    has_short_places = rng.random() < 0.4
+    parts = []
+    for o in scene.objects:
+        place = CELLS[o.cell]
+        if has_short_places:
+            place = place.split(" the ")[1]
+        article = "a " if has_articles else ""
+        parts.append(f"{article}{_noun(o)} {place}")
     background = rng.choice(
         ("{} background", "{} background", "background {}", "on {}")
     )
-    parts.insert(rng.choice((0, len(parts))), background.format(scene.background))
-    return rng.choice((", ", ", ", "; ", " and ", " ")).join(parts)
+    position = rng.choice((0, len(parts)))
+    parts.insert(position, background.format(scene.background))
+    separator = rng.choice((", ", ", ", "; ", " and ", " "))
+    return separator.join(parts)
 
 
-def noisy_caption(scene: Scene, rng: random.Random) -> str:
-    """A short web-like caption: true but incomplete. About 60 % name every color and shape."""
-    size, texture, cell, background, article, mixed, whole = (
-        rng.random() < 0.45 for _ in range(7)
-    )
+def _caption_item(obj, said):
+    """An object as noisy captions name it, with the facts whose names are in `said`."""
+    facts = [getattr(obj, k) for k in ("size", "color", "texture") if k in said]
+    item = " ".join([*facts, obj.shape]).replace("plain ", "")
+    if "article" in said:
+        item = _an(item)
+    return f"{item} {CELLS[obj.cell]}" if "cell" in said else item
+
+
+def noisy_caption(scene: Scene, rng: Random) -> str:
+    """A short web-like caption: true but incomplete.
+
+    About 60 % name every color and shape.
+    """
+    habits = ("size", "texture", "cell", "background", "article", "mixed", "whole")
+    said = {habit for habit in habits if rng.random() < 0.45}
     objects = list(scene.objects)
-    if mixed:
+    if "mixed" in said:
         rng.shuffle(objects)
-    if not whole and rng.random() < 0.5:
+    if "whole" not in said and rng.random() < 0.5:
         objects = objects[: rng.randint(1, len(objects))]
-    color = whole or rng.random() < 0.4
-    items = []
-    for o in objects:
-        item = _join(o.size * size, o.color * color, o.texture * texture, o.shape)
-        items.append(_join(_an(item) if article else item, CELLS[o.cell] * cell))
+    if "whole" in said or rng.random() < 0.4:
+        said.add("color")
+    items = [_caption_item(o, said) for o in objects]
     text = rng.choice((", ".join(items), _listed(items), " and ".join(items)))
-    start = rng.choice(
-        ("", "", "", "a picture of ", "photo of ", "image: ", "drawing of ")
-    )
+
+    start = rng.choice(STARTS)
     if len(objects) == len(scene.objects) > 1 and rng.random() < 0.15:
         start = f"{len(objects)} shapes: "
-    if background:
-        text += rng.choice((" on {}", " on a {} background", ", {} background")).format(
-            scene.background
-        )
+    if "background" in said:
+        form = rng.choice((" on {}", " on a {} background", ", {} background"))
+        text += form.format(scene.background)
     if rng.random() < 0.06:
-        text += rng.choice(
-            (
-                " - free download",
-                " (stock photo)",
-                "!!",
-                " clip art",
-                " #art",
-                " for sale",
-            )
-        )
-    return (start + text).upper() if rng.random() < 0.04 else start + text
+        text += rng.choice(NOISE)
+    caption = start + text
+    return caption.upper() if rng.random() < 0.04 else caption
 
 
 def _sides(a, b):
-    """The one or two sides of b on which a is, the larger distance first; on a tie, left or right first."""
-    columns, rows = a.cell % 3 - b.cell % 3, a.cell // 3 - b.cell // 3
+    """The one or two sides of b on which a is, the larger distance first.
+
+    On a tie, left or right comes first.
+    """
+    left = b.cell % 3 - a.cell % 3  # columns
+    above = b.cell // 3 - a.cell // 3  # rows
     distances = {
-        "to the left of" if columns < 0 else "to the right of": abs(columns),
-        "above" if rows < 0 else "below": abs(rows),
+        "to the left of": left,
+        "to the right of": -left,
+        "above": above,
+        "below": -above,
     }
-    return [
-        side
-        for side in sorted(distances, key=distances.get, reverse=True)
-        if distances[side]
-    ]
+    sides = sorted(distances, key=distances.get, reverse=True)
+    return [side for side in sides if distances[side] > 0]
 
 
-def description(scene: Scene, rng: random.Random) -> str:
-    """All facts in reading order, then where the first and the third object are, seen from the second. Each
-    object and relation has its own wording, so that even similar objects repeat no 4 words."""
+def description(scene: Scene, rng: Random) -> str:
+    """All facts in reading order, then where objects 1 and 3 are, seen from object 2.
+
+    Each object and relation has its own wording, so that even similar objects repeat no
+    4 words.
+    """
     items = [
-        f"a {_noun(obj, i)} {_join(('', 'placed', 'seen')[i], CELLS[obj.cell])}"
+        f"a {_noun(obj, i)} {VERBS[i]}{CELLS[obj.cell]}"
         for i, obj in enumerate(scene.objects)
     ]
-    text = rng.choice(OPENINGS).format(_listed(items), COUNTS[len(items) - 1])
-    text += " " + rng.choice(BACKDROPS).format(scene.background)
-    if len(items) > 1:
-        a, b, *others = scene.objects
-        text += (
-            f" {_named(scene, a).capitalize()} is {_sides(a, b)[0]} {_named(scene, b)}"
-        )
-        for c in others:
-            text += f", and {_named(scene, c)} is {_sides(c, b)[0].removeprefix('to the ')} it"
-        text += "."
-    return text
+    opening = rng.choice(OPENINGS).format(_listed(items), COUNTS[len(items) - 1])
+    backdrop = rng.choice(BACKDROPS).format(scene.background)
+    text = f"{opening} {backdrop}"
+    if len(items) == 1:
+        return text
+    first, second, *others = scene.objects
+    subject = _named(scene, first).capitalize()
+    side = _sides(first, second)[0]
+    text += f" {subject} is {side} {_named(scene, second)}"
+    for third in others:
+        side = _sides(third, second)[0].removeprefix("to the ")
+        text += f", and {_named(scene, third)} is {side} it"
+    return f"{text}."
 
 
-# ---- questions and rhymes ----------------------------------------------------------------------------------
+# ---- questions and rhymes ------------------------------------------------------------
 
 PHRASINGS = {
     "count": (
@@ -467,99 +519,126 @@ PHRASINGS = {
     "relation": ("What is {}?", "Which object is {}?", "What can you see {}?"),
 }
 DECIDING = {  # the words that make an answer right or wrong
-    "count": set(NUMBERS),
-    "color": set(COLORS),
-    "shape": set(SHAPES),
-    "exists": {"yes", "no"},
-    "background": {*BACKGROUNDS, *COLORS},
-    "size": set(SIZES),
-    "texture": set(TEXTURES),
-    "where": {"top", "bottom", "left", "right", "center"},
+    "count": NUMBERS,
+    "color": COLORS,
+    "shape": SHAPES,
+    "exists": ("yes", "no"),
+    "background": (*BACKGROUNDS, *COLORS),
+    "size": SIZES,
+    "texture": TEXTURES,
+    "where": PLACE_WORDS,
 }
 
 
+class Fact(NamedTuple):
+    about: str  # what a question about it names
+    start: str  # the two parts of the answer
+    end: str
+
+
 def _facts(scene, obj):
-    """{kind of fact: (what a question about it names, the two parts of the answer)}. Left out are facts whose
-    question would tell the answer or fit several objects."""
+    """{kind: Fact} of an object.
+
+    Facts whose question would tell the answer or fit several objects are left out.
+    """
     name = _named(scene, obj)
     known = {
-        kind: (name, f"The {kind} of {name} is", getattr(obj, kind))
-        for kind in ("size", "texture")
+        "size": Fact(name, f"The size of {name} is", obj.size),
+        "texture": Fact(name, f"The texture of {name} is", obj.texture),
+        "where": Fact(name, f"{name.capitalize()} is located", CELLS[obj.cell]),
     }
-    known["where"] = name, f"{name.capitalize()} is located", CELLS[obj.cell]
     if obj.color not in name:
-        known["color"] = name, f"The color of {name} is", obj.color
-    if [o.color for o in scene.objects].count(obj.color) == 1:
-        known["shape"] = obj.color, f"The {obj.color} object is", _an(obj.shape)
+        known["color"] = Fact(name, f"The color of {name} is", obj.color)
+    colors = [o.color for o in scene.objects]
+    if colors.count(obj.color) == 1:
+        known["shape"] = Fact(obj.color, f"The {obj.color} object is", _an(obj.shape))
     return known
 
 
+def _ask_existence(scene, obj, rng):
+    """As _ask, whether there is such an object; in half of the cases there is not."""
+    color, shape = obj.color, obj.shape
+    if rng.random() < 0.5:
+        name = _an(f"{color} {shape}")
+        return name, f"Yes, there is {name}."
+    while (color, shape) in scene.pairs:
+        color, shape = rng.choice(tuple(COLORS)), rng.choice(SHAPES)
+        if rng.random() < 0.5:  # half of the absent objects share a trait with obj
+            color, shape = rng.choice(((obj.color, shape), (color, obj.shape)))
+    return _an(f"{color} {shape}"), f"No, there is no {color} {shape}."
+
+
+def _ask_relation(scene, obj, rng):
+    """As _ask, which object is on a side of obj where there is exactly one."""
+    candidates = []
+    for side in SIDES:
+        there = [o for o in scene.objects if side in _sides(o, obj)]
+        if len(there) == 1:
+            candidates.append((side, there[0]))
+    if not candidates:
+        return None
+    side, other = rng.choice(candidates)
+    return f"{side} {_named(scene, obj)}", f"The {other.color} {other.shape}."
+
+
 def _ask(scene, obj, kind, rng):
-    """(what the question names, answer), or None if the scene does not allow such a question."""
+    """(what the question names, answer), or None if the scene rules it out."""
     if kind == "count":
         return "", f"There {COUNTS[len(scene.objects) - 1]}."
     if kind == "background":
         return "", f"The background is {scene.background}."
     if kind == "exists":
-        color, shape = obj.color, obj.shape
-        if rng.random() < 0.5:
-            return _an(f"{color} {shape}"), f"Yes, there is {_an(color)} {shape}."
-        while (color, shape) in scene.pairs:
-            color, shape = rng.choice(tuple(COLORS)), rng.choice(SHAPES)
-            if rng.random() < 0.5:  # half of the absent ones are nearly there
-                color, shape = rng.choice(((obj.color, shape), (color, obj.shape)))
-        return _an(f"{color} {shape}"), f"No, there is no {color} {shape}."
+        return _ask_existence(scene, obj, rng)
     if kind == "relation":
-        found = {
-            side: [o for o in scene.objects if side in _sides(o, obj)] for side in SIDES
-        }
-        alone = [
-            (side, objects[0]) for side, objects in found.items() if len(objects) == 1
-        ]
-        if not alone:
-            return None
-        side, there = rng.choice(alone)
-        return f"{side} {_named(scene, obj)}", f"The {there.color} {there.shape}."
+        return _ask_relation(scene, obj, rng)
     fact = _facts(scene, obj).get(kind)
-    return fact and (fact[0], f"{fact[1]} {fact[2]}.")
+    if fact is None:
+        return None
+    return fact.about, f"{fact.start} {fact.end}."
 
 
-def qa(scene: Scene, rng: random.Random) -> tuple[str, str, str]:
-    """A question about the scene, its true answer in one sentence, and the kind of the question."""
+def qa(scene: Scene, rng: Random) -> tuple[str, str, str]:
+    """A question about the scene, its true answer (one sentence) and its kind."""
     while True:
-        kind, obj = rng.choice(tuple(PHRASINGS)), rng.choice(scene.objects)
+        kind = rng.choice(tuple(PHRASINGS))
+        obj = rng.choice(scene.objects)
         if asked := _ask(scene, obj, kind, rng):
-            return rng.choice(PHRASINGS[kind]).format(asked[0]), asked[1], kind
+            about, answer = asked
+            question = rng.choice(PHRASINGS[kind]).format(about)
+            return question, answer, kind
 
 
-def facts(
-    scene: Scene, rng: random.Random, n: int, terse: bool
-) -> list[tuple[str, str]]:
-    """n different facts of a scene of three objects, as terse questions and answers ("size star", "large") or
-    as the two parts of a sentence ("The size of the star is", "large.")."""
+def facts(scene: Scene, rng: Random, n: int, terse: bool) -> list[tuple[str, str]]:
+    """n different facts of a scene of three objects, each in two parts.
+
+    Terse: a question and its answer ("size star", "large"); else the parts of a
+    sentence ("The size of the star is", "large.").
+    """
     pairs = []
     for obj in scene.objects:
-        for kind, (about, begun, end) in _facts(scene, obj).items():
-            question = f"{kind} {about.removeprefix('the ')}"
-            pairs.append(
-                (question, end.removeprefix("a ")) if terse else (begun, f"{end}.")
-            )
+        for kind, fact in _facts(scene, obj).items():
+            if terse:
+                question = f"{kind} {fact.about.removeprefix('the ')}"
+                pairs.append((question, fact.end.removeprefix("a ")))
+            else:
+                pairs.append((fact.start, f"{fact.end}."))
     return rng.sample(pairs, n)
 
 
-def answer_is_right(
-    scene: Scene, question: str, kind: str, answer: str, truth: str
-) -> bool:
+def _deciding(kind, text):
+    return {word for word in _words(text) if word in DECIDING[kind]}
+
+
+def answer_is_right(scene: Scene, kind: str, answer: str, truth: str) -> bool:
     """Whether the answer agrees with `truth`; only the DECIDING words are compared."""
     if kind == "relation":
         ((color, shape),) = named_objects(truth)
-        if sum(o.shape == shape for o in scene.objects) == 1 and not DECIDING[
-            "color"
-        ] & set(_words(answer)):
-            return DECIDING["shape"] & set(_words(answer)) == {shape}
+        shapes = [o.shape for o in scene.objects]
+        if shapes.count(shape) == 1 and not _deciding("color", answer):
+            return _deciding("shape", answer) == {shape}
         return named_objects(answer) == {(color, shape)}
     answer = re.sub(r"\b[1-3]\b", lambda digit: NUMBERS[int(digit[0])], answer)
-    return DECIDING[kind] & set(_words(answer)) == DECIDING[kind] & set(_words(truth))
+    return _deciding(kind, answer) == _deciding(kind, truth)
 
 
 RHYME_PROMPTS = (
@@ -583,57 +662,58 @@ RHYMES = (  # the ends of a couplet's two lines, and a second line that names no
 RHYMING = {(first.split()[-1], second.split()[-1]) for first, second, _ in RHYMES}
 
 
-def rhyme(scene: Scene, rng: random.Random) -> str:
-    """A couplet for every two objects; each object is named once, by color and shape."""
+def rhyme(scene: Scene, rng: Random) -> str:
+    """A couplet for every two objects; each is named once, by color and shape."""
     names = [_an(f"{o.color} {o.shape}") for o in scene.objects]
     couplets = []
-    for i, (first, second, alone) in zip(
-        range(0, len(names), 2), rng.sample(RHYMES, 2)
-    ):
-        end = f"and {names[i + 1]} {second}" if i + 1 < len(names) else alone
-        couplets.append(f"{names[i].capitalize()} {first},\n{end}.")
+    for first, second, alone in rng.sample(RHYMES, 2):
+        if names:
+            subject = names.pop(0).capitalize()
+            end = f"and {names.pop(0)} {second}" if names else alone
+            couplets.append(f"{subject} {first},\n{end}.")
     return "\n".join(couplets)
 
 
 def rhyme_is_right(scene: Scene, text: str) -> bool:
-    """Whether the text names exactly the scene's objects, and the two lines of each couplet rhyme."""
-    ends = [words[-1] for line in text.splitlines() if (words := _words(line))]
-    couplets = list(zip(ends[::2], ends[1::2]))
+    """Whether the text names exactly the scene's objects, and its couplets rhyme."""
+    lines = map(_words, text.splitlines())
+    ends = [words[-1] for words in lines if words]
+    couplets = zip(ends[::2], ends[1::2])
+    is_even = len(ends) % 2 == 0
     return (
-        named_objects(text) == scene.pairs
-        and len(ends) % 2 == 0
-        and RHYMING.issuperset(couplets)
+        named_objects(text) == scene.pairs and is_even and RHYMING.issuperset(couplets)
     )
 
 
-# ---- samples and files -------------------------------------------------------------------------------------
+# ---- samples and files ---------------------------------------------------------------
 
-LIST_WORDS = (
-    *SHAPES,
-    *COLORS,
-    *SIZES,
-    *TEXTURES,
-    "top",
-    "center",
-    "bottom",
-    "left",
-    "right",
-    *BACKGROUNDS,
-)
+LIST_WORDS = (*SHAPES, *COLORS, *SIZES, *TEXTURES, *PLACE_WORDS, *BACKGROUNDS)
 CAPTIONS = {
     "stage1": noisy_caption,
     "clean": lambda scene, rng: dense_caption(scene),
     "eyes": lambda scene, rng: told_list(scene),
     "names": lambda scene, rng: f"{scene.objects[0].color} {scene.objects[0].shape}",
 }
-N_OBJECTS = {
+DOCUMENTS = (
+    "words",
+    "retold",
+    "pairs",
+    "dense",
+    "noisy",
+    "terse",
+    "facts",
+    "chat",
+    "asked",
+)
+N_OBJECTS = {  # others: 1-3
     "names": 1,
     "text retold": 3,
     "text pairs": 3,
     "text terse": 3,
     "text facts": 3,
-}  # others: 1-3
-# For the tokenizer. No punctuation before ###: ".###" would become one piece, and hide the end of an answer.
+}
+# For the tokenizer. There is no punctuation before ###: ".###" would become one piece,
+# which would hide the end of an answer.
 MARKUP = (
     SYSTEM,
     "###Human: <Img>",
@@ -647,50 +727,50 @@ MARKUP = (
 )
 
 
-def conversation(scene: Scene, rng: random.Random, kind: str) -> list[dict[str, str]]:
-    """[{"user": ...}, {"assistant": ...}, ...]: a scene in words, then requests and answers in any order."""
-    n_questions = {"chat": 4, "asked": 8}.get(kind, 0)  # 0: single facts
-    exchanges = [qa(scene, rng)[:2] for _ in range(n_questions)] or facts(
-        scene, rng, 8, kind == "terse"
-    )
+def _conversation(scene, rng, kind):
+    """[{"user": ...}, {"assistant": ...}, ...], beginning with the scene in words.
+
+    Questions and requests come in any order.
+    """
+    n_questions = {"chat": 4, "asked": 8}.get(kind, 0)
+    if n_questions:
+        exchanges = [qa(scene, rng)[:2] for _ in range(n_questions)]
+    else:
+        exchanges = facts(scene, rng, 8, kind == "terse")
     if kind == "chat":
         exchanges += [
             (rng.choice(DESCRIBE_PROMPTS), description(scene, rng)),
             (rng.choice(RHYME_PROMPTS), rhyme(scene, rng)),
         ]
     rng.shuffle(exchanges)
-    turns = [
-        turn
-        for request, answer in exchanges
-        for turn in ({"user": request}, {"assistant": answer})
-    ]
+    turns = []
+    for request, answer in exchanges:
+        turns += [{"user": request}, {"assistant": answer}]
     scene_told = told(scene, rng) if n_questions else told_list(scene)
     turns[0]["user"] = f"<Img> {scene_told} </Img> {turns[0]['user']}"
     return turns
 
 
-def document(scene: Scene, rng: random.Random, kind: str) -> dict:
-    """One line of KIND.jsonl: a conversation, or a context and the text to be learned after it."""
+def document(scene: Scene, rng: Random, kind: str) -> dict:
+    """One line of KIND.jsonl: a conversation, or a context and the text to learn."""
     if kind in ("chat", "asked", "terse", "facts"):
-        return {"conversation": conversation(scene, rng, kind)}
+        return {"conversation": _conversation(scene, rng, kind)}
     if kind == "words":  # of no scene
         context = text = " ".join(rng.choices(LIST_WORDS, k=19))
     elif kind == "retold":
-        context, text = told_list(scene), retold(scene, rng)
-    elif (
-        kind == "pairs"
-    ):  # the color comes first, so that the model has to find the shape by it
+        context = told_list(scene)
+        text = retold(scene, rng)
+    elif kind == "pairs":
+        # the color comes first, so that the model has to find the shape by it
+        context = told_list(scene)
         objects = rng.sample(scene.objects, len(scene.objects))
-        context, text = (
-            told_list(scene),
-            " ".join(f"{o.color} {o.shape}" for o in objects),
-        )
+        text = " ".join(f"{o.color} {o.shape}" for o in objects)
     elif kind == "dense":
-        context, text = told(scene, rng), dense_caption(scene)
+        context = told(scene, rng)
+        text = dense_caption(scene)
     else:  # "noisy": cleaned as in stage 1
-        text = " ".join(
-            re.sub(r'[.!"()*#:;~]', " ", noisy_caption(scene, rng).lower()).split()
-        )
+        caption = noisy_caption(scene, rng).lower()
+        text = " ".join(re.sub(r'[.!"()*#:;~]', " ", caption).split())
         context = told(scene, rng)
     return {"context": context, "text": f"{text}\n"}
 
@@ -704,97 +784,96 @@ class Options:
     vocab_size: int = option(1024, "tokenizer: pieces, with bytes and control tokens")
 
 
-def samples(kind: str, options: Options):
+def _samples(kind, options):
     """Yield n scenes, each with the rng for its picture and text."""
-    for i in tqdm(range(options.n), desc=kind):
-        rng = random.Random(f"{kind} {options.seed} {options.heldout} {i}")
+    for i in progress(range(options.n), kind):
+        rng = Random(f"{kind} {options.seed} {options.heldout} {i}")
         yield random_scene(rng, options.heldout, N_OBJECTS.get(kind, 0)), rng
 
 
-def write_shards(kind: str, folder: Path, options: Options):
+def _add_member(tar, name, content):
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def _write_shards(kind, folder, options):
     """Tar shards of 1000 samples: KEY.jpg, KEY.txt, KEY.json side by side."""
-    scenes = samples(kind, options)
-    for shard in range(math.ceil(options.n / 1000)):
+    scenes = _samples(kind, options)
+    for shard in range(ceil(options.n / 1000)):
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
             for i, (scene, rng) in zip(range(1000), scenes):
-                key, picture = f"{shard:05d}{i:04d}", io.BytesIO()
+                key = f"{shard:05d}{i:04d}"
+                picture = io.BytesIO()
                 draw(scene, rng).save(picture, **JPEG)
                 caption = CAPTIONS[kind](scene, rng)
-                about = json.dumps(
-                    {"caption": caption, "key": key, "width": WIDTH, "height": WIDTH}
-                )
-                members = {
-                    "jpg": picture.getvalue(),
-                    "txt": caption.encode(),
-                    "json": about.encode(),
-                }
-                for ending, content in members.items():
-                    member = tarfile.TarInfo(f"{key}.{ending}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
+                about = dict(caption=caption, key=key, width=WIDTH, height=WIDTH)
+                _add_member(tar, f"{key}.jpg", picture.getvalue())
+                _add_member(tar, f"{key}.txt", caption.encode())
+                _add_member(tar, f"{key}.json", json.dumps(about).encode())
 
 
-def write_stage2(kind: str, folder: Path, options: Options):
+def _write_stage2(kind, folder, options):
     """filter_cap.json and image/0.jpg ..."""
     (folder / "image").mkdir()
-    annotations = []
-    for i, (scene, rng) in enumerate(samples(kind, options)):
+    rows = []
+    for i, (scene, rng) in enumerate(_samples(kind, options)):
         draw(scene, rng).save(folder / "image" / f"{i}.jpg", **JPEG)
-        annotations.append({"image_id": str(i), "caption": description(scene, rng)})
-    (folder / "filter_cap.json").write_text(
-        json.dumps({"annotations": annotations}, indent=1)
-    )
+        rows.append({"image_id": str(i), "caption": description(scene, rng)})
+    text = json.dumps({"annotations": rows}, indent=1)
+    (folder / "filter_cap.json").write_text(text)
 
 
-def write_test(kind: str, folder: Path, options: Options):
+def _write_test(kind, folder, options):
     """0.jpg ... of held-out scenes, and scenes.json: a list of Scene.to_dict()."""
-    drawn = list(samples(kind, replace(options, heldout=True)))
-    for i, (scene, rng) in enumerate(drawn):
+    rows = []
+    for i, (scene, rng) in enumerate(_samples(kind, replace(options, heldout=True))):
         draw(scene, rng).save(folder / f"{i}.jpg", **JPEG)
-    (folder / "scenes.json").write_text(
-        json.dumps([scene.to_dict() for scene, _ in drawn])
-    )
+        rows.append(scene.to_dict())
+    (folder / "scenes.json").write_text(json.dumps(rows))
 
 
-def write_text(kind: str, folder: Path, options: Options):
-    """A .jsonl of each kind of document, and one of a fiftieth as many held-out scenes."""
-    for name in (
-        "words",
-        "retold",
-        "pairs",
-        "dense",
-        "noisy",
-        "terse",
-        "facts",
-        "chat",
-        "asked",
-    ):
-        for ending, n, heldout in (
-            ("", options.n, False),
-            ("_heldout", max(1, options.n // 50), True),
-        ):
-            with open(folder / f"{name}{ending}.jsonl", "w") as f:
-                for scene, rng in samples(
-                    f"{kind} {name}", replace(options, n=n, heldout=heldout)
-                ):
-                    f.write(json.dumps(document(scene, rng, name)) + "\n")
+def _write_documents(path, name, options):
+    with open(path, "w") as file:
+        for scene, rng in _samples(f"text {name}", options):
+            row = document(scene, rng, name)
+            file.write(json.dumps(row) + "\n")
 
 
-def train_tokenizer(kind: str, path: Path, options: Options):
-    """A sentencepiece BPE model with LLaMA's settings: bytes for rare characters, digits one by one."""
-    lines, model = [], io.BytesIO()
+def _write_text(kind, folder, options):
+    """Two .jsonl of each kind of document; the held-out one is a fiftieth as long."""
+    train = replace(options, heldout=False)
+    heldout = replace(options, heldout=True, n=max(1, options.n // 50))
+    for name in DOCUMENTS:
+        _write_documents(folder / f"{name}.jsonl", name, train)
+        _write_documents(folder / f"{name}_heldout.jsonl", name, heldout)
+
+
+def _read_lines(path):
+    """The lines of all texts in a .jsonl of the kind text."""
+    lines = []
     try:
-        for line in Path(options.text).read_text("utf-8-sig").splitlines():
-            entry = json.loads(line)
-            for turn in [entry] if "text" in entry else entry["conversation"]:
-                lines += [part for text in turn.values() for part in text.splitlines()]
+        for row in Path(path).read_text("utf-8-sig").splitlines():
+            entry = json.loads(row)
+            turns = [entry] if "text" in entry else entry["conversation"]
+            for turn in turns:
+                for text in turn.values():
+                    lines += text.splitlines()
         if not lines:
             raise ValueError("it has no text")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise InputError(
-            f"--text={options.text}: not a .jsonl of the kind text ({e})"
-        ) from e
+        raise InputError(f"--text={path}: not a .jsonl of the kind text ({e})") from e
+    return lines
+
+
+def _train_tokenizer(kind, path, options):
+    """A sentencepiece BPE model with LLaMA's settings.
+
+    Rare characters are spelled as bytes, numbers as single digits.
+    """
+    lines = _read_lines(options.text)
     lines += MARKUP * max(1, len(lines) // 50)  # frequent enough to become pieces
+    model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines),
@@ -816,40 +895,40 @@ def train_tokenizer(kind: str, path: Path, options: Options):
             minloglevel=2,
         )
     except RuntimeError as e:
-        raise InputError(
-            f"--vocab_size={options.vocab_size}: {str(e).splitlines()[-1]}"
-        ) from e
+        reason = str(e).splitlines()[-1]
+        raise InputError(f"--vocab_size={options.vocab_size}: {reason}") from e
     path.write_bytes(model.getvalue())
 
 
-KINDS = dict.fromkeys(
-    CAPTIONS, (write_shards, 20_000)
-) | {  # kind: (function, default of --n)
-    "stage2": (write_stage2, 2000),
-    "test": (write_test, 500),
-    "text": (write_text, 50_000),
-    "tokenizer": (train_tokenizer, 1),
+# kind: (function, default of --n)
+KINDS = dict.fromkeys(CAPTIONS, (_write_shards, 20_000))
+KINDS |= {
+    "stage2": (_write_stage2, 2000),
+    "test": (_write_test, 500),
+    "text": (_write_text, 50_000),
+    "tokenizer": (_train_tokenizer, 1),
 }
 
 
 def main(argv: list[str]):
-    (kind, target), given = parse_args(argv, __doc__, f"{'|'.join(KINDS)} DST", Options)
+    (kind, path), given = parse_args(argv, __doc__, f"{'|'.join(KINDS)} DST", Options)
     check_name(kind, KINDS, "command line")
-    options, target = override(Options(), given), Path(target)
+    write, default_n = KINDS[kind]
+    options = override(Options(), given)
+    target = Path(path)
     if options.n < 0:
         raise InputError(f"--n={options.n}: give a number of samples")
     if target.exists():
         raise InputError(
-            f"{target} exists already: give another name, or remove it first"
+            f"{path} exists already: give another name, or remove it first"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.make_scenes.part")  # renamed when complete
     shutil.rmtree(part, ignore_errors=True)
     if kind != "tokenizer":
         part.mkdir()
-    write, n = KINDS[kind]
     try:
-        write(kind, part, replace(options, n=options.n or n))
+        write(kind, part, replace(options, n=options.n or default_n))
     except OSError as e:
         raise InputError(f"{target}: cannot be written ({e})") from e
     part.rename(target)
