@@ -5,7 +5,7 @@ import torch
 
 from model import MiniGPT4
 from plumbing.console import InputError
-from qformer import JoinPatches
+from qformer import JoinPatches, QFormer, QFormerConfig
 from tests.common import GOLDEN
 
 
@@ -35,3 +35,40 @@ def test_patches_that_cannot_be_joined_are_refused_when_the_model_is_built(
     tokenizer = str(GOLDEN / "tokenizer/tokenizer.model")
     with pytest.raises(InputError, match=f"{words} per picture: .*give an image_size"):
         MiniGPT4.from_files(vision, "", llama, tokenizer=tokenizer)
+
+
+def test_the_default_sizes_are_those_of_blip2():
+    with torch.device("meta"):
+        qformer = QFormer(QFormerConfig())
+    layer = qformer.layers[0]
+    crossing = [i for i, each in enumerate(qformer.layers) if each.cross_attn]
+    assert qformer.query_tokens.shape == (1, 32, 768)
+    assert len(qformer.layers) == 12
+    assert crossing == [0, 2, 4, 6, 8, 10]
+    assert layer.self_attn.n_heads == layer.cross_attn.n_heads == 12
+    assert layer.self_attn.key.weight.shape == (768, 768)
+    assert layer.cross_attn.key.weight.shape == (768, 1408)
+    assert layer.fc1.weight.shape == (3072, 768)
+    assert qformer.ln_vision.eps == 1e-5
+    assert qformer.norm.eps == layer.norm.eps == layer.cross_attn.norm.eps == 1e-12
+    assert qformer.n_image_tokens(256) == 32
+    assert sum(p.numel() for p in qformer.parameters()) == 105_165_056
+
+
+def test_new_queries_differ_and_have_variance_1():
+    torch.manual_seed(0)
+    sizes = dict(n_queries=64, width=64, n_heads=4, ffn_hidden=128, vision_width=32)
+    qformer = QFormer(QFormerConfig(**sizes, n_layers=2))
+    qformer.reset_parameters()
+    layer = qformer.layers[0]
+    for tensor, std in (
+        (qformer.query_tokens, 1),
+        (layer.self_attn.query.weight, 64**-0.5),
+        (layer.cross_attn.key.weight, 32**-0.5),
+        (layer.fc2.weight, 128**-0.5),
+    ):
+        within = 5 / tensor.numel() ** 0.5
+        assert tensor.mean().item() == pytest.approx(0, abs=within * std)
+        assert tensor.std().item() == pytest.approx(std, rel=within)
+    assert (qformer.norm.weight == 1).all() and (qformer.norm.bias == 0).all()
+    assert (layer.fc1.bias == 0).all()
