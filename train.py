@@ -34,7 +34,7 @@ from configs.schema import Config, load_config, read_saved_config
 from data import Batch, Groups, Reader, Samples, collate, open_samples
 from llama import IGNORE
 from model import PARTS, MiniGPT4
-from plumbing.console import InputError, note, outlive_reader, run_main
+from plumbing.console import InputError, note, outlive_reader, run_main, set_quiet
 from plumbing.files import append_row, replacing
 from plumbing.options import parse_args, to_json
 from plumbing.processes import SIGNALS, make_missing, pick_device
@@ -674,7 +674,9 @@ def main(argv: list[str]):
             store=dist.PrefixStore(attempt, store),
             timeout=timedelta(hours=2),
         )
-    if (rank := dist.get_rank() if world > 1 else 0) == 0:
+    rank = dist.get_rank() if world > 1 else 0
+    set_quiet(rank > 0)
+    if rank == 0:
         print(to_json(config), file=sys.stderr)
     try:
         interrupted = train(config, device, rank, world)

@@ -1,29 +1,39 @@
-"""What a program says: usage errors, notes, text that is safe to print."""
+"""What a program says: usage errors, notes, progress, text that is safe to print."""
 
 import os
 import sys
 import unicodedata
 from contextlib import suppress
-from functools import partial
 
 from tqdm import tqdm
 
 _plain = False
+_quiet = False
 
 
 class InputError(Exception):
-    """A mistake of the user. The message is one line: what is wrong, where, and what to do."""
+    """A usage error. Its message is one line: what is wrong, where, and what to do."""
 
 
 def note(text: str):
-    """Print one line on stderr; of several training processes, only the first does."""
-    if os.environ.get("RANK", "0") == "0":
-        print(printable(" ".join(text.split())), file=sys.stderr)
+    """Print one line on stderr, unless this process is quiet."""
+    if not _quiet:
+        _print_line(text)
 
 
 def progress(items=None, label: str = "", **settings) -> tqdm:
-    """tqdm, switched off where stderr is no terminal or where plain text is wanted."""
-    return tqdm(items, label, disable=is_plain(), dynamic_ncols=True, **settings)
+    """tqdm, off if this process is quiet, or where plain text is wanted."""
+    disable = _quiet or is_plain()
+    return tqdm(items, label, disable=disable, dynamic_ncols=True, **settings)
+
+
+def set_quiet(quiet: bool):
+    """Switch notes and progress off: of a run's processes, only one shows them.
+
+    Errors are always shown: perhaps no other process knows of them.
+    """
+    global _quiet
+    _quiet = quiet
 
 
 def is_plain() -> bool:
@@ -38,46 +48,61 @@ def set_plain(plain: bool):
     _plain = plain
 
 
-def outlive_reader(stream):
-    """Let a stream lose what it cannot write: a run goes on when the reader of its messages has left."""
+def printable(text: str) -> str:
+    """Show characters that would control a terminal as codes, such as \\x1b."""
+    return "".join(map(_printable, text))
 
-    def attempt(function, *args):
+
+def _printable(character: str) -> str:
+    if character in "\n\t\u200d":  # the last joins emojis
+        return character
+    if unicodedata.category(character) in ("Cc", "Cf", "Cs"):
+        return f"\\x{ord(character):02x}"
+    return character
+
+
+def _print_line(text: str):
+    line = " ".join(text.split())
+    print(printable(line), file=sys.stderr)
+
+
+def outlive_reader(stream):
+    """Let a run continue when the reader of its messages is gone; they are lost."""
+    stream.write = _without_os_errors(stream.write)
+    stream.flush = _without_os_errors(stream.flush)
+
+
+def _without_os_errors(function):
+    def attempt(*args):
         with suppress(OSError):
             return function(*args)
 
-    stream.write, stream.flush = (
-        partial(attempt, stream.write),
-        partial(attempt, stream.flush),
-    )
-
-
-def printable(text: str) -> str:
-    """Show characters that would steer a terminal as codes, such as \\x1b."""
-    return "".join(
-        c
-        if c in "\n\t\u200d" or unicodedata.category(c) not in ("Cc", "Cf", "Cs")
-        else f"\\x{ord(c):02x}"
-        for c in text
-    )
+    return attempt
 
 
 def run_main(main):
-    """Call `main(argv)`; a mistake of the user becomes one line on stderr and exit status 2."""
+    """Call `main(argv)`; a usage error becomes one line on stderr and exit status 2."""
     for name in ("stdin", "stdout", "stderr"):
-        setattr(
-            sys, name, getattr(sys, name) or open(os.devnull, "r+")
-        )  # it may be closed
-        with suppress(AttributeError):  # tests replace it
-            encoding = (
-                "utf-8-sig" if name == "stdin" and not sys.stdin.isatty() else None
-            )  # None: its own
-            getattr(sys, name).reconfigure(encoding=encoding, errors="replace")
+        _prepare_stream(name)
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output, such as head, has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of our output, such as head, is gone
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
     except (InputError, OSError) as e:  # OSError: no permission, no space left
-        print(printable(" ".join(f"error: {e}".split())), file=sys.stderr)
+        _print_line(f"error: {e}")
         sys.exit(2)
+
+
+def _prepare_stream(name: str):
+    """Make sys.stdin, stdout or stderr accept any text, also if it was closed."""
+    if getattr(sys, name) is None:
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        setattr(sys, name, os.fdopen(nowhere, "r+"))
+    stream = getattr(sys, name)
+    with suppress(AttributeError):  # tests replace streams
+        is_file = name == "stdin" and not stream.isatty()
+        encoding = "utf-8-sig" if is_file else None  # None: keep the terminal's
+        stream.reconfigure(encoding=encoding, errors="replace")

@@ -1,4 +1,4 @@
-"""Files: what one is before it is opened, whole ones, rows of JSON."""
+"""Files: checked before they are read, replaced as a whole, rows of JSON."""
 
 import json
 import os
@@ -10,84 +10,89 @@ from safetensors import SafetensorError
 
 from plumbing.console import InputError
 
+# of pictures
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
-def append_row(file, **row):
-    """Append a JSON line to an open file. Raises InputError when that fails."""
-    try:
-        print(json.dumps(row), file=file, flush=True)
-    except OSError as e:
-        with suppress(OSError):  # which would be the user's message instead
-            file.close()
-        raise InputError(
-            f"{file.name}: cannot be written ({e.strerror}); what it holds is kept"
-        ) from e
+BOM = b"\xef\xbb\xbf"
 
 
 def start_of(path: str | Path, kind: str = "file") -> bytes:
-    """A file's first bytes. Raises InputError if it is missing, a pipe, or something saved in its place."""
+    """A file's first 64 bytes.
+
+    Raises InputError if it is missing, a folder or a pipe, a Git LFS pointer, or a web
+    page that was saved instead of the download.
+    """
+    if not os.path.exists(path):
+        raise InputError(f"{path}: there is no such {kind}")
     if not os.path.isfile(path):
-        raise InputError(
-            f"{path}: {'not a file' if os.path.exists(path) else f'there is no such {kind}'}"
-        )
-    with open(path, "rb") as f:
-        start = f.read(64)
+        raise InputError(f"{path}: not a file")
+    with open(path, "rb") as file:
+        start = file.read(64)
     if start.startswith(b"version https://git-lfs"):
-        raise InputError(
-            f"{path}: a Git LFS pointer, not the content; run `git lfs pull` in its folder"
-        )
-    if (
-        start.lstrip(b"\xef\xbb\xbf \t\r\n")
-        .lower()
-        .startswith((b"<!doctype", b"<html"))
-    ):
-        raise InputError(
-            f"{path}: a saved web page, no PyTorch file or other data; download again"
-        )
+        what = "a Git LFS pointer, not the content"
+        raise InputError(f"{path}: {what}; run `git lfs pull` in its folder")
+    text = start.lstrip(BOM + b" \t\r\n").lower()
+    if text.startswith((b"<!doctype", b"<html")):
+        what = "a saved web page, no PyTorch file or other data"
+        raise InputError(f"{path}: {what}; download again")
     return start
 
 
 def read_json(path: Path) -> dict:
-    """A JSON file that holds an object."""
+    """A JSON object from a file. Raises InputError for anything else."""
     start_of(path)
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as e:
         raise InputError(f"{path}: not valid JSON ({e}); fetch or make it again") from e
     if not isinstance(content, dict):
-        raise InputError(
-            f"{path}: it should hold a JSON object; fetch or make it again"
-        )
+        what = "it should hold a JSON object"
+        raise InputError(f"{path}: {what}; fetch or make it again")
     return content
+
+
+def read_rows(path: str | Path) -> tuple[list[tuple[int, bytes]], bytes]:
+    """A file of JSON rows -> (its lines, the rest after the last newline).
+
+    Lines come with their number from 1; blank ones are left out. The rest is b"", or a
+    row that was cut while it was written.
+    """
+    *lines, rest = Path(path).read_bytes().split(b"\n")
+    numbered = enumerate(lines, 1)
+    rows = [(number, line) for number, line in numbered if line.strip()]
+    return rows, rest
+
+
+def append_row(file, **row):
+    """Append a JSON line to an open file. Raises InputError if that fails."""
+    try:
+        print(json.dumps(row), file=file, flush=True)
+    except OSError as e:
+        with suppress(OSError):  # closing fails, too, and would hide the message
+            file.close()
+        what = f"cannot be written ({e.strerror})"
+        raise InputError(f"{file.name}: {what}; what it holds is kept") from e
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to; it replaces `path` at the end, in one move."""
-    temporary = Path(path).parent / f".{Path(path).name}.tmp"
+    """Yield a temporary path to write to; at the end, it replaces `path` in one move.
+
+    Raises InputError if writing fails; `path` is then as before.
+    """
+    target = Path(path)
+    temporary = target.parent / f".{target.name}.tmp"
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
         yield temporary
         temporary.chmod(mode)  # safetensors makes its files private to their owner
-        with open(temporary, "rb+") as f:  # Windows flushes only what it may write to
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
+        with open(temporary, "rb+") as file:  # Windows flushes only writable files
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
     except (OSError, RuntimeError, SafetensorError) as e:
-        raise InputError(
-            f"{path or '?'}: cannot be written ({e}); what was there before is kept"
-        ) from e
+        what = f"cannot be written ({e})"
+        raise InputError(f"{path or '?'}: {what}; what was there before is kept") from e
     finally:
         with suppress(OSError):
             temporary.unlink()
-
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-
-
-def read_rows(path: str | Path) -> tuple[list[tuple[int, bytes]], bytes]:
-    """The lines of a file of JSON rows that are not blank, each with its number from 1,
-    and what follows the last newline: b"", or a row that was cut while it was written.
-    """
-    *lines, rest = Path(path).read_bytes().split(b"\n")
-    rows = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    return rows, rest

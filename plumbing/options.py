@@ -6,62 +6,67 @@ import difflib
 import json
 import os
 import sys
-from contextlib import suppress
-from dataclasses import asdict, field, fields, replace
+from dataclasses import Field, asdict, field, fields, replace
 from math import inf
 from types import UnionType
 from typing import get_args, get_origin
 
 from plumbing.console import InputError
 
+BOOLEANS = {"true": "True", "false": "False", "on": "True", "off": "False"}
+
 
 def option(default, meaning: str, least=None, most=inf, choices: tuple = ()):
-    """A dataclass field with its meaning for --help and the values that check_options allows."""
-    kind = {"default_factory": dict} if default == {} else {"default": default}
-    about = f"{meaning} (default: {default!r})".replace(
-        "%", "%%"
-    )  # argparse formats it with %
-    return field(
-        **kind, metadata={"help": about, "range": (least, most), "choices": choices}
-    )
+    """A dataclass field with its meaning for --help and the values that it allows."""
+    about = f"{meaning} (default: {default!r})"
+    metadata = {
+        "help": about.replace("%", "%%"),  # argparse formats it with %
+        "range": (least, most),
+        "choices": choices,
+    }
+    if default == {}:
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def check_options(options, *rules: tuple[str, bool, str]):
-    """Raise InputError for a value that its field does not allow, or a broken rule (name, holds, advice)."""
+    """Raise InputError for a value that its field does not allow, or a broken rule.
+
+    options: a dataclass of `option` fields; rules: (name of a field, holds, advice).
+    """
     for f in fields(options):
-        value, (least, most), choices = (
-            getattr(options, f.name),
-            f.metadata["range"],
-            f.metadata["choices"],
-        )
-        if least is not None and not least <= value <= most:  # true for NaN
-            bounds = (
-                f"at least {least}" if most == inf else f"one from {least} to {most}"
-            )
-            raise InputError(f"{f.name} = {value!r}: give {bounds}")
-        if choices and value not in choices:
-            raise InputError(
-                f"{f.name} = {value!r}: give one of {', '.join(c or 'none' for c in choices)}"
-            )
+        _check_value(f, getattr(options, f.name))
     for name, holds, advice in rules:
         if not holds:
             raise InputError(f"{name} = {getattr(options, name)!r}: {advice}")
 
 
+def _check_value(f: Field, value):
+    least, most = f.metadata["range"]
+    choices = f.metadata["choices"]
+    if least is not None and not least <= value <= most:  # NaN is in no range
+        bounds = f"one from {least} to {most}" if most < inf else f"at least {least}"
+        raise InputError(f"{f.name} = {value!r}: give {bounds}")
+    if choices and value not in choices:
+        names = ", ".join(choice or "none" for choice in choices)
+        raise InputError(f"{f.name} = {value!r}: give one of {names}")
+
+
 def override(config, values: dict, where: str = "command line"):
-    """The dataclass `config` with `values` put in; texts are parsed as the field's type asks."""
+    """The dataclass `config` with other values; texts are parsed as the field's type.
+
+    Raises InputError, which says `where`, for an unknown name or another type.
+    """
     types = {f.name: f.type for f in fields(config)}
-    return replace(
-        config,
-        **{
-            check_name(k, types, where): _typed(k, value, types[k], where)
-            for k, value in values.items()
-        },
-    )
+    changes = {}
+    for name, value in values.items():
+        check_name(name, types, where)
+        changes[name] = _convert(name, value, types[name], where)
+    return replace(config, **changes)
 
 
 def check_name(name: str, known, where: str) -> str:
-    """The name, if it is known. Raises InputError with the nearest known one otherwise."""
+    """The name, if it is known. Raises InputError with the nearest known one if not."""
     if name in known:
         return name
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
@@ -69,27 +74,46 @@ def check_name(name: str, known, where: str) -> str:
     raise InputError(f"{where}: unknown name {name!r}; {hint}")
 
 
-def _typed(name, value, kind, where):
-    """`value` as type `kind`. A text is read as a Python literal where `kind` is not a text."""
+def _convert(name: str, value, kind, where: str):
+    """`value` as `kind`: a type, a union of types, or a tuple of any length."""
+    if get_origin(kind) is tuple:
+        item_kind = get_args(kind)[0]
+        return tuple(_convert(name, x, item_kind, where) for x in _items(value))
     kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
-    if isinstance(value, str) and (
-        str not in kinds or {"{": dict, "[": list}.get(value[:1]) in kinds
-    ):
-        with suppress(Exception):  # else it stays a text
-            spelled = {"true": "True", "false": "False", "on": "True", "off": "False"}
-            value = ast.literal_eval(spelled.get(value.lower(), value))
-    if get_origin(kind) is tuple:  # a Python tuple, its only item, or "proj,qformer"
-        items = (
-            [x.strip() for x in value.split(",")] if isinstance(value, str) else value
-        )
-        items = items if isinstance(items, (tuple, list)) else [items]
-        return tuple(_typed(name, item, get_args(kind)[0], where) for item in items)
+    literal = value if _is_text(value, kinds) else _parse_literal(value)
     for k in kinds:
-        if type(value) is k or k is float and type(value) is int:
-            return k(value)
-    raise InputError(
-        f"{where}: {name} = {value!r} is not of type {' or '.join(k.__name__ for k in kinds)}"
-    )
+        is_float = k is float and type(literal) is int
+        if type(literal) is k or is_float:  # True is no int here
+            return k(literal)
+    names = " or ".join(k.__name__ for k in kinds)
+    raise InputError(f"{where}: {name} = {literal!r} is not of type {names}")
+
+
+def _is_text(value, kinds: tuple[type, ...]) -> bool:
+    """Whether a value is a text to keep: not a number, or a dict or list if allowed."""
+    if not isinstance(value, str) or str not in kinds:
+        return False
+    is_dict = value.startswith("{") and dict in kinds
+    is_list = value.startswith("[") and list in kinds
+    return not is_dict and not is_list
+
+
+def _parse_literal(value):
+    """ "1e-3" -> 0.001, "on" -> True; anything but a Python literal is kept."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return ast.literal_eval(BOOLEANS.get(value.lower(), value))
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return value
+
+
+def _items(value) -> tuple | list:
+    """The items of "proj,qformer" or "(0.9, 0.95)", of a tuple or list; or one item."""
+    literal = _parse_literal(value)
+    if isinstance(literal, str):
+        return [item.strip() for item in literal.split(",")]
+    return literal if isinstance(literal, (tuple, list)) else [literal]
 
 
 def to_json(config) -> str:
@@ -105,9 +129,12 @@ class _Parser(argparse.ArgumentParser):
 def parse_args(
     argv: list[str], doc: str, positional: str, *classes
 ) -> tuple[list[str], dict[str, str]]:
-    """(["a.jpg", "--seed", "1"], ...) -> (["a.jpg"], {"seed": "1"}); the options are the fields of `classes`.
-    `positional` names the other arguments: "SRC DST", or "[IMAGE ...]" for any number. -h exits."""
-    options = {f.name: f for cls in classes for f in fields(cls)}
+    """(["a.jpg", "--seed", "1"], ...) -> (["a.jpg"], {"seed": "1"}); -h exits.
+
+    The options are the fields of the dataclasses `classes`. `positional` names the
+    other arguments: "SRC DST", or "[IMAGE ...]" for any number.
+    """
+    known = {f.name: f for each in classes for f in fields(each)}
     usage = f"python {os.path.relpath(sys.argv[0])} {positional} [--key=value ...]"
     parser = _Parser(
         usage=usage,
@@ -115,25 +142,34 @@ def parse_args(
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    for name, f in options.items():
+    for name, f in known.items():
+        choices = filter(None, f.metadata["choices"])
         parser.add_argument(
             f"--{name}",
             default=argparse.SUPPRESS,
             help=f.metadata["help"],
-            metavar="|".join(filter(None, f.metadata["choices"])) or "VALUE",
+            metavar="|".join(choices) or "VALUE",
         )
     parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
-    words = []
-    for word, following in zip(argv, [*argv[1:], ""]):
-        if word.startswith("--") and word != "--help":
-            key, equals, value = word[2:].partition("=")
-            key = check_name(key.replace("-", "_"), options, "command line")
-            is_value = following.lower() in ("true", "false", "on", "off")
-            bare = options[key].type is bool and not equals and not is_value
-            word = f"--{key}=True" if bare else f"--{key}{equals}{value}"
-        words.append(word)
-    given = vars(parser.parse_intermixed_args(words))
-    arguments = given.pop("arguments")
+    options = vars(parser.parse_intermixed_args(_spell_out(argv, known)))
+    arguments = options.pop("arguments")
     if "..." not in positional and len(arguments) != len(positional.split()):
         raise InputError(f"usage: {usage}")
-    return arguments, given
+    return arguments, options
+
+
+def _spell_out(argv: list[str], known: dict[str, Field]) -> list[str]:
+    """["--batch-size=4", "--resume"] -> ["--batch_size=4", "--resume=True"]."""
+    words = []
+    for word, following in zip(argv, [*argv[1:], ""]):
+        if not word.startswith("--") or word == "--help":
+            words.append(word)
+            continue
+        key, equals, value = word.removeprefix("--").partition("=")
+        name = check_name(key.replace("-", "_"), known, "command line")
+        is_bare = not equals and following.lower() not in BOOLEANS
+        if is_bare and known[name].type is bool:
+            words.append(f"--{name}=True")
+        else:
+            words.append(f"--{name}{equals}{value}")
+    return words

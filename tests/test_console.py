@@ -1,5 +1,6 @@
 """Mistakes of the user and ours, and Ctrl-C."""
 
+import io
 import signal
 import subprocess
 import sys
@@ -9,8 +10,17 @@ import pytest
 
 import chat
 import train
-from plumbing.console import InputError, run_main
+from plumbing.console import (
+    InputError,
+    note,
+    outlive_reader,
+    printable,
+    progress,
+    run_main,
+    set_quiet,
+)
 from tests.common import ROOT
+from tests.runs import ENV, command, micro
 
 
 @pytest.mark.parametrize(
@@ -38,6 +48,69 @@ def test_a_mistake_of_the_user_gives_one_line_and_status_2(
         if line.startswith("error: ")
     ]
     assert end.value.code == 2 and len(errors) == 1
+
+
+@pytest.fixture
+def quiet():
+    set_quiet(True)
+    yield
+    set_quiet(False)
+
+
+def test_a_quiet_process_prints_no_notes_and_no_progress_but_errors(quiet, capsys):
+    def main(argv):
+        note("as every process knows")
+        list(progress(range(3), "reading"))
+        raise InputError("this process's disk is full")
+
+    with pytest.raises(SystemExit):
+        run_main(main)
+    assert capsys.readouterr().err == "error: this process's disk is full\n"
+
+
+def test_a_tool_prints_its_notes_where_a_cluster_sets_the_rank(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    note("two  words\nand \x1b[2J")
+    assert capsys.readouterr().err == "two words and \\x1b[2J\n"
+
+
+def test_of_several_training_processes_one_prints_notes(world, tmp_path):
+    data = tmp_path / "shards.txt"
+    data.write_text(f"{world['data']}/00000.tar\n{tmp_path}/missing.tar\n")
+    config = micro(world, tmp_path / "run", max_steps=1, data=str(data))
+    done = subprocess.run(
+        command(config, processes=2), env=ENV, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("1 of 2 shards are missing") == 1
+
+
+def test_text_that_would_control_a_terminal_is_shown_as_codes():
+    assert printable("\x1b[2Ja\r\u202e\ud800") == "\\x1b[2Ja\\x0d\\x202e\\xd800"
+    joined = "caf\u00e9 \u4e2d\n\t\U0001f469\u200d\U0001f680"
+    assert printable(joined) == joined
+
+
+def test_a_stream_without_a_reader_loses_text_but_raises_nothing():
+    class Pipe(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    pipe = Pipe()
+    with pytest.raises(BrokenPipeError):
+        print("nobody reads this", file=pipe)
+    outlive_reader(pipe)
+    print("nobody reads this", file=pipe, flush=True)
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_program_runs_with_closed_streams(closed):
+    code = "from plumbing.console import note, run_main; "
+    code += "run_main(lambda argv: (note('a'), print('b'), sys.stdin.read()))"
+    shell = f'exec "$0" -c "$1" {closed}'
+    start = ["sh", "-c", shell, sys.executable, f"import sys; {code}"]
+    done = subprocess.run(start, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_mistake_of_ours_gives_a_traceback():
