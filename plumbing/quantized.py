@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from plumbing.console import InputError
+from plumbing.console import InputError, progress
 
 QUANTIZED = ("int8", "int4")  # dtypes
 
@@ -98,3 +98,32 @@ class QuantizedLinear(nn.Module):
             y = getattr(torch.ops.aten, product)(rows, self.weight, 64, self.scale)
         y = y.unflatten(0, x.shape[:-1])
         return y.split(self.sizes, -1) if len(self.sizes) > 1 else y
+
+
+def matrix_shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The shape of the matrix that a tensor of a file holds; a uint8 is two int4."""
+    if tensor.dtype != torch.uint8:
+        return tuple(tensor.shape)
+    rows, columns = tensor.shape
+    return rows, 2 * columns
+
+
+def quantize_linears(llama, kind, read_tensors, check, device):
+    modules = [p for p in llama.named_modules() if getattr(p[1], "quantized", {})]
+    for prefix, module in progress(
+        modules, f"quantizing to {kind}", delay=1, leave=False
+    ):
+        mapped = read_tensors()  # mapped again, to free pages that were read
+        for new_name, linears in module.quantized.items():
+            names = [f"{prefix}.{linear}.weight".lstrip(".") for linear in linears]
+            matrices = [
+                (mapped[w], mapped[f"{w}_scale"])
+                if f"{w}_scale" in mapped
+                else quantize(
+                    check(mapped[w], w), "int8" if w == "lm_head.weight" else kind
+                )
+                for w in names
+            ]
+            for linear in linears:
+                setattr(module, linear, None)
+            setattr(module, new_name, QuantizedLinear(matrices, device))

@@ -1,89 +1,245 @@
-"""The tensors of a part: read, checked, loaded, fingerprinted; initial weights."""
+"""Weight files: the tensors of a part are read, checked, loaded, saved, fingerprinted."""
 
 import hashlib
-from dataclasses import asdict
+import json
+import re
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from plumbing.console import InputError
-from plumbing.files import read_json, start_of
+from plumbing.console import InputError, note, progress
+from plumbing.files import read_json, replacing, start_of
+from plumbing.options import override
+from plumbing.quantized import QUANTIZED, matrix_shape, quantize_linears
 
+PARTS = ("vision", "qformer", "proj", "llama")
 DTYPES = ("float32", "bfloat16", "float16")
+MAX_SIZE = 1e9  # of a number in a model's sizes; more would exhaust the memory
+MAX_LAYERS = 1000
+
+
+class Part(NamedTuple):
+    """Modules whose tensors share a file, by the prefix of their names there."""
+
+    modules: dict[str, nn.Module]
+    optional: tuple[str, ...] = ()  # how names begin that the file may hold or lack
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers under their names in the file."""
+        tensors = {}
+        for prefix, module in self.modules.items():
+            for name, tensor in module.state_dict(keep_vars=True).items():
+                tensors[prefix + name] = tensor
+        return tensors
+
+
+class PartFile(NamedTuple):
+    """A part's file as it was read, with the JSON values of its metadata."""
+
+    path: str
+    tensors: dict[str, Tensor]
+    sizes: object  # a LlamaConfig, or the dict of another part
+    kind: str = ""  # of module, such as "eva_vit"; unknown in older files
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A safetensors file -> its tensors, memory-mapped, and metadata. Raises InputError if unreadable."""
+    """Memory-map a safetensors file; returns its tensors and its metadata.
+
+    Raises InputError for a file that cannot be read.
+    """
     start_of(path, "weight file")
     try:
-        with safe_open(path, framework="pt") as f:
-            return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
+            return tensors, file.metadata() or {}
     except (SafetensorError, OSError) as e:
         raise InputError(
             f"{path}: not a complete safetensors file ({e}); fetch or convert it again"
         ) from e
 
 
+def save_tensors(
+    path: str | Path,
+    tensors: dict[str, Tensor],
+    dtype: str,
+    metadata: dict[str, str],
+):
+    """Write a safetensors file, floats as `dtype`; it replaces an older one at the end."""
+    cast = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu()
+        if tensor.is_floating_point():
+            tensor = tensor.to(getattr(torch, dtype))
+        cast[name] = tensor.contiguous()
+    with replacing(path) as temporary:
+        save_file(cast, temporary, {"format": "pt"} | metadata)
+
+
+def read_part(name: str, path: str, read_sizes: Callable[[dict, str], Any]) -> PartFile:
+    """A part's file, or LLaMA's folder, whose config.json `read_sizes` reads."""
+    if name == "llama":
+        return read_hub_folder(path, read_sizes)
+    tensors, metadata = load_tensors(path)
+    try:
+        if name == "proj":
+            sizes = metadata.get("trained_with", "{}")
+        else:
+            sizes = metadata["config"]
+        content = dict(json.loads(sizes))
+    except (KeyError, ValueError, TypeError, RecursionError) as e:
+        raise InputError(
+            f"{path}: no metadata of a {name} file; "
+            f"make it with tools/convert.py {name}"
+        ) from e
+    return PartFile(path, tensors, content, metadata.get("kind", ""))
+
+
+def load_part(name: str, part: Part, file: PartFile, dtype: torch.dtype, device):
+    """Give a part the tensors of its file: all of them, and no others."""
+    expected = part.tensors()
+    tensors = {
+        key: tensor for key, tensor in expected.items() if key.startswith(part.optional)
+    }
+    for key, tensor in file.tensors.items():
+        if key in expected or not key.startswith(part.optional):
+            tensors[key] = tensor
+    shapes = {
+        key: matrix_shape(tensor)
+        for key, tensor in tensors.items()
+        if not key.endswith(".weight_scale")
+    }
+    wanted = {key: tuple(tensor.shape) for key, tensor in expected.items()}
+    check_fit(file.path, name, shapes, wanted)
+    if name == "llama" and file.sizes.quantization:
+        quantize_linears(
+            part.modules[""],
+            file.sizes.quantization,
+            lambda: read_hub_tensors(file.path, file.sizes.tie_word_embeddings),
+            lambda tensor, key: finite(tensor, f"{file.path}: {key}"),
+            device,
+        )
+    for prefix, module in part.modules.items():
+        state = {}
+        names = progress(module.state_dict(), f"loading {name}", delay=1, leave=False)
+        for key in names:
+            tensor = tensors[prefix + key]
+            if tensor.is_floating_point():
+                where = f"{file.path}: {prefix}{key}"
+                tensor = finite(tensor, where).to(device, dtype)
+            state[key] = tensor.to(device)
+        module.load_state_dict(state, assign=True)
+
+
+def reset_part(part: Part):
+    """Draw new random weights: by the rule of a module, or of its layers."""
+    for module in part.modules.values():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+            continue
+        for layer in reversed(list(module.modules())):
+            if hasattr(layer, "reset_parameters"):
+                layer.reset_parameters()
+
+
+def describe_part(part: Part, companions: dict[str, str]) -> dict[str, str]:
+    """The metadata of a part's file: its kind, and its sizes or its companions."""
+    module = next(iter(part.modules.values()))
+    kind = getattr(module, "kind", type(module).__name__.lower())
+    if hasattr(module, "config"):
+        return {"kind": kind, "config": json.dumps(asdict(module.config))}
+    return {"kind": kind, "trained_with": json.dumps(companions)}
+
+
+def identify(parts: dict[str, Part], files: dict[str, PartFile]) -> dict[str, str]:
+    """Fingerprints of all parts but the projection, whose companions they are."""
+    marks = {}
+    for name, part in parts.items():
+        if name == "proj":
+            continue
+        file = files.get(name)
+        marks[name] = fingerprint(file.tensors if file else part.tensors())
+        # Converted to int8 or int4, its own would be another one.
+        if name == "llama" and file and file.sizes.fingerprint:
+            marks[name] = file.sizes.fingerprint
+    return marks
+
+
 def check_fit(
     path: str, part: str, shapes: dict[str, tuple], expected: dict[str, tuple]
 ):
-    """Raise InputError unless a file's {name: shape} is exactly what the part expects."""
+    """Raise InputError unless a file's {name: shape} is what the part expects."""
+    both = shapes.keys() & expected.keys()
     problems = {
         "missing": sorted(expected.keys() - shapes.keys()),
         "unexpected": sorted(shapes.keys() - expected.keys()),
         "of another shape": [
-            f"{k} {shapes[k]} instead of {shape}"
-            for k, shape in expected.items()
-            if shapes.get(k, shape) != shape
+            f"{name} {shapes[name]} instead of {expected[name]}"
+            for name in expected
+            if name in both and shapes[name] != expected[name]
         ],
     }
     found = [
-        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
-        for what, names in problems.items()
+        f"{len(names)} {problem} ({first_three(names)})"
+        for problem, names in problems.items()
         if names
     ]
     if found:
         raise InputError(
-            f"{path}: does not fit as {part}: {'; '.join(found)}; it is for another model"
+            f"{path}: does not fit as {part}: {'; '.join(found)}; "
+            "it is for another model"
         )
 
 
+def first_three(names: list[str]) -> str:
+    """["a", "b", "c", "d"] -> "a, b, c, ..."."""
+    more = ", ..." if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
 def finite(tensor: Tensor, where: str) -> Tensor:
-    """The tensor. Raises InputError unless it holds finite floats; of a large one, some are looked at."""
-    some = tensor.flatten()[
-        :: 1 if tensor.numel() < 2**22 else 2048
-    ]  # of each page of a mapped file
-    if not tensor.is_floating_point() or not some.float().sum().isfinite():
+    """The tensor. Raises InputError unless it holds finite floats.
+
+    Of a large tensor it checks one value in each page of the mapped file.
+    """
+    stride = 1 if tensor.numel() < 2**22 else 2048
+    values = tensor.flatten()[::stride]
+    if not tensor.is_floating_point() or not values.float().sum().isfinite():
         raise InputError(f"{where} holds NaN or infinity, or no floats; get it again")
     return tensor
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:
-    """12 hex digits that identify a part's weights, also cast ones: of names, shapes and some values."""
+    """12 hex digits that identify a part's weights, whatever dtype they are cast to.
+
+    They come from the names, the shapes and the first and last values as bfloat16.
+    """
     digest = hashlib.sha256()
-    for k in sorted(tensors):
-        values = tensors[k].detach().reshape(-1)
-        ends = (
-            torch.cat((values[:16], values[-16:]))
-            .to("cpu", torch.bfloat16)
-            .view(torch.uint8)
-        )
-        digest.update(
-            f"{k} {tuple(tensors[k].shape)}".encode() + ends.numpy().tobytes()
-        )
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        values = tensor.detach().reshape(-1)
+        ends = torch.cat((values[:16], values[-16:])).to("cpu", torch.bfloat16)
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(ends.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:12]
 
 
 def check_sizes(sizes, where: str):
-    """The dataclass `sizes`. Raises InputError for one that is NaN, not above 0, or absurdly large."""
+    """The dataclass `sizes`. Raises InputError for NaN, for 0 or less, for absurd sizes."""
     for name, value in asdict(sizes).items():
-        if type(value) in (int, float) and not 0 < value < (
-            1000 if "layers" in name else 1e9
-        ):
+        if type(value) not in (int, float):
+            continue
+        limit = MAX_LAYERS if "layers" in name else MAX_SIZE
+        if not 0 < value < limit:
             raise InputError(
-                f"{where}: {name} {value} is no size; it has to be above 0, and not huge"
+                f"{where}: {name} {value} is no size; "
+                "it has to be above 0, and not huge"
             )
     return sizes
 
@@ -95,14 +251,23 @@ def init_weights(
     residual: tuple[str, ...] = (),
     depth: int = 1,
 ):
-    """Random weights of a transformer: normal with variance 1 / inputs, or the standard deviation in `stds`;
-    smaller for the outputs to the residual stream, those with a `residual` ending; norms one, biases zero."""
+    """Random weights of a transformer: norms one, biases zero, the rest normal.
+
+    The variance of a matrix is 1 / inputs, unless `stds` gives its standard deviation.
+    Outputs to the residual stream, names ending in `residual`, are smaller by the
+    square root of twice the depth. On the meta device there is nothing to do.
+    """
     for name, p in module.named_parameters():
+        if p.is_meta:
+            continue
         if p.dim() == 1:
-            p.fill_(name.endswith("weight"))  # only norms have such weights
-        else:
-            n_inputs = p[0].numel() * (2 * depth if name.endswith(residual) else 1)
-            nn.init.normal_(p, std=stds.get(name, n_inputs**-0.5))
+            # Only norms have one-dimensional weights.
+            p.fill_(1.0 if name.endswith("weight") else 0.0)
+            continue
+        n_inputs = p[0].numel()
+        if name.endswith(residual):
+            n_inputs *= 2 * depth
+        nn.init.normal_(p, std=stds.get(name, n_inputs**-0.5))
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
@@ -125,3 +290,184 @@ def indexed_files(index: Path) -> list[Path]:
             "fetch it too"
         )
     return files
+
+
+def read_hub_folder(folder: str, read_sizes: Callable[[dict, str], Any]) -> PartFile:
+    """A language model's folder as the Hugging Face hub has it."""
+    root = Path(folder)
+    if not (root / "config.json").is_file():
+        raise InputError(
+            f"{folder}: not a LLaMA folder, it has no config.json; see the README"
+        )
+    sizes = read_sizes(read_json(root / "config.json"), f"{folder}/config.json")
+    tensors = read_hub_tensors(folder, sizes.tie_word_embeddings)
+    return PartFile(folder, tensors, sizes)
+
+
+def read_hub_tensors(folder: str, is_tied: bool) -> dict[str, Tensor]:
+    """The tensors of a Hugging Face folder, under their names without `model.`."""
+    # These are computed, or a copy of the embeddings.
+    unused = ("rotary_emb.inv_freq", "lm_head.weight" if is_tied else "inv_freq")
+    tensors = {}
+    for shard in hub_weight_files(Path(folder)):
+        for name, tensor in load_tensors(shard)[0].items():
+            if not name.endswith(unused):
+                tensors[name.removeprefix("model.")] = tensor
+    return tensors
+
+
+def save_hub_folder(
+    folder: str, tensors: dict[str, Tensor], dtype: str, sizes: dict, tokenizer: str
+):
+    """Write a language model's folder as the Hugging Face hub has it."""
+    root = Path(folder)
+    root.mkdir(parents=True, exist_ok=True)
+    with replacing(root / "config.json") as temporary:
+        temporary.write_text(json.dumps(sizes, indent=1))
+    with replacing(root / "tokenizer.model") as temporary:
+        temporary.write_bytes(Path(tokenizer).read_bytes())
+    named = {
+        name if name.startswith("lm_head") else f"model.{name}": tensor
+        for name, tensor in tensors.items()
+    }
+    save_tensors(root / "model.safetensors", named, dtype, {})
+
+
+def hub_weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a Hugging Face folder; InputError if one is missing."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = indexed_files(index)
+    else:
+        files = sorted(folder.glob("[!.]*.safetensors"))
+    if not files:
+        raise InputError(
+            f"{folder}: no *.safetensors file; see the README on getting the weights"
+        )
+    names = {file.name for file in files}
+    for name in sorted(names):
+        shard = re.fullmatch(r"(.+)-\d+-of-(\d{5})\.safetensors", name)
+        if not shard:
+            continue
+        stem, total = shard.groups()
+        for i in range(1, int(total) + 1):
+            wanted = f"{stem}-{i:05d}-of-{total}.safetensors"
+            if wanted not in names:
+                raise InputError(
+                    f"{folder}/{wanted}: no such weight file, of {int(total)}; "
+                    "fetch it too"
+                )
+    return files
+
+
+def check_sources(
+    sources: dict[str, str | dict | None],
+    trainable: tuple[str, ...],
+    dtype: str,
+    tokenizer: str | None,
+):
+    """Raise InputError for arguments of from_files that do not go together."""
+    vision, qformer, llama = sources["vision"], sources["qformer"], sources["llama"]
+    is_new = isinstance(llama, dict)
+    known = DTYPES + QUANTIZED
+    if dtype not in known:
+        raise InputError(f"dtype {dtype!r}: give one of {', '.join(known)}")
+    parts = [
+        name
+        for name in PARTS
+        if name == "llama" or (vision and (name != "qformer" or qformer))
+    ]
+    for name in trainable:
+        if name not in parts:
+            raise InputError(
+                f"trainable: {name!r} is no part of this model; "
+                f"it has {', '.join(parts)}"
+            )
+    if qformer and not vision:
+        raise InputError("qformer: it needs a vision part; give vision as well")
+    if not llama:
+        raise InputError("llama: no language model is given; set llama to its folder")
+    if is_new and not tokenizer:
+        raise InputError("llama: a new one needs a tokenizer.model; set tokenizer")
+    if dtype in QUANTIZED and (trainable or is_new):
+        raise InputError(f"dtype {dtype}: not for trained or new parts")
+
+
+def choose_quantization(
+    files: dict[str, PartFile], dtype: str, trainable: tuple[str, ...]
+) -> str:
+    """Note in LLaMA's sizes how to quantize it; returns the dtype of the other parts.
+
+    Raises InputError for a folder that was quantized in another way, or is to learn.
+    """
+    if "llama" not in files:
+        return dtype
+    file = files["llama"]
+    quantization = file.sizes.quantization
+    if not quantization and dtype not in QUANTIZED:
+        return dtype
+    if quantization and (trainable or dtype in QUANTIZED and dtype != quantization):
+        raise InputError(
+            f"{file.path}: already {quantization}; "
+            f"take the original for {dtype}, or to train"
+        )
+    sizes = replace(file.sizes, quantization=quantization or dtype)
+    files["llama"] = file._replace(sizes=sizes)
+    return "bfloat16"
+
+
+def check_companions(files: dict[str, PartFile], fingerprints: dict[str, str]):
+    """Warn if a projection was trained beside other parts than the given ones."""
+    if "proj" not in files:
+        return
+    proj = files["proj"]
+    companions = proj.sizes
+    if not companions:
+        note(f"note: {proj.path} does not say which parts it was trained with")
+    other = [
+        name
+        for name, mark in fingerprints.items()
+        if companions.get(name, mark) != mark
+    ]
+    if other:
+        note(
+            f"warning: {proj.path} was trained with another "
+            f"{' and another '.join(other)}: its answers will be meaningless; "
+            "give the parts that it was trained with"
+        )
+
+
+def read_sizes(
+    name: str,
+    source: str | dict | None,
+    file: PartFile | None,
+    known: dict[str, type],
+    **needed: int,
+):
+    """The sizes of a part from its file, or else from the dict `source`; None without.
+
+    known: {kind: dataclass of its sizes}; the first is that of files without a kind.
+    Raises InputError unless the sizes have the `needed` values.
+    """
+    if source is None or source == "":
+        return None
+    if file is None:
+        file = PartFile("the run's config", {}, needed | source)
+    where = file.path
+    sizes = dict(file.sizes)
+    kind = sizes.pop("kind", file.kind) or next(iter(known))
+    if kind not in known:
+        raise InputError(
+            f"{where}: a {kind} file; as {name}, give {' or '.join(known)}"
+        )
+    config = override(known[kind](), sizes, f"{where}: {name}")
+    check_sizes(config, where)
+    if config.width % config.n_heads:
+        raise InputError(
+            f"{where}: {config}: give a width that is a multiple of n_heads"
+        )
+    if needed.items() - asdict(config).items():
+        raise InputError(
+            f"{where}: {config} does not fit the vision part; needed is {needed}"
+        )
+    return config
