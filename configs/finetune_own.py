@@ -1,11 +1,14 @@
-"""Your own pictures: stage 2 from an existing projection, on LLaVA's .json, or a .jsonl like this:
-    {"image": "photos/cat.jpg", "caption": "A gray cat sleeps on a red sofa."}
-    {"image": ["a.jpg", "b.jpg"], "conversation": [{"user": "What changed?"}, {"assistant": "The cat left."}]}
+"""Your own pictures: stage 2 from an existing projection.
 
 python tools/show_data.py configs/finetune_own.py --data=own/data.jsonl
 python train.py configs/finetune_own.py --data=own/data.jsonl
 
-Paths are relative to the file. For a real model, import configs.stage2 and give its proj.
+The data is LLaVA's .json, or a .jsonl with one sample per line:
+    {"image": "photos/cat.jpg", "caption": "A gray cat sleeps on a red sofa."}
+    {"image": ["a.jpg", "b.jpg"], "conversation":
+        [{"user": "What changed?"}, {"assistant": "The cat left."}]}
+Image paths are relative to the file. To fine-tune a real model, import configs.stage2
+instead of the tiny one, and set `proj` to its projection.
 """
 
 from configs.tiny_stage2 import *

@@ -1,7 +1,9 @@
-"""Stage 1 with LLaMA-2-chat and no Q-Former: 64 image tokens, each of 4 neighboring patches joined.
-The original gives no cost; expect more than stage1.py's, since a picture takes 64 tokens instead of 32.
+"""Stage 1 with LLaMA-2-chat and no Q-Former: 64 image tokens of 4 joined patches each.
 
 torchrun --nproc-per-node 4 train.py configs/stage1_llama2.py
+
+The original states no cost. Expect more than for stage1.py, because a picture takes 64
+tokens instead of 32.
 """
 
 from configs.stage1 import *

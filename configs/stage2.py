@@ -1,8 +1,10 @@
-"""Stage 2 of MiniGPT-4 (arXiv 2304.10592): 3,500 long, clean descriptions in the chat template.
-Cost in the paper: about 7 minutes on one A100. It stops at 400 steps (--max_steps=400); the published code
-runs 1,000. Expected: whole, fluent descriptions; in the paper failures fall from about 35 % to 2 %.
+"""Stage 2 of MiniGPT-4 (arXiv 2304.10592): 3,500 long, clean descriptions, as in chat.
 
 python train.py configs/stage2.py
+
+Cost in the paper: about 7 minutes on one A100. The paper trains for 400 steps
+(--max_steps=400), the published code for 1,000. The model then gives complete, fluent
+descriptions: in the paper, failures fall from about 35 % to 2 %.
 """
 
 from configs.stage1 import *
@@ -17,6 +19,6 @@ max_steps = 1000  # 5 epochs of 200
 lr = 3e-5
 min_lr = 1e-5
 warmup_steps = 200
-cache_features = True  # the same pictures come again
+cache_features = True  # each epoch has the same pictures
 out_dir = "out/stage2"
 save_interval = 200

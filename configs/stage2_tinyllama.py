@@ -1,6 +1,8 @@
-"""Stage 2 with TinyLlama-1.1B, on one small GPU: 12 samples per step, in two micro-batches. Not yet run.
+"""Stage 2 with TinyLlama-1.1B on one small GPU: two micro-batches of 6 samples.
 
 python train.py configs/stage2_tinyllama.py
+
+This config has not been run yet.
 """
 
 from configs.stage2 import *

@@ -47,3 +47,14 @@ def test_an_out_dir_that_is_a_file_is_refused_before_the_work(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="out_dir = .*file.: name a folder"):
         Config(out_dir=str(tmp_path / "file"))
+
+
+def test_a_learning_rate_that_would_rise_after_the_warm_up_is_refused(tmp_path):
+    path = str(ROOT / "configs/tiny_stage1.py")  # its min_lr is 1e-3
+    assert load_config(path, {"lr": "1e-3"}).lr == 1e-3
+    with pytest.raises(InputError, match="lr = 0.0005 .* min_lr = 0.001.*--min_lr"):
+        load_config(path, {"lr": "5e-4"})
+    assert load_config(path, {"lr": "5e-4", "min_lr": "0"}).lr == 5e-4
+    # earlier runs, to which this happened, can still be chatted with
+    (tmp_path / "config.json").write_text('{"lr": 5e-4, "min_lr": 1e-3}')
+    assert read_saved_config(str(tmp_path)).lr == 5e-4

@@ -1,9 +1,11 @@
-"""What the pre-stages of the tiny world share; the recipe is in configs/tiny/README.md."""
+"""Settings shared by the pre-stages of the tiny world; see configs/tiny/README.md."""
 
 prepare = {
     "data/tiny/text": "tools/make_scenes.py text data/tiny/text --n=60000",
-    "data/tiny/tokenizer.model": "tools/make_scenes.py tokenizer data/tiny/tokenizer.model "
-    "--text=data/tiny/text/chat.jsonl",
+    "data/tiny/tokenizer.model": (
+        "tools/make_scenes.py tokenizer data/tiny/tokenizer.model "
+        "--text=data/tiny/text/chat.jsonl"
+    ),
 }
 trainable = ("llama",)
 max_txt_len = 160

@@ -1,5 +1,8 @@
-"""Language model, step 3: single facts, asked tersely ("size star" -> "large") and in the sentences of chat
-("The size of the star is" -> "large."). A third of the text is captions, retold lists and pairs."""
+"""Language model, step 3: learn single facts.
+
+They are asked tersely ("size star" -> "large") and in chat's sentences ("The size of
+the star is" -> "large."). A third of the text is captions, retold lists and pairs.
+"""
 
 from configs.tiny.base import *
 

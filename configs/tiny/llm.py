@@ -1,4 +1,4 @@
-"""Language model, step 4: to chat about scenes told in words. It never sees a picture."""
+"""Language model, step 4: chat about scenes described in words, without pictures."""
 
 from configs.tiny.base import *
 

@@ -1,4 +1,7 @@
-"""Vision tower, step 1: single objects and their names; a small language model reads four patches a token."""
+"""Vision tower, step 1: name single objects.
+
+A small language model is trained with it. Without a Q-Former, a token is four patches.
+"""
 
 from configs.tiny.base import *
 

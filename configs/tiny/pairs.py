@@ -1,4 +1,4 @@
-"""Language model, step 2: to find the shape by the color, in a list that tells an object's shape first."""
+"""Language model, step 2: find a shape by its color, in a list with shapes first."""
 
 from configs.tiny.base import *
 

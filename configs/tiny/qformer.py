@@ -1,4 +1,4 @@
-"""Q-Former: tells the teacher what the vision tower sees, as BLIP-2's did between EVA-CLIP and FlanT5."""
+"""Q-Former: tell the teacher what the vision tower sees, as BLIP-2's told FlanT5."""
 
 from configs.tiny.vision import *
 

@@ -1,4 +1,4 @@
-"""Language model, step 1: from a scene told as a list to part of it in another order."""
+"""Language model, step 1: repeat part of a scene, told as a list, in another order."""
 
 from configs.tiny.base import *
 

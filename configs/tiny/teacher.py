@@ -1,4 +1,7 @@
-"""The Q-Former's teacher, thrown away later as FlanT5 was: it repeats 19 random words; README.md says why."""
+"""The Q-Former's teacher: a language model that repeats 19 random words.
+
+It is dropped afterwards, as BLIP-2's FlanT5 was; README.md explains why.
+"""
 
 from configs.tiny.retold import *
 
