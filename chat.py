@@ -243,20 +243,31 @@ class Chat:
             "",
         )
         room = min(o.max_new_tokens, self.context - len(tokens))
-        for token in model.generate(
-            tokens,
-            images,
-            room,
-            o.temperature,
-            o.top_p,
-            o.repetition_penalty,
-            stop,
-            generator=self.generator,
-            min_length=o.min_length,
-            cache=self.cache,
-            num_beams=o.num_beams,
-            length_penalty=o.length_penalty,
-        ):
+        options = {
+            "max_new_tokens": room,
+            "repetition_penalty": o.repetition_penalty,
+            "stop": stop,
+            "min_length": o.min_length,
+        }
+        if o.num_beams > 1:
+            steps = model.beam_search(
+                tokens,
+                images,
+                num_beams=o.num_beams,
+                length_penalty=o.length_penalty,
+                **options,
+            )
+        else:
+            steps = model.generate(
+                tokens,
+                images,
+                temperature=o.temperature,
+                top_p=o.top_p,
+                generator=self.generator,
+                cache=self.cache,
+                **options,
+            )
+        for token in steps:
             ids.append(token)
             answer, ended = (
                 visible_answer(model.tokenizer, ids, end),

@@ -290,6 +290,7 @@ class Llama(nn.Module):
             None if config.tie_word_embeddings else nn.Linear(D, V, bias=False)
         )
         self.quantized = {"lm_head": ["lm_head"]} if self.lm_head else {}
+        self.reset_parameters()
 
     def forward(self, x, cache: KVCache | None = None):
         """With a cache, x are the tokens that follow those in it."""

@@ -9,16 +9,16 @@ picture, D width, V vocabulary, S pixels of a side.
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from configs.prompts import is_end
+from configs.prompts import IMAGE, is_end
 from llama import (
     IGNORE,
-    IMAGE,
     KVCache,
     Llama,
     LlamaConfig,
@@ -26,7 +26,7 @@ from llama import (
     beam_search,
     sample,
 )
-from plumbing.console import InputError
+from plumbing.console import InputError, note
 from plumbing.options import override
 from plumbing.weights import (
     Part,
@@ -48,6 +48,11 @@ from qformer import JoinPatches, QFormer, QFormerConfig
 from vision import VisionConfig, VisionTransformer
 
 TOWERS = {tower.config_class: tower for tower in (VisionTransformer,)}
+# What the metadata of a part's file may say: {kind: the class of its sizes}.
+KINDS = {
+    "vision": {tower.kind: sizes for sizes, tower in TOWERS.items()},
+    "qformer": {QFormer.kind: QFormerConfig},
+}
 LOGITS_AT_ONCE = 256  # positions; 33 MB of float32 with a vocabulary of 32,000
 
 
@@ -376,12 +381,18 @@ class MiniGPT4(nn.Module):
 
     def companions(self) -> dict[str, str]:
         """Fingerprints of the parts that a projection is trained with."""
-        trained = {
-            name: fingerprint(self.part_tensors(name))
-            for name in self.fingerprints
-            if self.parts[name].is_trained()
-        }
-        return self.fingerprints | trained
+        marks = dict(self.fingerprints)
+        for name in marks:
+            tensors = self.part_tensors(name)
+            if any(tensor.requires_grad for tensor in tensors.values()):
+                marks[name] = fingerprint(tensors)
+        return marks
+
+    def drop_vision(self):
+        """Free the vision tower and the bridge, once all features are computed."""
+        self.vision = self.bridge = None
+        for name in ("vision", "qformer"):
+            self.parts.pop(name, None)
 
 
 def make_bridge(qformer: QFormerConfig | None, vision: nn.Module) -> nn.Module:
@@ -400,13 +411,14 @@ def part_sizes(
     sources: dict, files: dict[str, PartFile], tokenizer: Tokenizer, image_size: int = 0
 ) -> tuple[VisionConfig | None, QFormerConfig | None, LlamaConfig]:
     """The sizes of vision, qformer and llama, from their files or their new sizes."""
-    towers = {tower.kind: sizes for sizes, tower in TOWERS.items()}
-    vision = read_sizes("vision", sources["vision"], files.get("vision"), towers)
+    vision = read_sizes(
+        "vision", sources["vision"], files.get("vision"), KINDS["vision"]
+    )
     qformer = read_sizes(
         "qformer",
         sources["qformer"],
         files.get("qformer"),
-        {QFormer.kind: QFormerConfig},
+        KINDS["qformer"],
         vision_width=vision.width if vision else 0,
     )
     if "llama" in files:
@@ -427,3 +439,14 @@ def part_sizes(
                 f"image_size {image_size}: give a multiple of {unit}, for whole patches"
             )
     return vision, qformer, llama
+
+
+def check_english(model: MiniGPT4):
+    """Print the language model's perplexity on English, with a warning if it is bad."""
+    text = Path(__file__).with_name("assets").joinpath("paragraph.txt").read_text()
+    value = model.perplexity(text.strip())
+    note(
+        f"perplexity on a paragraph of English: {value:.1f} (a healthy LLaMA: below 20)"
+    )
+    if value > 100:
+        note("warning: these weights are broken or not English; fetch or convert again")

@@ -33,12 +33,12 @@ from configs.prompts import stop_sequences
 from configs.schema import Config, load_config, read_saved_config
 from data import Batch, Groups, Reader, Samples, collate, open_samples
 from llama import IGNORE
-from model import PARTS, MiniGPT4
+from model import MiniGPT4
 from plumbing.console import InputError, note, outlive_reader, run_main, set_quiet
 from plumbing.files import append_row, replacing
 from plumbing.options import parse_args, to_json
 from plumbing.processes import SIGNALS, make_missing, pick_device
-from plumbing.weights import fingerprint
+from plumbing.weights import PARTS, fingerprint
 
 ADVICE = "the last checkpoint is kept; start again with a lower --lr, or with --grad_clip=1.0"
 LAUNCHER = os.getppid()  # torchrun, or a shell
@@ -144,7 +144,7 @@ def evaluate(
         answer = model.generate(
             ids[:start],
             embeds,
-            config.max_txt_len,
+            max_new_tokens=config.max_txt_len,
             temperature=0,
             stop=stop,
             context=start + config.max_txt_len,
@@ -244,7 +244,7 @@ class Checkpoint:
         self.parameters = {
             f"{name}.{k}": p
             for name in config.trainable
-            for k, p in model.part_parameters(name).items()
+            for k, p in model.part_tensors(name).items()
         }
         self.optimizer = make_optimizer(self.parameters, config)
         self.scaler = torch.amp.GradScaler(
@@ -254,9 +254,7 @@ class Checkpoint:
             "trainable": config.trainable,
             "use of float16": self.scaler.is_enabled(),
         }
-        proj = (
-            {"proj": fingerprint(model.part_parameters("proj"))} if model.proj else {}
-        )
+        proj = {"proj": fingerprint(model.part_tensors("proj"))} if model.proj else {}
         self.frozen = {
             k: v
             for k, v in (model.fingerprints | proj).items()
@@ -399,7 +397,7 @@ def flops_per_position(
 ) -> tuple[float, float]:
     """Training FLOPs per (picture, token): 2 per weight forward, 2 for each gradient; without attention."""
     n = {
-        k: sum(p.numel() for p in model.part_parameters(k).values() if p.dim() > 1)
+        k: sum(p.numel() for p in model.part_tensors(k).values() if p.dim() > 1)
         for k in PARTS
     }
     n["llama"] -= model.llama.embed_tokens.weight.numel() * (
@@ -502,7 +500,7 @@ def open_data(
     if config.cache_features:
         for each in filter(None, (samples, heldout)):
             cache_features(model, each, config, device)
-        model.vision = model.bridge = None  # to free their memory
+        model.drop_vision()
     return samples, weights, heldout
 
 

@@ -104,8 +104,7 @@ def matrix_shape(tensor: torch.Tensor) -> tuple[int, ...]:
     """The shape of the matrix that a tensor of a file holds; a uint8 is two int4."""
     if tensor.dtype != torch.uint8:
         return tuple(tensor.shape)
-    rows, columns = tensor.shape
-    return rows, 2 * columns
+    return (*tensor.shape[:1], *(2 * n for n in tensor.shape[1:]))
 
 
 def quantize_linears(llama, kind, read_tensors, check, device):

@@ -82,10 +82,12 @@ def save_tensors(
         save_file(cast, temporary, {"format": "pt"} | metadata)
 
 
-def read_part(name: str, path: str, read_sizes: Callable[[dict, str], Any]) -> PartFile:
-    """A part's file, or LLaMA's folder, whose config.json `read_sizes` reads."""
+def read_part(
+    name: str, path: str, read_config: Callable[[dict, str], Any] | None = None
+) -> PartFile:
+    """A part's file, or LLaMA's folder, whose config.json `read_config` parses."""
     if name == "llama":
-        return read_hub_folder(path, read_sizes)
+        return read_hub_folder(path, read_config)
     tensors, metadata = load_tensors(path)
     try:
         if name == "proj":
@@ -127,10 +129,10 @@ def load_part(name: str, part: Part, file: PartFile, dtype: torch.dtype, device)
         )
     for prefix, module in part.modules.items():
         state = {}
-        names = progress(module.state_dict(), f"loading {name}", delay=1, leave=False)
-        for key in names:
+        wanted = module.state_dict()
+        for key in progress(wanted, f"loading {name}", delay=1, leave=False):
             tensor = tensors[prefix + key]
-            if tensor.is_floating_point():
+            if wanted[key].is_floating_point():
                 where = f"{file.path}: {prefix}{key}"
                 tensor = finite(tensor, where).to(device, dtype)
             state[key] = tensor.to(device)
@@ -292,14 +294,14 @@ def indexed_files(index: Path) -> list[Path]:
     return files
 
 
-def read_hub_folder(folder: str, read_sizes: Callable[[dict, str], Any]) -> PartFile:
+def read_hub_folder(folder: str, read_config: Callable[[dict, str], Any]) -> PartFile:
     """A language model's folder as the Hugging Face hub has it."""
     root = Path(folder)
     if not (root / "config.json").is_file():
         raise InputError(
             f"{folder}: not a LLaMA folder, it has no config.json; see the README"
         )
-    sizes = read_sizes(read_json(root / "config.json"), f"{folder}/config.json")
+    sizes = read_config(read_json(root / "config.json"), f"{folder}/config.json")
     tensors = read_hub_tensors(folder, sizes.tie_word_embeddings)
     return PartFile(folder, tensors, sizes)
 

@@ -22,10 +22,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from llama import Llama, LlamaConfig
-from model import PARTS
 from plumbing.console import InputError, run_main
 from plumbing.files import replacing
 from plumbing.options import option, override, parse_args
+from plumbing.weights import PARTS
 from qformer import QFormer, QFormerConfig
 from tools import convert
 from vision import VisionConfig, VisionTransformer

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llama import LlamaConfig, Tokenizer
-from model import MiniGPT4, read_part
+from model import MiniGPT4
 from plumbing.console import InputError
-from plumbing.weights import fingerprint
+from plumbing.weights import fingerprint, read_part
 from qformer import QFormer, QFormerConfig
 from tests import random_weights
 from tests.common import GOLDEN, ROOT, Golden
@@ -40,7 +40,7 @@ def random_llama(seed=0, **sizes):
     with torch.device("meta"):
         shapes = {
             k: p.shape
-            for k, p in MiniGPT4(None, None, config).part_parameters("llama").items()
+            for k, p in MiniGPT4(None, None, config).part_tensors("llama").items()
         }
     generator = torch.Generator().manual_seed(seed)
     tensors = {
@@ -83,7 +83,7 @@ def converted(source, target, *options):
     """The tensors that `convert.py llama` makes, under our names, as a loaded model has them."""
     convert.main(["llama", str(source), str(target), "--check=False", *options])
     model = MiniGPT4.from_files(None, None, str(target), dtype="float32")
-    return model.llama.config, model.part_parameters("llama")
+    return model.llama.config, model.part_tensors("llama")
 
 
 def same(parameters, tensors):

@@ -270,7 +270,7 @@ def test_five_steps_of_adamw(golden, name, micro_batches):
         [collate(samples)] if micro_batches == 1 else [collate([s]) for s in samples]
     )
     model.proj.requires_grad_(True)
-    parameters = model.part_parameters("proj")
+    parameters = model.part_tensors("proj")
     optimizer = make_optimizer(parameters, config)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     for step, rate, loss in zip(steps, rates, losses):

@@ -42,13 +42,13 @@ from configs.prompts import IMAGE
 from configs.schema import Config
 from data import Batch, Groups, Reader, Samples, collate, open_samples
 from llama import IGNORE, LlamaConfig, Tokenizer
-from model import PARTS, MiniGPT4, read_part
+from model import MiniGPT4
 from plumbing.console import InputError
 from plumbing.files import replacing
 from plumbing.options import option
 from plumbing.processes import peak_mib, pick_device
 from plumbing.sources import Sample, index_tar
-from plumbing.weights import DTYPES
+from plumbing.weights import DTYPES, PARTS, read_part
 from qformer import QFormerConfig
 from train import build, flops_per_position, make_optimizer, train_step
 from vision import VisionConfig, load_image, normalize, preprocess
@@ -310,7 +310,7 @@ def random_weights(options: Options, kind: str) -> tuple[Path, Path]:
             ).bfloat16()
         model.tokenizer = TOKENIZER
         for name in PARTS:
-            model.init_part(name, "cpu")
+            model.init_part(name)
             # chat is to say whole pieces of text: no bytes, and no ids beyond the tokenizer's
             model.llama.lm_head.weight.data[
                 [*range(259), *range(TOKENIZER.vocab_size, VOCAB)]
@@ -510,7 +510,8 @@ def gguf_file(folder: Path, kind: str) -> Path:
     import gguf
 
     if not (path := folder / f"{kind}.gguf").is_file():
-        _, tensors, sizes = read_part("llama", str(folder))
+        file = read_part("llama", str(folder), LlamaConfig.from_dict)
+        tensors, sizes = file.tensors, file.sizes
         names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, sizes.num_hidden_layers)
         with replacing(path) as temporary:
             writer = gguf.GGUFWriter(temporary, "llama")
@@ -640,15 +641,13 @@ def describe(at_once: int, folder: Path, dtype: str, device: torch.device) -> di
 
     @torch.no_grad()
     def answer(images, n):
-        return [
-            *model.generate(
-                [prompt] * len(images),
-                model.encode_image(images),
-                n,
-                temperature=0,
-                min_length=n + 1,
-            )
-        ]
+        return model.generate_batch(
+            [prompt] * len(images),
+            model.encode_image(images),
+            max_new_tokens=n,
+            temperature=0,
+            min_length=n + 1,
+        )
 
     answer(pictures[:at_once], 2)
     start = time.perf_counter()

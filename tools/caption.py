@@ -110,25 +110,23 @@ def answers(
     """B prompts of one length and their pictures, (B, N, d_llama) -> [(answer, whether it is complete)]."""
     o, model, end = talk.options, talk.model, talk.template.end
     stop = stop_sequences(model.tokenizer, end)
-    options = dict(
-        max_new_tokens=o.max_new_tokens,
-        temperature=o.temperature,
-        top_p=o.top_p,
-        repetition_penalty=o.repetition_penalty,
-        stop=stop,
-        min_length=o.min_length,
-        generator=talk.generator,
-        num_beams=o.num_beams,
-        length_penalty=o.length_penalty,
-    )
+    options = {
+        "max_new_tokens": o.max_new_tokens,
+        "repetition_penalty": o.repetition_penalty,
+        "stop": stop,
+        "min_length": o.min_length,
+    }
     if o.num_beams > 1:
+        options |= {"num_beams": o.num_beams, "length_penalty": o.length_penalty}
         rows = [
-            [*model.generate(ids, x.unsqueeze(0), **options)]
+            model.beam_search(ids, x.unsqueeze(0), **options)
             for ids, x in zip(prompts, embeds)
         ]
     else:
-        steps = model.generate(prompts, embeds, **options)
-        rows = [[id for id in row if id is not None] for row in zip(*steps)]
+        options |= {"temperature": o.temperature, "top_p": o.top_p}
+        rows = model.generate_batch(
+            prompts, embeds, generator=talk.generator, **options
+        )
     return [
         (visible_answer(model.tokenizer, ids, end), is_end(ids, stop)) for ids in rows
     ]

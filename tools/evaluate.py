@@ -80,7 +80,19 @@ KEYS = (
     "answer",
     "ended",
 )  # of a line of --answers
-NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+NUMBERS = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+]
 DIGITS = {word: str(i) for i, word in enumerate(NUMBERS)} | {"none": "0"}
 
 
@@ -137,7 +149,7 @@ def load(run: str, o: Options) -> chat.Chat:
 
 def identity(talk: chat.Chat) -> str:
     """The weights and settings that the words of an answer depend on."""
-    o, model, proj = talk.options, talk.model, talk.model.part_parameters("proj")
+    o, model, proj = talk.options, talk.model, talk.model.part_tensors("proj")
     rows = {
         f"{k} {i}": row for k, p in proj.items() for i, row in enumerate(p)
     }  # some values of each count
@@ -326,7 +338,7 @@ def scenes(o: Options) -> dict:
         talk = load(run, o)
         if label == "random":
             torch.manual_seed(0)
-            talk.model.init_part("proj", talk.options.device)
+            talk.model.init_part("proj")
         rows.append(evaluate(talk, drawn[: o.n], o, label))
     return {"scenes": o.n, "rows": rows}
 

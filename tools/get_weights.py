@@ -23,11 +23,11 @@ sys.path.insert(0, str(ROOT))
 import chat
 from configs.prompts import INSTRUCTIONS
 from configs.schema import load_config
-from model import MiniGPT4, check_english, part_config, read_part
+from model import KINDS, MiniGPT4, check_english
 from plumbing.console import InputError, printable, run_main
 from plumbing.files import read_json, replacing, start_of
 from plumbing.options import check_name, option, override, parse_args
-from plumbing.weights import read_weight_map
+from plumbing.weights import read_part, read_sizes, read_weight_map
 from tools import convert
 from tools.evaluate import is_fragment, repeats_itself
 from train import refuse_to_overwrite, start_folder
@@ -229,7 +229,7 @@ def check_local(part: str, path: Path):
         convert.with_blip2_sizes(convert.Options(), path, part)
         convert.read_blip2(path, part)
     elif path.suffix == ".safetensors" and part != "proj":
-        part_config(part, {part: str(path)}, {part: read_part(part, str(path))})
+        read_sizes(part, str(path), read_part(part, str(path)), KINDS[part])
 
 
 def find(part: str, given: str, default: str, target: str, proj: str) -> Source:
