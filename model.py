@@ -33,6 +33,7 @@ from plumbing.weights import (
     PartFile,
     check_companions,
     check_sources,
+    check_vocabulary,
     choose_quantization,
     describe_part,
     fingerprint,
@@ -263,6 +264,7 @@ class MiniGPT4(nn.Module):
         x = self.embed(torch.tensor([tokens], device=self.device), image_embeds)
         return beam_search(
             self.llama,
+            self.tokenizer,
             x[:, n_cut:],
             self.penalized_ids(1),
             max_new_tokens,
@@ -332,19 +334,20 @@ class MiniGPT4(nn.Module):
         Raises InputError for files that are missing, broken, or do not fit together.
         """
         sources = {"vision": vision, "qformer": qformer, "proj": proj, "llama": llama}
-        if trainable is None:
-            trainable = ("proj",) if vision else ()
-        check_sources(sources, trainable, dtype, tokenizer)
+        check_sources(sources, trainable or (), dtype, tokenizer)
         files = {
             name: read_part(name, path, LlamaConfig.from_dict)
             for name, path in sources.items()
             if isinstance(path, str) and path
         }
-        dtype = choose_quantization(files, dtype, trainable)
+        dtype = choose_quantization(files, dtype, trainable or ())
+        if trainable is None:
+            trainable = ("proj",) if vision else ()
         tokenizer = Tokenizer(tokenizer or f"{llama}/tokenizer.model")
-        sizes = part_sizes(sources, files, tokenizer, image_size)
+        sizes = part_sizes(sources, files, tokenizer.vocab_size, image_size)
         model = cls(*sizes, image_size, tuple(files))
         model.tokenizer = tokenizer
+        check_vocabulary(tokenizer, model.llama.config.vocab_size)
         for name, part in model.parts.items():
             in_float32 = name in (*trainable, "proj")
             part_dtype = torch.float32 if in_float32 else getattr(torch, dtype)
@@ -408,7 +411,7 @@ def empty_if(is_from_file: bool):
 
 
 def part_sizes(
-    sources: dict, files: dict[str, PartFile], tokenizer: Tokenizer, image_size: int = 0
+    sources: dict, files: dict[str, PartFile], vocab_size: int, image_size: int = 0
 ) -> tuple[VisionConfig | None, QFormerConfig | None, LlamaConfig]:
     """The sizes of vision, qformer and llama, from their files or their new sizes."""
     vision = read_sizes(
@@ -425,13 +428,8 @@ def part_sizes(
         llama = files["llama"].sizes
     else:
         override(LlamaConfig(), sources["llama"], "llama")  # refuses unknown names
-        given = {"vocab_size": tokenizer.vocab_size} | sources["llama"]
+        given = {"vocab_size": vocab_size} | sources["llama"]
         llama = LlamaConfig.from_dict(given, "llama")
-    if tokenizer.vocab_size > llama.vocab_size:
-        raise InputError(
-            f"{tokenizer.path}: it has more pieces than llama, "
-            f"{llama.vocab_size}; not of the same model"
-        )
     if image_size and vision:
         unit = vision.patch_size if qformer else 2 * vision.patch_size
         if image_size % unit:

@@ -395,6 +395,15 @@ def check_sources(
         raise InputError(f"dtype {dtype}: not for trained or new parts")
 
 
+def check_vocabulary(tokenizer, n_ids: int):
+    """Raise InputError for a tokenizer with more pieces than the model has ids."""
+    if tokenizer.vocab_size > n_ids:
+        raise InputError(
+            f"{tokenizer.path}: it has more pieces than llama, {n_ids}; "
+            "not of the same model"
+        )
+
+
 def choose_quantization(
     files: dict[str, PartFile], dtype: str, trainable: tuple[str, ...]
 ) -> str:

@@ -141,10 +141,9 @@ def test_answers_of_a_batch_equal_single_ones_each_ending_on_its_own(tmp_path):
     single = [list(model.generate(row, **options)) for row in rows]
     stop = single[0][3:5]
     assert stop != single[1][3:5] and len(single[1]) == 12
-    steps = list(model.generate(rows, **options, stop=(stop,)))
-    assert [id for id, _ in steps] == single[0][:5] + [None] * 7 and [
-        id for _, id in steps
-    ] == single[1]
+    first, second = model.generate_batch(rows, **options, stop=(stop,))
+    assert first == single[0][:5]
+    assert second == single[1]
 
 
 @pytest.mark.parametrize("num_beams, penalty", [(2, 1.0), (4, 0.5), (3, -1.0)])
@@ -164,10 +163,9 @@ def test_beam_search_equals_transformers(tmp_path, num_beams, penalty):
         min_new_tokens=1,
         eos_token_id=model.tokenizer.eos,
     )[0, prompt.shape[1] :].tolist()
-    got = model.generate(
+    got = model.beam_search(
         prompt[0].tolist(),
-        None,
-        12,
+        max_new_tokens=12,
         repetition_penalty=1.0,
         min_length=2,
         num_beams=num_beams,

@@ -44,12 +44,6 @@ class MetaMiniGPT4(MiniGPT4):
         return super().cross_entropy(hidden, targets.to(hidden.device))
 
 
-class AnyTokenizer:
-    """Takes the place of a tokenizer.model that is not there yet."""
-
-    vocab_size = LlamaConfig().vocab_size
-
-
 def meta_model(
     config: Config, trainable: tuple[str, ...] = ()
 ) -> tuple[MetaMiniGPT4, list[str]]:
@@ -72,10 +66,10 @@ def meta_model(
             f"official sizes are assumed for the {name} part{size}"
         )
         sources[name] = asdict(LlamaConfig()) if name == "llama" else {}
-    tokenizer = AnyTokenizer()
+    vocab_size = LlamaConfig().vocab_size
     if Path(config.tokenizer).is_file():
-        tokenizer = Tokenizer(config.tokenizer)
-    sizes = part_sizes(sources, files, tokenizer, config.image_size)
+        vocab_size = Tokenizer(config.tokenizer).vocab_size
+    sizes = part_sizes(sources, files, vocab_size, config.image_size)
     with torch.device("meta"):
         model = MetaMiniGPT4(*sizes, config.image_size)
     model.to(getattr(torch, config.dtype)).requires_grad_(False)
