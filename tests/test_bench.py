@@ -59,6 +59,7 @@ def bench(tmp_path_factory):
     return rows
 
 
+@pytest.mark.slow
 def test_chat_beside_transformers_and_llamacpp(bench):
     rows = bench("chat")
     assert {

@@ -121,6 +121,7 @@ def test_a_mistake_of_ours_gives_a_traceback():
     )  # or `except ValueError` would swallow it
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_script_with_130_and_a_mistake_with_2():
     code = (
         "import sys, time, model, chat, plumbing.console\n"

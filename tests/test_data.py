@@ -362,6 +362,7 @@ def test_resuming_far_into_ten_thousand_shards_reads_only_what_comes_next(tmp_pa
 # ---- bad samples -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_tenth_of_bad_samples_is_left_out_counted_and_named_once(tmp_path, capfd):
     """2,400 samples, 240 broken in 12 ways; all good ones arrive, once."""
     ways = [

@@ -84,6 +84,7 @@ def test_a_description_fails_that_breaks_off_or_repeats_itself(answer, ended, fa
     assert evaluate.failed(answer, ended) == failed
 
 
+@pytest.mark.slow
 def test_the_table_of_a_few_scenes(folder, capsys):
     argv = [f"--data={folder}/photos", "--n=7"]
     saved, kept = run(*argv)
@@ -349,6 +350,7 @@ def test_one_answer_has_no_soft_accuracy(folder):
 # ---- the answers that are kept -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues(folder, monkeypatch):
     pope_file()
     argv = ["pope", "coco_pope_random.json", "--images=photos", "--batch_size=3"]
@@ -381,6 +383,7 @@ def test_a_killed_run_continues(folder, monkeypatch):
         )
 
 
+@pytest.mark.slow
 def test_other_weights_and_other_settings_are_asked_again(folder):
     shutil.copytree(TINY, "run")
     argv = ["failures", "photos/0.jpg", "--ckpt=run"]

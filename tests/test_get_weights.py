@@ -87,6 +87,7 @@ def local(tmp_path_factory):
 # ---- what it makes -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_vicuna_7b_from_nothing_then_again_then_offline_then_chat(hub, tmp_path):
     """With BLIP-2 from the hub."""
     done = start(hub, tmp_path, "vicuna-7b")
@@ -174,6 +175,7 @@ def test_vicuna_7b_from_nothing_then_again_then_offline_then_chat(hub, tmp_path)
     assert done.returncode == 0 and "answer" in json.loads(done.stdout), done.stderr
 
 
+@pytest.mark.slow
 def test_llama2_needs_a_licence_then_a_projection_that_is_fetched_by_hand(
     hub, tmp_path, local
 ):
@@ -228,6 +230,7 @@ def test_llama2_needs_a_licence_then_a_projection_that_is_fetched_by_hand(
     assert config["llama"] == "../../weights/llama-2-7b-chat"
 
 
+@pytest.mark.slow
 def test_a_download_that_breaks_off_goes_on_where_it_stopped(hub, tmp_path, local):
     """The server breaks off, then is down; the second start asks for the rest alone."""
     file = f"{TINYLLAMA}/model.safetensors"
@@ -264,6 +267,7 @@ def test_a_download_that_breaks_off_goes_on_where_it_stopped(hub, tmp_path, loca
     assert not (tmp_path / "out").exists()  # there is no projection, so there is no run
 
 
+@pytest.mark.slow
 def test_every_source_can_be_given(hub, tmp_path, local):
     """Paths: converted files and a folder, which need neither hub nor package; a repo for the projection."""
     (tmp_path / "own").mkdir()
@@ -299,6 +303,7 @@ def test_every_source_can_be_given(hub, tmp_path, local):
 # ---- what can go wrong -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_file_or_repo_that_is_missing_is_named_with_the_option_that_replaces_it(
     hub, tmp_path, local
 ):

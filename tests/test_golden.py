@@ -220,7 +220,15 @@ def test_all_four_instructions_equal_the_originals(golden, name):
 # ---- loss, gradients, optimizer ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("switch", ["", "checkpointed", "features", "compiled"])
+@pytest.mark.parametrize(
+    "switch",
+    [
+        pytest.param("", id="plain"),
+        "checkpointed",
+        "features",
+        pytest.param("compiled", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("name", CASES)
 def test_loss_and_gradients(golden, name, switch):
     if switch == "compiled" and (golden.full or name != "2_stage2_vicuna"):

@@ -66,6 +66,7 @@ def write_json(path, entries):
     return str(path)
 
 
+@pytest.mark.slow
 def test_from_the_list_over_the_web_to_the_reader(web, tmp_path, capfd):
     pytest.importorskip("img2dataset")
     kinds = ["ok"] * 16 + ["404", "slow", "html", "broken"]
@@ -206,6 +207,7 @@ def test_the_command_is_that_of_the_original(tmp_path, capsys):
     assert "exists already" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [

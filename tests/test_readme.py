@@ -145,6 +145,7 @@ def test_nothing_outside_the_six_packages_is_imported():
                 )
 
 
+@pytest.mark.slow
 def test_twenty_photographs_and_a_jsonl_train_and_answer(tmp_path):
     """As the README says, from the tiny weights: captions, and a conversation about two pictures."""
     lines = []

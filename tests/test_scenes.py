@@ -290,6 +290,7 @@ def test_shards_have_the_members_of_img2dataset(tmp_path):
         assert tar.extractfile("000000001.txt").read().decode() == caption
 
 
+@pytest.mark.slow
 def test_text_and_its_tokenizer(tmp_path):
     world.main(["text", str(tmp_path / "text"), "--n=3000"])
 

@@ -13,6 +13,7 @@ from tests.common import ROOT
 from tools import make_scenes, show_data
 
 
+@pytest.mark.slow
 def test_show_data_shows_the_samples_and_what_they_amount_to(
     tmp_path, monkeypatch, capsys
 ):

@@ -95,6 +95,7 @@ class Terminal:
         raise AssertionError(f"the program goes on: {self.all[-500:]!r}")
 
 
+@pytest.mark.slow
 def test_a_conversation(tmp_path):
     spaced = tmp_path / "my photo (1).png"
     shutil.copy(EXAMPLE, spaced)
@@ -132,6 +133,7 @@ def test_a_conversation(tmp_path):
     assert "What color is the star?" in (tmp_path / ".nanominigpt4_history").read_text()
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_an_answer_and_at_the_prompt_leads_to_a_fresh_line(tmp_path):
     t = Terminal(tmp_path, EXAMPLE, slow=True)
     t.see("you> ")
@@ -148,6 +150,7 @@ def test_ctrl_c_stops_an_answer_and_at_the_prompt_leads_to_a_fresh_line(tmp_path
     assert t.end() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options, env", [(["--plain"], {}), ([], {"NO_COLOR": "1"}), ([], {"TERM": "dumb"})]
 )
@@ -163,6 +166,7 @@ def test_plain_text_alone(tmp_path, options, env):
     )  # the terminal itself adds "\r"
 
 
+@pytest.mark.slow
 def test_odd_input(tmp_path):
     t = Terminal(tmp_path, EXAMPLE, columns=20)
     t.see("you> ")
