@@ -1,28 +1,37 @@
-"""How good a model is: on drawn scenes, by the paper's count of failed answers, on POPE, on VQA.
+"""Scores a model: on drawn scenes, by the paper's count of failures, on POPE, on VQA.
 
-    python tools/evaluate.py                           the weights in assets/tiny, on drawings
-    python tools/evaluate.py --stage1=out/tiny_stage1 --stage2=out/tiny_stage2 --n=100 --save=out/table.json
-    python tools/evaluate.py failures photos --ckpt=out/stage2
-    python tools/evaluate.py pope coco_pope_random.json coco_pope_popular.json --images=val2014
-    python tools/evaluate.py vqa questions.jsonl --images=val2017 --prompt="Question: {} Short answer:"
+    python tools/evaluate.py                           assets/tiny, on drawings
+    python tools/evaluate.py --stage1=out/tiny_stage1 --stage2=out/tiny_stage2 --n=100
+    python tools/evaluate.py failures photos --ckpt=out/stage2 --save=out/table.json
+    python tools/evaluate.py pope coco_pope_random.json --images=val2014
+    python tools/evaluate.py vqa questions.jsonl --images=val2017 \\
+        --prompt="Question: {} Short answer:"
 
-Each answer is greedy, with chat's repetition penalty, in a conversation of its own. --answers keeps all, with
-the weights and settings that gave them; a stopped run continues there. Columns, in percent:
+Each answer is greedy, with chat's repetition penalty, in a conversation of its own. All
+are kept in --answers, with the weights and settings that gave them; a stopped run
+continues there. The columns, in percent:
 
-scenes      500 held-out scenes. Neither stage sees a question, a rhyme, or a scene's set of colored shapes.
-  precision, recall, F1   (color, shape) pairs named in the description, against those of the scene
-  failures                descriptions that break off or repeat themselves: no end within the limit, no
-                          capital at the start or full stop at the end, or the same 4 consecutive words twice
-  questions               correct answers to one question per scene (count, color, shape, place, ...)
-  rhymes                  rhymes that rhyme and name exactly the objects of the scene
-failures    the paper's Table 3: descriptions and poems. Its authors judged by eye; here an answer fails as
-  fragment                with fewer than 8 words, or a description whose last sentence is not complete
-  repeats                 a sentence or line (of 2 words or more) 3 times, or any words 3 times back to back
+scenes      500 held-out scenes. Neither stage sees a question, a rhyme, or a scene's
+            set of colored shapes.
+  precision, recall, F1   (color, shape) pairs of the description, against the scene's
+  failures                descriptions that break off or repeat themselves: no end
+                          within the limit, no capital at the start, no full stop at the
+                          end, or the same 4 consecutive words twice
+  questions               correct answers to one question per scene (count, color, ...)
+  rhymes                  rhymes that rhyme and name exactly the scene's objects
+failures    the paper's Table 3: descriptions and poems. Its authors judged by eye; here
+            an answer fails as
+  fragment                with fewer than 8 words, or a description whose last sentence
+                          is not complete
+  repeats                 a sentence or line (of 2 words or more) 3 times, or any words
+                          3 times back to back
   no end                  max_new_tokens came first
-pope        {"image": ..., "text": ..., "label": "yes" or "no"} lines. By RUCAIBox/POPE's rule, an answer with
-            "no", "No" or "not" before its first full stop is a no, any other a yes; `yes` is their share
-vqa         {"image": ..., "question": ..., "answers": [...]} lines, or with one "answer". Exact match is with
-            any of them, after VQA's normalization; soft accuracy is VQA's, of questions with ten answers
+pope        lines of {"image": ..., "text": ..., "label": "yes" or "no"}. By
+            RUCAIBox/POPE's rule, an answer with "no", "No" or "not" before its first
+            full stop is a no, any other a yes; `yes` is the share of those
+vqa         lines of {"image": ..., "question": ..., "answers": [...]}, or with one
+            "answer". Exact match is with any of them, after VQA's normalization; soft
+            accuracy is VQA's, of questions with ten answers
 """
 
 import json
@@ -31,31 +40,31 @@ import random
 import re
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import chat
 from configs.prompts import INSTRUCTIONS
-from plumbing.console import InputError, note, printable, run_main
-from plumbing.files import append_row, replacing
+from plumbing.console import InputError, note, printable, progress, run_main
+from plumbing.files import append_row, read_rows, replacing
 from plumbing.options import check_options, option, override, parse_args
 from plumbing.weights import fingerprint
 from tools import caption
 from tools import make_scenes as world
 from vision import load_image
 
-COLUMNS = ("precision", "recall", "F1", "failures", "questions", "rhymes")
+ROOT = Path(chat.__file__).parent
 PROMPTS = {
     "description": "Describe the image in detail.",
     "poem": "Can you write a beautiful poem about this image?",
 }
-PUBLISHED = {  # rows below ours: the paper's Tables 3 and 5, and Table 3 of POPE's paper, arXiv 2305.10355
+# rows below ours: Tables 3 and 5 of the paper; Table 3 of POPE's (arXiv 2305.10355)
+PUBLISHED = {
     "failures": [
         ("description, before stage 2 in the paper", 100, 35.0),
         ("description, after it", 100, 2.0),
@@ -72,28 +81,7 @@ PUBLISHED = {  # rows below ours: the paper's Tables 3 and 5, and Table 3 of POP
         ("GQA, the same", "", 32.2),
     ],
 }
-KEYS = (
-    "model",
-    "image",
-    "stamp",
-    "question",
-    "answer",
-    "ended",
-)  # of a line of --answers
-NUMBERS = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-]
-DIGITS = {word: str(i) for i, word in enumerate(NUMBERS)} | {"none": "0"}
+NUMBERS = "zero one two three four five six seven eight nine ten"
 
 
 @dataclass(frozen=True)
@@ -126,221 +114,261 @@ class Options:
     save: str = option("", "a JSON file to write the table to")
 
 
-def percent(part: float, whole: int, digits: int = 1) -> float:
-    return round(100 * part / max(whole, 1), digits)
+# ---- answers -------------------------------------------------------------------------
+
+KEYS = ("model", "image", "stamp", "question", "answer", "ended")  # of --answers
+ROW_START = b'{"model": '
 
 
-def load(run: str, o: Options) -> chat.Chat:
-    talk = chat.Chat(
-        *chat.load(
-            chat.Options(
-                ckpt=run,
-                temperature=0.0,
-                max_new_tokens=o.max_new_tokens,
-                device=o.device,
-                dtype=o.dtype,
-            )
-        )
+class Pair(NamedTuple):
+    picture: str  # a path
+    question: str
+
+
+def load(run: str, options: Options) -> chat.Chat:
+    chat_options = chat.Options(
+        ckpt=run,
+        temperature=0.0,
+        max_new_tokens=options.max_new_tokens,
+        device=options.device,
+        dtype=options.dtype,
     )
+    talk = chat.Chat(*chat.load(chat_options))
     if talk.model.vision is None:
         raise InputError(f"{run}: this run sees no pictures; give one with vision")
     return talk
 
 
 def identity(talk: chat.Chat) -> str:
-    """The weights and settings that the words of an answer depend on."""
-    o, model, proj = talk.options, talk.model, talk.model.part_tensors("proj")
-    rows = {
-        f"{k} {i}": row for k, p in proj.items() for i, row in enumerate(p)
-    }  # some values of each count
-    known = model.fingerprints | {
-        "proj": fingerprint(rows),
-        "image_size": model.image_size,
-    }
-    known |= {
-        k: getattr(o, k)
-        for k in ("template", "answer_end", "repetition_penalty", "max_new_tokens")
-    }
-    known["dtype"] = model.llama.config.quantization or o.dtype
+    """The weights and settings that an answer depends on, in words."""
+    model = talk.model
+    proj = model.part_tensors("proj")
+    # row by row, as a fingerprint takes only some values of each tensor
+    rows = {f"{k} {i}": row for k, p in proj.items() for i, row in enumerate(p)}
+    known = model.fingerprints | {"proj": fingerprint(rows)}
+    known["image_size"] = model.image_size
+    for name in ("template", "answer_end", "repetition_penalty", "max_new_tokens"):
+        known[name] = getattr(talk.options, name)
+    known["dtype"] = model.llama.config.quantization or talk.options.dtype
     return " ".join(f"{k}={v}" for k, v in known.items())
 
 
 def stamp(picture: str) -> str:
-    """Size and time of a picture's file: another one under its name is asked about again."""
-    return (
-        "{0.st_size} {0.st_mtime_ns}".format(os.stat(picture))
-        if os.path.isfile(picture)
-        else ""
-    )
+    """Size and time of a picture's file.
+
+    A picture that another one has replaced is asked about again.
+    """
+    if not os.path.isfile(picture):
+        return ""
+    info = os.stat(picture)
+    return f"{info.st_size} {info.st_mtime_ns}"
 
 
-def read_answers(path: Path) -> dict[tuple[str, ...], tuple[str, bool]]:
-    """{(model, picture, stamp, question): (answer, whether it is complete)}. A cut last line is removed."""
+def read_answers(path: Path) -> dict[tuple, tuple[str, bool]]:
+    """{(model, picture, stamp, question): (answer, whether it is complete)}.
+
+    A last row that was cut while it was written is removed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     path.open("ab").close()  # raises OSError before the work
-    lines, known = path.read_bytes().splitlines(keepends=True), {}
-    if (
-        lines
-        and not lines[-1].endswith(b"\n")
-        and lines[-1][:10] == b'{"model": '[: len(lines[-1])]
-    ):
-        os.truncate(path, path.stat().st_size - len(lines.pop()))
-    for number, line in enumerate(lines, 1):
+    rows, rest = read_rows(path)
+    if rest and ROW_START.startswith(rest[: len(ROW_START)]):
+        os.truncate(path, path.stat().st_size - len(rest))
+    elif rest.strip():
+        rows.append((path.read_bytes().count(b"\n") + 1, rest))
+    known = {}
+    for number, line in rows:
         try:
-            if not line.strip():
-                continue
-            *key, answer, ended = map(json.loads(line).__getitem__, KEYS)
+            row = json.loads(line)
+            *key, answer, ended = [row[name] for name in KEYS]
             known[tuple(key)] = answer, ended
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
             raise InputError(
-                f"{path}:{number}: not a line of answers; give another file as --answers"
+                f"{path}:{number}: not a line of answers; "
+                "give another file as --answers"
             ) from e
     return known
 
 
-def batches(items: list, size: int, key=bool) -> list[list]:
-    """Lists of at most `size` items with the same key; by default, of any that are not empty."""
-    groups = [[*group] for _, group in groupby(sorted(items, key=key), key)]
-    return [group[i : i + size] for group in groups for i in range(0, len(group), size)]
+def _split(items, size):
+    return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def ask(
-    talk: chat.Chat, o: Options, pairs: list[tuple[str, str]], label: str
-) -> dict[tuple, tuple]:
-    """[(picture's path, question)] -> {pair: (answer, whether it is complete)}, of --answers or new. Pairs
-    whose picture cannot be read are left out; InputError if that is all of them."""
-    path, model, missing, unreadable = Path(o.answers), identity(talk), {}, []
-    names = {p: (caption.written_path(p, path.parent), stamp(p)) for p, _ in pairs}
-    keys, known = (
-        {(p, q): (model, *names[p], q) for p, q in dict.fromkeys(pairs)},
-        read_answers(path),
-    )
-    for picture, question in (pair for pair, key in keys.items() if key not in known):
-        missing.setdefault(picture, []).append(question)
-    with (
-        path.open("a") as file,
-        tqdm(total=sum(map(len, missing.values())), desc=label) as bar,
-    ):
-        for some in batches(
-            [*missing], 8 * o.batch_size
-        ):  # many, as prompts are batched by their length
-            loaded, embeds = {}, {}
-            for picture in some:
-                try:
-                    loaded[picture] = load_image(picture, talk.model.image_size)
-                except InputError as e:
-                    unreadable.append(str(e))
-            for batch in batches([*loaded], o.batch_size):
-                embeds |= zip(
-                    batch, caption.encode(talk, [loaded[picture] for picture in batch])
-                )
-            prompts = [
-                (caption.prompt_ids(talk, q), (p, q))
-                for p in loaded
-                for q in missing[p]
-            ]
-            for batch in batches(prompts, o.batch_size, lambda prompt: len(prompt[0])):
-                tokens, asked = zip(*batch)
-                new = caption.answers(
-                    talk,
-                    [*tokens],
-                    torch.stack([embeds[picture] for picture, _ in asked]),
-                )
-                for pair, answer in zip(asked, new):
-                    known[keys[pair]] = answer
-                    append_row(file, **dict(zip(KEYS, keys[pair] + answer)))
-                bar.update(len(batch))
+def _encode_pictures(talk, paths, batch_size, unreadable):
+    """{path: (N, d_llama)}; what is wrong with the others is added to `unreadable`."""
+    images = {}
+    for path in paths:
+        try:
+            images[path] = load_image(path, talk.model.image_size)
+        except InputError as e:
+            unreadable.append(str(e))
+    embeds = {}
+    for batch in _split([*images], batch_size):
+        encoded = caption.encode(talk, [images[path] for path in batch])
+        embeds.update(zip(batch, encoded))
+    return embeds
+
+
+def _new_answers(talk, pairs, batch_size, unreadable):
+    """Yield (Pair, (answer, whether it is complete)), but for unreadable pictures."""
+    questions = {}  # of each picture
+    for picture, question in pairs:
+        questions.setdefault(picture, []).append(question)
+    # many pictures at a time, as only prompts of one length are answered together
+    for paths in _split([*questions], 8 * batch_size):
+        embeds = _encode_pictures(talk, paths, batch_size, unreadable)
+        by_length = {}
+        for picture in embeds:
+            for question in questions[picture]:
+                ids = caption.prompt_ids(talk, question)
+                prompt = (ids, Pair(picture, question))
+                by_length.setdefault(len(ids), []).append(prompt)
+        for length in sorted(by_length):
+            for batch in _split(by_length[length], batch_size):
+                prompts, asked = zip(*batch)
+                images = torch.stack([embeds[pair.picture] for pair in asked])
+                yield from zip(asked, caption.answers(talk, [*prompts], images))
+
+
+def ask(talk: chat.Chat, options: Options, pairs: list[Pair], label: str) -> dict:
+    """{Pair: (answer, whether it is complete)}, from --answers or new.
+
+    Pairs whose picture cannot be read are left out. Raises InputError if all are.
+    """
+    path = Path(options.answers)
+    known = read_answers(path)
+    model = identity(talk)
+    keys = {}  # of each pair in `known`
+    for pair in pairs:
+        picture = caption.written_path(pair.picture, path.parent)
+        keys[pair] = (model, picture, stamp(pair.picture), pair.question)
+
+    missing = [pair for pair, key in keys.items() if key not in known]
+    unreadable = []
+    new = _new_answers(talk, missing, options.batch_size, unreadable)
+    with path.open("a") as file:
+        for pair, answer in progress(new, label, total=len(missing)):
+            known[keys[pair]] = answer
+            append_row(file, **dict(zip(KEYS, keys[pair] + answer)))
+
     answers = {pair: known[key] for pair, key in keys.items() if key in known}
     if unreadable:
-        names = "; ".join(unreadable[:10] + ["..."] * (len(unreadable) > 10))
-        what, n = (
-            f"{len(unreadable)} pictures cannot be read ({names})",
-            sum(p not in answers for p in pairs),
-        )
+        names = "; ".join(unreadable[:10])
+        dots = "; ..." if unreadable[10:] else ""
+        what = f"{len(unreadable)} pictures cannot be read ({names}{dots})"
         if not answers:
             raise InputError(f"{what}, and there are no others; give pictures")
+        n = sum(pair not in answers for pair in pairs)
         note(f"warning: {what}; {n} of {len(pairs)} questions are left out")
     return answers
 
 
+def percent(part: float, whole: int, digits: int = 1) -> float:
+    return round(100 * part / max(whole, 1), digits)
+
+
+# ---- scenes --------------------------------------------------------------------------
+
+
+def _draw_questions(drawn, folder):
+    """[(scene, three Pairs: description, question, rhyme; kind of question, truth)]."""
+    rows = []
+    for i, scene in enumerate(drawn):
+        rng = random.Random(i)
+        picture = str(Path(folder, f"{i}.jpg"))
+        description = Pair(picture, rng.choice(INSTRUCTIONS))
+        text, truth, kind = world.qa(scene, rng)
+        question = Pair(picture, text)
+        rhyme = Pair(picture, rng.choice(world.RHYME_PROMPTS))
+        rows.append((scene, description, question, rhyme, kind, truth))
+    return rows
+
+
 def failed(answer: str, ended: bool) -> bool:
     """Whether a scene's description breaks off or repeats itself."""
-    return (
-        not ended
-        or not re.match(r"[A-Z].*\.$", answer, re.DOTALL)
-        or world.repeats(answer, 4)
-    )
+    is_whole = ended and re.match(r"[A-Z].*\.$", answer, re.DOTALL)
+    return not is_whole or world.repeats(answer, 4)
 
 
-def evaluate(talk: chat.Chat, drawn: list[world.Scene], o: Options, label: str) -> dict:
+def evaluate(
+    talk: chat.Chat, drawn: list[world.Scene], options: Options, label: str
+) -> dict:
     """One row of the table of scenes."""
-    asked = [
-        (
-            scene,
-            str(Path(o.data) / f"{i}.jpg"),
-            rng.choice(INSTRUCTIONS),
-            *world.qa(scene, rng),
-            rng.choice(world.RHYME_PROMPTS),
+    rows = _draw_questions(drawn, options.data)
+    pairs = [pair for row in rows for pair in row[1:4]]
+    answers = ask(talk, options, pairs, label)
+    counts = Counter()
+    for scene, description, question, rhyme, kind, truth in rows:
+        if description not in answers:
+            continue
+        text, ended = answers[description]
+        named = world.named_objects(text)
+        counts.update(
+            scenes=1,
+            named=len(named),
+            wanted=len(scene.pairs),
+            right=len(named & scene.pairs),
+            failures=failed(text, ended),
+            questions=world.answer_is_right(scene, kind, answers[question][0], truth),
+            rhymes=world.rhyme_is_right(scene, answers[rhyme][0]),
         )
-        for i, scene in enumerate(drawn)
-        for rng in [random.Random(i)]
-    ]
-    answers = ask(
-        talk, o, [(row[1], row[k]) for row in asked for k in (2, 3, 6)], label
-    )
-    asked = [row for row in asked if row[1:3] in answers]
-    named = wanted = right = failures = questions = rhymes = 0
-    for scene, picture, instruction, question, truth, kind, rhyme in asked:
-        objects = world.named_objects(answers[picture, instruction][0])
-        named += len(objects)
-        wanted += len(scene.pairs)
-        right += len(objects & scene.pairs)
-        failures += failed(*answers[picture, instruction])
-        questions += world.answer_is_right(
-            scene, kind, answers[picture, question][0], truth
-        )
-        rhymes += world.rhyme_is_right(scene, answers[picture, rhyme][0])
-    shares = (
-        (right, named),
-        (right, wanted),
-        (2 * right, named + wanted),
-        *((count, len(asked)) for count in (failures, questions, rhymes)),
-    )
-    return {"projection": label} | {
-        c: percent(*share) for c, share in zip(COLUMNS, shares)
+    right, named, wanted = counts["right"], counts["named"], counts["wanted"]
+    n = counts["scenes"]
+    return {
+        "projection": label,
+        "precision": percent(right, named),
+        "recall": percent(right, wanted),
+        "F1": percent(2 * right, named + wanted),
+        "failures": percent(counts["failures"], n),
+        "questions": percent(counts["questions"], n),
+        "rhymes": percent(counts["rhymes"], n),
     }
 
 
-def scenes(o: Options) -> dict:
-    runs = {"random": o.stage2, "after stage 1": o.stage1, "after stage 2": o.stage2}
+def _read_scenes(folder, n):
+    """The first n scenes of a folder, which is made if it is missing."""
+    if not folder.exists():
+        world.main(["test", str(folder), f"--n={max(n, 500)}"])
+    try:
+        rows = json.loads((folder / "scenes.json").read_bytes())
+        drawn = [world.Scene.from_dict(row) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise InputError(
+            f"{folder}: no valid scenes.json ({e}); "
+            "give a folder of make_scenes.py test"
+        ) from e
+    if len(drawn) < n:
+        raise InputError(
+            f"{folder}: only {len(drawn)} scenes; "
+            "lower --n, or remove the folder to remake it"
+        )
+    return drawn[:n]
+
+
+def evaluate_scenes(options: Options) -> dict:
+    """The table of scenes."""
+    runs = {
+        "random": options.stage2,
+        "after stage 1": options.stage1,
+        "after stage 2": options.stage2,
+    }
     for run in runs.values():
         if not (Path(run) / "proj.safetensors").is_file():
             raise InputError(
                 f"{run}: there is no proj.safetensors; give the folder of a run"
             )
-    folder, rows = Path(o.data), []
-    if not folder.exists():
-        world.main(["test", str(folder), f"--n={max(o.n, 500)}"])
-    try:
-        drawn = [
-            world.Scene.from_dict(d)
-            for d in json.loads((folder / "scenes.json").read_bytes())
-        ]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise InputError(
-            f"{folder}: no valid scenes.json ({e}); give a folder of make_scenes.py test"
-        ) from e
-    if len(drawn) < o.n:
-        raise InputError(
-            f"{folder}: only {len(drawn)} scenes; lower --n, or remove the folder to remake it"
-        )
+    drawn = _read_scenes(Path(options.data), options.n)
+    rows = []
     for label, run in runs.items():
-        talk = load(run, o)
+        talk = load(run, options)
         if label == "random":
             torch.manual_seed(0)
             talk.model.init_part("proj")
-        rows.append(evaluate(talk, drawn[: o.n], o, label))
-    return {"scenes": o.n, "rows": rows}
+        rows.append(evaluate(talk, drawn, options, label))
+    return {"scenes": options.n, "rows": rows}
+
+
+# ---- failures ------------------------------------------------------------------------
 
 
 def words(text: str) -> list[str]:
@@ -348,239 +376,263 @@ def words(text: str) -> list[str]:
 
 
 def is_fragment(answer: str, kind: str) -> bool:
-    """Whether a description or poem is too short, or a description's last sentence not complete."""
-    whole = kind == "poem" or re.search(r"[.!?…][\"'”’)\]*]*$", answer)
-    return len(words(answer)) < 8 or not whole
+    """Whether a description or poem is too short, or a description breaks off."""
+    if len(words(answer)) < 8:
+        return True
+    return kind != "poem" and not re.search(r"[.!?…][\"'”’)\]*]*$", answer)
 
 
 def repeats_itself(answer: str) -> bool:
-    """Whether a sentence or line comes three times, or words come three times back to back."""
-    pieces, w = (
-        Counter(tuple(words(x)) for x in re.split(r"[.!?…]+\s|\n", answer)),
-        words(answer),
-    )
-    return any(count > 2 and len(piece) > 1 for piece, count in pieces.items()) or any(
-        w[i : i + n] == w[i + n : i + 2 * n] == w[i + 2 * n : i + 3 * n]
-        for n in range(1, len(w) // 3 + 1)
-        for i in range(len(w) - 3 * n + 1)
-    )
+    """Whether a sentence or line comes 3 times, or words come 3 times back to back."""
+    pieces = re.split(r"[.!?…]+\s|\n", answer)
+    counts = Counter(tuple(words(piece)) for piece in pieces)
+    if any(count > 2 and len(piece) > 1 for piece, count in counts.items()):
+        return True
+    all_words = words(answer)
+    for n in range(1, len(all_words) // 3 + 1):
+        for i in range(len(all_words) - 3 * n + 1):
+            if all_words[i : i + n] * 3 == all_words[i : i + 3 * n]:
+                return True
+    return False
 
 
-def failure_scores(given: list[tuple]) -> dict:
-    """[(answer, whether it is complete, kind)] -> shares; an answer may fail in several ways."""
-    found = [
-        (is_fragment(answer, kind), repeats_itself(answer), not ended)
-        for answer, ended, kind in given
-    ]
-    shares = [
-        percent(sum(column), len(given)) for column in (map(any, found), *zip(*found))
-    ]
-    return dict(zip(("failures", "fragment", "repeats", "no end"), shares))
+def failure_scores(given: list[tuple[str, bool, str]]) -> dict:
+    """[(answer, whether it is complete, kind)] -> shares.
+
+    An answer may fail in several ways.
+    """
+    counts = Counter()
+    for answer, ended, kind in given:
+        fragment = is_fragment(answer, kind)
+        repeats = repeats_itself(answer)
+        counts["failures"] += fragment or repeats or not ended
+        counts["fragment"] += fragment
+        counts["repeats"] += repeats
+        counts["no end"] += not ended
+    return {name: percent(n, len(given)) for name, n in counts.items()}
+
+
+# ---- POPE ----------------------------------------------------------------------------
 
 
 def says_yes(answer: str) -> bool:
-    """By POPE's official rule; also an empty answer is a yes."""
-    return not {"no", "No", "not"} & set(
-        answer.split(".")[0].replace(",", "").split(" ")
-    )
+    """By POPE's official rule; an empty answer is a yes, too."""
+    sentence = answer.split(".")[0].replace(",", "")
+    return {"no", "No", "not"}.isdisjoint(sentence.split(" "))
 
 
-def pope_scores(given: list[tuple]) -> dict:
-    """[(answer, whether it is complete, [label])] -> shares; yes is the positive class."""
+def pope_scores(given: list[tuple[str, bool, list[str]]]) -> dict:
+    """[(answer, whether it is complete, [label])] -> shares; a yes is a positive."""
     n = Counter((says_yes(answer), label == "yes") for answer, _, (label,) in given)
-    both, said, true = (
-        n[True, True],
-        n[True, True] + n[True, False],
-        n[True, True] + n[False, True],
-    )
-    right, total = both + n[False, False], len(given)
-    shares = (
-        (right, total),
-        (both, said),
-        (both, true),
-        (2 * both, said + true),
-        (said, total),
-    )
+    right_yes, right_no = n[True, True], n[False, False]
+    said_yes = right_yes + n[True, False]
+    are_yes = right_yes + n[False, True]
     return {
-        c: percent(*v, 2)
-        for c, v in zip(("accuracy", "precision", "recall", "F1", "yes"), shares)
+        "accuracy": percent(right_yes + right_no, len(given), 2),
+        "precision": percent(right_yes, said_yes, 2),
+        "recall": percent(right_yes, are_yes, 2),
+        "F1": percent(2 * right_yes, said_yes + are_yes, 2),
+        "yes": percent(said_yes, len(given), 2),
     }
 
 
+# ---- VQA -----------------------------------------------------------------------------
+
+DIGITS = {word: str(i) for i, word in enumerate(NUMBERS.split())} | {"none": "0"}
+
+
 def normalize(answer: str) -> str:
-    """("The dog, two; I don't know!") -> "dog 2 i dont know". VQA's evaluation writes dont as don't; here no
-    apostrophe stays, which makes the same answers equal."""
+    """("The dog, two; I don't know!") -> "dog 2 i dont know".
+
+    VQA's evaluation writes dont as don't; here no apostrophe stays, which makes the
+    same answers equal.
+    """
     text = result = " ".join(answer.lower().split())
-    for sign in (
-        ';/[]"{}()=+\\_-><@`,?!'
-    ):  # is dropped beside a space and in 1,000, else separates words
-        drop = f"{sign} " in text or f" {sign}" in text or re.search(r"\d,\d", text)
-        result = result.replace(sign, "" if drop else " ")
+    has_thousands = re.search(r"\d,\d", text)
+    for sign in ';/[]"{}()=+\\_-><@`,?!':
+        is_beside_space = f"{sign} " in text or f" {sign}" in text
+        separator = "" if is_beside_space or has_thousands else " "
+        result = result.replace(sign, separator)
     result = re.sub(r"['’]|\.(?!\d)", "", result)
-    return " ".join(
-        DIGITS.get(word, word)
-        for word in result.split()
-        if word not in ("a", "an", "the")
-    )
+    kept = [word for word in result.split() if word not in ("a", "an", "the")]
+    return " ".join(DIGITS.get(word, word) for word in kept)
 
 
-def vqa_scores(given: list[tuple]) -> dict:
-    """[(answer, whether it is complete, people's answers)] -> shares. An answer's soft accuracy is the mean,
-    over ten people, of min(1, a third of the other nine who gave it)."""
-    same = [
-        [normalize(answer) == normalize(x) for x in wanted]
-        for answer, _, wanted in given
-    ]
-    soft = [
-        sum(min(1, (sum(row) - own) / 3) for own in row) / 10
-        for row in same
-        if len(row) == 10
-    ]
+def soft_accuracy(same: list[bool]) -> float:
+    """Of an answer that equals these of ten people's.
+
+    The mean over the ten of min(1, a third of the other nine who gave it).
+    """
+    n = same.count(True)
+    others = [n - 1 if is_same else n for is_same in same]
+    return sum(min(1, count / 3) for count in others) / 10
+
+
+def vqa_scores(given: list[tuple[str, bool, list[str]]]) -> dict:
+    """[(answer, whether it is complete, people's answers)] -> shares."""
+    matches = []
+    for answer, _, wanted in given:
+        text = normalize(answer)
+        matches.append([text == normalize(x) for x in wanted])
+    soft = [soft_accuracy(same) for same in matches if len(same) == 10]
     return {
-        "exact match": percent(sum(map(any, same)), len(same), 2),
+        "exact match": percent(sum(map(any, matches)), len(matches), 2),
         "with ten answers": len(soft),
         "soft accuracy": percent(sum(soft), len(soft), 2) if soft else "",
     }
 
 
-def read_questions(
-    file: str, task: str, o: Options
-) -> list[tuple[tuple[str, str], list[str]]]:
-    """A file with one JSON object a line -> [((picture's path, question), [label] or people's answers)]."""
-    asked = []
+# ---- tasks with pictures of one's own ------------------------------------------------
+
+
+def _parse_question(line, task):
+    """(picture, question, [label] or people's answers). Raises for other lines."""
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise ValueError("no object; give one per line, without a list around them")
+    if task == "pope":
+        question, wanted = row["text"], [row["label"]]
+        if wanted not in (["yes"], ["no"]):
+            raise ValueError("a label is yes or no")
+    else:
+        question = row["question"]
+        wanted = row["answers"] if "answers" in row else [row["answer"]]
+    if not isinstance(wanted, list) or not wanted:
+        raise ValueError("answers are a list of texts")
+    if not all(isinstance(x, str) for x in (row["image"], question, *wanted)):
+        raise ValueError("all values are texts")
+    return row["image"], question, wanted
+
+
+def read_questions(file: str, task: str, options: Options) -> list[tuple]:
+    """A file with one JSON object a line -> [(Pair, [label] or people's answers)]."""
+    questions = []
     for number, line in enumerate(Path(file).read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
         try:
-            if line.strip():
-                if type(row := json.loads(line)) is not dict:
-                    raise ValueError(
-                        "no object: one stands on each line, without a list around them"
-                    )
-                text, wanted = (
-                    (row["text"], [row["label"]])
-                    if task == "pope"
-                    else (
-                        row["question"],
-                        row["answers"] if "answers" in row else [row["answer"]],
-                    )
-                )
-                is_text = type(wanted) is list and {
-                    *map(type, (row["image"], text, *wanted))
-                } == {str}
-                if (
-                    not is_text
-                    or not wanted
-                    or task == "pope"
-                    and wanted[0] not in ("yes", "no")
-                ):
-                    raise ValueError(
-                        "a label is yes or no"
-                        if task == "pope"
-                        else "all values are texts"
-                    )
-                asked.append(
-                    (
-                        (
-                            os.path.join(o.images, row["image"]),
-                            o.prompt.replace("{}", text),
-                        ),
-                        wanted,
-                    )
-                )
+            picture, question, wanted = _parse_question(line, task)
         except (ValueError, KeyError, TypeError, RecursionError) as e:
             raise InputError(
                 f"{file}:{number}: not a line of {task} ({e!r}); --help shows one"
             ) from e
-    if not asked:
+        path = os.path.join(options.images, picture)
+        prompt = options.prompt.replace("{}", question)
+        questions.append((Pair(path, prompt), wanted))
+    if not questions:
         raise InputError(f"{file}: no questions in it; give files of {task}")
-    return asked[: o.n]
+    return questions[: options.n]
 
 
-def score(task: str, o: Options, names: list[str]) -> dict:
+def _prompts_about(names, n):
+    """{kind of text: [(Pair, kind)]} for the first n pictures."""
+    found = [path for name in names for path in caption.find_pictures(name)]
+    pictures = [*dict.fromkeys(found)][:n]
+    questions = {}
+    for kind, prompt in PROMPTS.items():
+        questions[kind] = [(Pair(picture, prompt), kind) for picture in pictures]
+    return questions
+
+
+def evaluate_pictures(task: str, options: Options, names: list[str]) -> dict:
     """The table of failures, pope or vqa."""
     if task == "failures":
-        pictures = dict.fromkeys(
-            path for name in names for path in caption.find_pictures(name)
-        )
-        asked = {
-            kind: [((p, prompt), kind) for p in [*pictures][: o.n]]
-            for kind, prompt in PROMPTS.items()
-        }
+        questions = _prompts_about(names, options.n)
     else:
-        asked = {name: read_questions(name, task, o) for name in names}
-    pairs = [pair for file in asked.values() for pair, _ in file]
-    if not any(os.path.isfile(picture) for picture, _ in pairs):
+        questions = {name: read_questions(name, task, options) for name in names}
+    pairs = [pair for rows in questions.values() for pair, _ in rows]
+    if not any(os.path.isfile(pair.picture) for pair in pairs):
         raise InputError(
-            f"{len(pairs)} questions, and none of their pictures is in --images={o.images}"
+            f"{len(pairs)} questions, and none of their pictures is in "
+            f"--images={options.images}"
         )
-    talk, rows = load(o.ckpt, o), []
-    answers = ask(talk, o, pairs, task)
-    for name, file in asked.items():
-        if given := [
-            (*answers[pair], wanted) for pair, wanted in file if pair in answers
-        ]:
-            rows.append(
-                {"answers to": name, "questions": len(given)} | TASKS[task][0](given)
-            )
+    talk = load(options.ckpt, options)
+    answers = ask(talk, options, pairs, task)
+    rows = []
+    for name, asked in questions.items():
+        given = [(*answers[p], wanted) for p, wanted in asked if p in answers]
+        if given:
+            row = {"answers to": name, "questions": len(given)}
+            rows.append(row | TASKS[task].scores(given))
     published = [dict(zip(rows[0], values)) for values in PUBLISHED[task]]
     return {"model": identity(talk), "rows": rows, "published": published}
 
 
-OF_FILES, OF_SCENES = {"ckpt", "images", "prompt"}, {"stage1", "stage2", "data"}
-TASKS = {  # what scores the answers, max_new_tokens, and the options that not all tasks have
-    "scenes": (None, 160, OF_SCENES),
-    "failures": (failure_scores, 500, {"ckpt"}),
-    "pope": (pope_scores, 100, OF_FILES),
-    "vqa": (vqa_scores, 50, OF_FILES),
+# ---- the command ---------------------------------------------------------------------
+
+
+class Task(NamedTuple):
+    scores: Callable | None
+    max_new_tokens: int
+    options: set[str]  # that not all tasks have
+
+
+OF_SCENES = {"stage1", "stage2", "data"}
+OF_FILES = {"ckpt", "images", "prompt"}
+TASKS = {
+    "scenes": Task(None, 160, OF_SCENES),
+    "failures": Task(failure_scores, 500, {"ckpt"}),
+    "pope": Task(pope_scores, 100, OF_FILES),
+    "vqa": Task(vqa_scores, 50, OF_FILES),
 }
 
 
-def main(argv: list[str]):
-    names, given = parse_args(
-        argv, __doc__, "[scenes|failures|pope|vqa] [FILE ...]", Options
-    )
-    task, *names = names or ["scenes"]
-    if task not in TASKS or bool(names) == (task == "scenes"):
+def _parse_command(argv):
+    """(task, its files, options)."""
+    usage = "[scenes|failures|pope|vqa] [FILE ...]"
+    arguments, given = parse_args(argv, __doc__, usage, Options)
+    name, *files = arguments or ["scenes"]
+    if name not in TASKS or bool(files) == (name == "scenes"):
         raise InputError(
-            f"{task!r}: usage: scenes [--stage1=], or failures|pope|vqa FILE ... [--ckpt=]"
+            f"{name!r}: usage: scenes [--stage1=], "
+            "or failures|pope|vqa FILE ... [--ckpt=]"
         )
-    _, max_new_tokens, own = TASKS[task]
-    if others := given.keys() & (OF_FILES | OF_SCENES) - own:
-        raise InputError(f"--{min(others)}: not an option of {task}; --help lists them")
-    o = override(Options(), given)
-    is_file = Path(o.save).parent.is_dir() and not Path(o.save).is_dir()
+    task = TASKS[name]
+    others = given.keys() & (OF_FILES | OF_SCENES) - task.options
+    if others:
+        raise InputError(f"--{min(others)}: not an option of {name}; --help lists them")
+    options = override(Options(), given)
+    save, answers = Path(options.save), Path(options.answers)
+    is_file = save.parent.is_dir() and not save.is_dir()
     check_options(
-        o,
-        ("prompt", "{}" in o.prompt, "write {} where the question stands"),
-        ("answers", o.answers and not Path(o.answers).is_dir(), "name a file"),
-        ("save", not o.save or is_file, "give a file name in a folder that exists"),
+        options,
+        ("prompt", "{}" in options.prompt, "write {} where the question stands"),
+        ("answers", options.answers and not answers.is_dir(), "name a file"),
         (
             "save",
-            Path(o.save).resolve() != Path(o.answers).resolve(),
-            "not the same as --answers",
+            not options.save or is_file,
+            "give a file name in a folder that exists",
         ),
+        ("save", save.resolve() != answers.resolve(), "not the same as --answers"),
     )
-    o = replace(
-        o,
-        max_new_tokens=o.max_new_tokens or max_new_tokens,
-        n=o.n if task == "scenes" or "n" in given else sys.maxsize,
-    )
-    read_answers(Path(o.answers))  # raises for a wrong file before the work
+    max_new_tokens = options.max_new_tokens or task.max_new_tokens
+    n = options.n if name == "scenes" or "n" in given else sys.maxsize
+    return name, files, replace(options, max_new_tokens=max_new_tokens, n=n)
+
+
+def _print_row(cells):
+    print(printable(f"| {' | '.join(map(str, cells))} |"))
+
+
+def main(argv: list[str]):
+    task, files, options = _parse_command(argv)
+    read_answers(Path(options.answers))  # raises for a wrong file before the work
     try:
-        result = scenes(o) if task == "scenes" else score(task, o, names)
+        if task == "scenes":
+            result = evaluate_scenes(options)
+        else:
+            result = evaluate_pictures(task, options, files)
     except torch.OutOfMemoryError as e:
         raise InputError(
-            f"--batch_size={o.batch_size}: too much for the GPU; lower it"
+            f"--batch_size={options.batch_size}: too much for the GPU; lower it"
         ) from e
     columns = [*result["rows"][0]]
-    print(f"| {' | '.join(columns)} |\n" + "|---" * len(columns) + "|")
+    _print_row(columns)
+    print("|---" * len(columns) + "|")
     for row in result["rows"] + result.get("published", []):
-        print(
-            printable(
-                "| " + " | ".join(str(row.get(column, "")) for column in columns) + " |"
-            )
-        )
-    if o.save:
-        with replacing(o.save) as temporary:
+        _print_row([row.get(column, "") for column in columns])
+    if options.save:
+        with replacing(options.save) as temporary:
             temporary.write_text(json.dumps(result, indent=1) + "\n")
 
 
