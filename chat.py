@@ -50,7 +50,7 @@ from plumbing.options import (
     parse_args,
 )
 from plumbing.processes import peak_mib, pick_device
-from plumbing.quantized import QUANTIZED
+from plumbing.quantized import QUANTIZED, compile_rows
 from plumbing.terminal import find_pictures, half_blocks, read_message
 from plumbing.weights import DTYPES
 from vision import load_image
@@ -156,7 +156,7 @@ def load(options: Options) -> tuple[MiniGPT4, Options]:
         **saved.parts(), dtype=dtype, device=device, image_size=saved.image_size
     )
     if options.compile:
-        model.llama.compile_rows()
+        compile_rows(model.llama)
     if not (template := options.template or saved.template):
         note(f"note: {run} was trained without a template; --template=vicuna is used")
     template = template or "vicuna"

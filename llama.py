@@ -1,37 +1,34 @@
-"""LLaMA (arXiv 2302.13971), MiniGPT-4's language model, with its KV cache, sampling and tokenizer.
+"""LLaMA (arXiv 2302.13971), MiniGPT-4's language model, with its tokenizer.
 
-For LLaMA 1 and 2, Vicuna and their like: RMSNorm, rotary positions, SwiGLU, no biases, grouped-query
-attention, tied or separate output embeddings. Names are Hugging Face's without the leading `model.`. Axes:
-B sequences, T tokens, S tokens with the cache's, D width, H query heads, K key/value heads, V vocabulary.
+For LLaMA 1 and 2, Vicuna and their like: RMSNorm, rotary positions, SwiGLU, no biases,
+grouped-query attention, tied or separate output embeddings. Names of modules are those
+of Hugging Face without the leading `model.`. Axes: B sequences, T tokens, S tokens with
+those in the cache, D width, H query heads, K key/value heads, V vocabulary.
 """
 
-import math
 import os
-import re
-import shutil
-from dataclasses import asdict, dataclass
-from functools import partial
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from sentencepiece import SentencePieceProcessor
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from configs.prompts import is_end
-from plumbing.console import InputError, note
-from plumbing.files import read_json, start_of
+from plumbing.console import InputError
+from plumbing.files import start_of
 from plumbing.options import override
-from plumbing.weights import check_sizes, indexed_files, init_weights
+from plumbing.weights import check_sizes, init_weights
 
 IGNORE = -100  # in the targets: no prediction here
-CONTEXT = 2000  # most tokens of a conversation
+CONTEXT = 2000  # tokens of a long conversation: the original's limit
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes, under the names of Hugging Face's config.json; the defaults are LLaMA-7B's."""
+    """Sizes as in Hugging Face's config.json; the defaults are LLaMA-7B's."""
 
     vocab_size: int = 32000
     hidden_size: int = 4096
@@ -49,68 +46,75 @@ class LlamaConfig:
 
     @classmethod
     def from_dict(cls, sizes: dict, where: str = "config.json") -> "LlamaConfig":
-        """From a Hugging Face config.json, old or new. Raises InputError for unsupported models."""
+        """From a Hugging Face config.json, old or new.
+
+        Raises InputError, which names the file `where`, for unsupported models.
+        """
         rope = sizes.get("rope_parameters") or sizes.get("rope_scaling") or {}
-        window = sizes.get("sliding_window")
-        if not isinstance(rope, dict) or not isinstance(window or 0, int):
+        window = sizes.get("sliding_window") or 0
+        if not isinstance(rope, dict) or not isinstance(window, int):
             raise InputError(
                 f"{where}: rope_scaling or sliding_window is malformed; fetch it again"
             )
-        for is_supported, what in (
-            (
-                rope.get("rope_type", rope.get("type", "default")) == "default",
-                f"rotary scaling {rope}",
-            ),
-            (
-                (kind := sizes.get("model_type")) in (None, "llama", "mistral"),
-                f"the architecture {kind}",
-            ),
-            (
-                not window or window >= CONTEXT,
-                f"a sliding window of {window} tokens, below {CONTEXT},",
-            ),
-            (
-                not (sizes.get("attention_bias") or sizes.get("mlp_bias")),
-                "a model with biases",
-            ),
-            (
-                (kind := sizes.get("hidden_act", "silu")) == "silu",
-                f"the activation {kind}",
-            ),
-        ):
-            if not is_supported:
-                raise InputError(
-                    f"{where}: {what} is not supported; take another model"
-                )
-        needed = (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-        )
-        if wrong := [
-            k for k in needed if not isinstance(sizes.get(k), int) or sizes[k] < 1
-        ]:
-            raise InputError(
-                f"{where}: no whole number above 0 for {', '.join(wrong)}; this is no LLaMA"
-            )
-        heads = sizes["num_attention_heads"]
+        if feature := unsupported_feature(sizes, rope, window):
+            raise InputError(f"{where}: {feature} is not supported; take another model")
+        check_has_sizes(sizes, where)
+
+        n_heads = sizes["num_attention_heads"]
         defaults = asdict(cls()) | {
-            "num_key_value_heads": heads,
-            "head_dim": sizes["hidden_size"] // heads,
+            "num_key_value_heads": n_heads,
+            "head_dim": sizes["hidden_size"] // n_heads,
+            "rope_theta": rope.get("rope_theta") or cls.rope_theta,
         }
-        defaults["rope_theta"] = rope.get("rope_theta") or cls.rope_theta
-        read = {k: sizes.get(k) or v for k, v in defaults.items()}
-        read["max_position_embeddings"] = min(
-            read["max_position_embeddings"], window or math.inf
-        )
-        return check_sizes(override(cls(), read, where), where)
+        # In old files, null or 0 means the default.
+        read = {k: sizes.get(k) or default for k, default in defaults.items()}
+        config = override(cls(), read, where)
+        if window:
+            context = min(config.max_position_embeddings, window)
+            config = replace(config, max_position_embeddings=context)
+        return check_sizes(config, where)
 
     def to_hub(self) -> dict:
         """The content of a Hugging Face config.json, the inverse of from_dict."""
         sizes = {k: v for k, v in asdict(self).items() if v != ""}
         return {"architectures": ["LlamaForCausalLM"], "model_type": "llama"} | sizes
+
+
+def unsupported_feature(sizes: dict, rope: dict, window: int) -> str:
+    """What a config.json asks for that this file does not compute, or ""."""
+    model_type = sizes.get("model_type")
+    activation = sizes.get("hidden_act", "silu")
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        return f"rotary scaling {rope}"
+    if model_type not in (None, "llama", "mistral"):
+        return f"the architecture {model_type}"
+    # Attention looks at all tokens: the conversation has to fit into the window.
+    if window and window < CONTEXT:
+        return f"a sliding window of {window} tokens, below {CONTEXT},"
+    if sizes.get("attention_bias") or sizes.get("mlp_bias"):
+        return "a model with biases"
+    if activation != "silu":
+        return f"the activation {activation}"
+    return ""
+
+
+def check_has_sizes(sizes: dict, where: str):
+    """Raise InputError unless the sizes that have no default are there."""
+    wrong = []
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+    ):
+        size = sizes.get(name)
+        if not isinstance(size, int) or size < 1:
+            wrong.append(name)
+    if wrong:
+        raise InputError(
+            f"{where}: no whole number above 0 for {', '.join(wrong)}; this is no LLaMA"
+        )
 
 
 class RMSNorm(nn.Module):
@@ -127,47 +131,88 @@ class RMSNorm(nn.Module):
         return self.weight * h.to(x.dtype)
 
 
-def rotary_angles(
-    positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype
-):
-    """positions (T,) -> cos, sin (T, head_dim), both halves equal (Hugging Face's layout)."""
-    inv_freq = 1.0 / theta ** (
-        torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
-    )
-    angles = torch.outer(positions.float(), inv_freq).repeat(1, 2)
+def rotary_angles(positions, head_dim: int, theta: float, dtype: torch.dtype):
+    """positions (T,) -> cos, sin (T, head_dim); both halves are equal."""
+    even = torch.arange(0, head_dim, 2, device=positions.device)
+    inv_freq = 1.0 / theta ** (even.float() / head_dim)
+    angles = torch.outer(positions.float(), inv_freq)
+    angles = angles.repeat(1, 2)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x, cos, sin):
-    """Rotate each pair (x[i], x[i + head_dim/2]) of x (B, H, T, head_dim) by its position's angle."""
+    """Rotate each pair (x[i], x[i + head_dim/2]) of x (B, H, T, head_dim).
+
+    This is Hugging Face's layout; the paper pairs x[2i] with x[2i + 1].
+    """
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
 
 class KVCache:
-    """Keys and values of the tokens so far: per layer two (B, K, capacity, head_dim) that grow as needed."""
+    """Keys and values of the tokens so far, per layer (B, K, capacity, head_dim) each.
+
+    The first `length` places are in use. Llama.forward advances it; set it lower to
+    forget the last tokens.
+    """
 
     def __init__(self):
-        self.layers: dict[int, list[torch.Tensor]] = {}
-        self.length = 0  # tokens stored; advanced by Llama.forward. Set it lower to forget the last ones
+        self.length = 0
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
 
-    def select(self, rows: torch.Tensor):
-        """Keep these rows of the batch, in this order; a row may come more than once."""
-        self.layers = {
-            layer: [t[rows] for t in stored] for layer, stored in self.layers.items()
-        }
+    def append(self, layer: int, k, v):
+        """Append k and v (B, K, T, head_dim); return all, (B, K, S, head_dim) each."""
+        all_k = self.store(self.keys, layer, k)
+        all_v = self.store(self.values, layer, v)
+        return all_k, all_v
 
-    def append(self, layer: int, *new: torch.Tensor) -> list[torch.Tensor]:
-        """Append keys and values (B, K, T, head_dim); returns all of them, (B, K, S, head_dim) each."""
-        stored, end = self.layers.get(layer), self.length + new[0].shape[2]
-        if stored is None or end > stored[0].shape[2]:
-            old = stored or [t[:, :, :0] for t in new]
-            stored = self.layers[layer] = [
-                F.pad(t, (0, 0, 0, max(256, 2 * end) - t.shape[2])) for t in old
-            ]
-        for whole, t in zip(stored, new):
-            whole[:, :, self.length : end] = t
-        return [whole[:, :, :end] for whole in stored]
+    def store(self, layers: dict[int, Tensor], layer: int, new):
+        end = self.length + new.shape[2]
+        stored = layers.get(layer, new[:, :, :0])
+        capacity = stored.shape[2]
+        if end > capacity:
+            n_more = max(256, 2 * end) - capacity
+            stored = F.pad(stored, (0, 0, 0, n_more))
+            layers[layer] = stored
+        stored[:, :, self.length : end] = new
+        return stored[:, :, :end]
+
+    def select(self, rows: Tensor):
+        """Keep these rows of the batch, in this order; rows may repeat."""
+        for layers in (self.keys, self.values):
+            for layer, stored in layers.items():
+                layers[layer] = stored[rows]
+
+
+def attend(q, k, v):
+    """Causal attention of the last T of S tokens -> (B, H, T, head_dim).
+
+    q (B, H, T, head_dim), k and v (B, K, S, head_dim). Query heads share key heads
+    in groups of H / K.
+    """
+    T, S = q.shape[2], k.shape[2]
+    mask = None
+    if T < S:
+        # The S - T cached tokens are visible to all, the new ones from the diagonal on.
+        everything = torch.ones(T, S, dtype=torch.bool, device=q.device)
+        mask = everything.tril(S - T)
+    is_grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(
+        q, k, v, mask, is_causal=T == S, enable_gqa=is_grouped
+    )
+
+
+def attend_last(q, k, v):
+    """The same for T = 1, faster: the last token sees all others, so nothing is masked.
+
+    The query heads that share a key head take the place of T: one read of its keys.
+    """
+    B, H, _, head_dim = q.shape
+    K = k.shape[1]
+    q = q.reshape(B, K, H // K, head_dim)
+    y = F.scaled_dot_product_attention(q, k, v)
+    return y.reshape(B, H, 1, head_dim)
 
 
 class Attention(nn.Module):
@@ -175,55 +220,33 @@ class Attention(nn.Module):
 
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
-        D, q_width = config.hidden_size, config.num_attention_heads * config.head_dim
+        self.layer = layer
+        self.head_dim = config.head_dim
+        D = config.hidden_size
+        q_width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(D, q_width, bias=False)
         self.k_proj = nn.Linear(D, kv_width, bias=False)
         self.v_proj = nn.Linear(D, kv_width, bias=False)
         self.o_proj = nn.Linear(q_width, D, bias=False)
-        self.qkv_proj = None  # these three in one, when quantized
-        self.quantized = {
-            "qkv_proj": ["q_proj", "k_proj", "v_proj"],
-            "o_proj": ["o_proj"],
-        }
+
+    def qkv(self, x):
+        """The three products; plumbing/quantized.py replaces them by one."""
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
+    def split_heads(self, x):
+        """(B, T, H * head_dim) -> (B, H, T, head_dim)."""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def forward(self, x, cos, sin, cache):
-        B, T, D = x.shape
-        qkv = (
-            self.qkv_proj(x)
-            if self.qkv_proj
-            else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        )
-        q, k, v = (
-            t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in qkv
-        )  # (B, H, T, head_dim)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k, v = map(self.split_heads, self.qkv(x))
+        q = rotate(q, cos, sin)
+        k = rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        S = k.shape[
-            2
-        ]  # a single new token attends to everything, several ones each to those before it
-        mask = (
-            torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
-            if 1 < T < S
-            else None
-        )
-        if (
-            cache is not None and T == 1
-        ):  # a key head's query heads become its queries: one read of its keys
-            q = q.reshape(B, k.shape[1], -1, self.head_dim)
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            mask,
-            is_causal=cache is None or S == T > 1,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        return self.o_proj(
-            y.reshape(B, -1, T, self.head_dim).transpose(1, 2).reshape(B, T, -1)
-        )
+        T = x.shape[1]
+        y = attend_last(q, k, v) if T == 1 else attend(q, k, v)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -231,27 +254,17 @@ class MLP(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(
-            config.hidden_size, config.intermediate_size, bias=False
-        )
-        self.up_proj = nn.Linear(
-            config.hidden_size, config.intermediate_size, bias=False
-        )
-        self.down_proj = nn.Linear(
-            config.intermediate_size, config.hidden_size, bias=False
-        )
-        self.gate_up_proj = None  # these two in one, when quantized
-        self.quantized = {
-            "gate_up_proj": ["gate_proj", "up_proj"],
-            "down_proj": ["down_proj"],
-        }
+        D, hidden = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(D, hidden, bias=False)
+        self.up_proj = nn.Linear(D, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, D, bias=False)
+
+    def gate_up(self, x):
+        """Both products; plumbing/quantized.py replaces them by one."""
+        return self.gate_proj(x), self.up_proj(x)
 
     def forward(self, x):
-        gate, up = (
-            self.gate_up_proj(x)
-            if self.gate_up_proj
-            else (self.gate_proj(x), self.up_proj(x))
-        )
+        gate, up = self.gate_up(x)
         return self.down_proj(F.silu(gate) * up)
 
 
@@ -271,31 +284,33 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """Embeddings (B, T, D), as image tokens have no id -> hidden states (B, T, D) after the final norm."""
+    """Embeddings (B, T, D) -> hidden states (B, T, D) after the final norm.
+
+    It takes embeddings instead of ids because image tokens have no id.
+    """
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        self.grad_checkpoint = (
-            False  # recompute the blocks' activations in the backward pass
-        )
+        # Recompute the blocks' activations in the backward pass.
+        self.grad_checkpoint = False
         V, D = config.vocab_size, config.hidden_size
-        # _weight: to draw a random one on the meta device, PyTorch would import code for a second
+        # Without _weight, PyTorch would draw one: on the meta device that imports code
+        # for a second.
         self.embed_tokens = nn.Embedding(V, D, _weight=torch.empty(V, D))
         self.layers = nn.ModuleList(
             Block(config, i) for i in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = (
-            None if config.tie_word_embeddings else nn.Linear(D, V, bias=False)
-        )
-        self.quantized = {"lm_head": ["lm_head"]} if self.lm_head else {}
+        self.norm = RMSNorm(D, config.rms_norm_eps)
+        is_tied = config.tie_word_embeddings
+        self.lm_head = None if is_tied else nn.Linear(D, V, bias=False)
         self.reset_parameters()
 
     def forward(self, x, cache: KVCache | None = None):
         """With a cache, x are the tokens that follow those in it."""
-        T, seen = x.shape[1], cache.length if cache is not None else 0
-        positions = torch.arange(seen, seen + T, device=x.device)
+        T = x.shape[1]
+        start = 0 if cache is None else cache.length
+        positions = torch.arange(start, start + T, device=x.device)
         cos, sin = rotary_angles(
             positions, self.config.head_dim, self.config.rope_theta, x.dtype
         )
@@ -310,71 +325,24 @@ class Llama(nn.Module):
 
     def logits(self, hidden):
         """Hidden states (..., D) -> logits (..., V) in the same dtype."""
-        return (
-            self.lm_head(hidden)
-            if self.lm_head
-            else F.linear(hidden, self.embed_tokens.weight)
-        )
-
-    def compile_rows(self):
-        """Compile the product with a single token: twice as fast as PyTorch's own in bfloat16 on a CPU."""
-        if not self.norm.weight.is_cpu or not shutil.which(
-            os.environ.get("CXX", "g++")
-        ):
-            return note(
-                "note: compiling needs a C++ compiler and a CPU; it goes on without"
-            )
-
-        @torch.compile(dynamic=False)
-        def row_product(w, x):
-            return (w.float() * x.float()).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
-
-        def forward(w, x):
-            return row_product(w, x) if x.numel() == x.shape[-1] else F.linear(x, w)
-
-        for linear in self.modules():
-            if isinstance(linear, nn.Linear):
-                linear.weight.data = (
-                    linear.weight.clone()
-                )  # from the mapped file to huge pages: faster
-                linear.forward = partial(forward, linear.weight)
+        if self.lm_head is None:
+            return F.linear(hidden, self.embed_tokens.weight)
+        return self.lm_head(hidden)
 
     def reset_parameters(self):
         init_weights(
             self,
             {"embed_tokens.weight": 0.02},
-            ("o_proj.weight", "down_proj.weight"),
-            len(self.layers),
+            residual=("o_proj.weight", "down_proj.weight"),
+            depth=len(self.layers),
         )
 
 
-def sample(
-    logits: torch.Tensor,
-    seen: torch.Tensor,
-    temperature: float,
-    top_p: float,
-    repetition_penalty: float,
-    generator: torch.Generator | None = None,
-) -> torch.Tensor:
-    """Draw the next ids, int64 (..., 1), from logits float32 (..., V): repetition penalty on the ids where
-    `seen`, bool (..., V), temperature, then top_p. 0 is greedy. Order and penalty as in Hugging Face's."""
-    logits = penalize(logits, seen, repetition_penalty)
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    probs, order = (logits / temperature).softmax(-1).sort(descending=True)
-    beyond = (
-        probs.cumsum(-1) - probs >= top_p
-    )  # the token that reaches top_p is kept, and always the first
-    beyond[..., 0] = False
-    return order.gather(
-        -1, torch.multinomial(probs.masked_fill(beyond, 0), 1, generator=generator)
-    )
+def penalize(scores: Tensor, seen: Tensor, repetition_penalty: float) -> Tensor:
+    """Lower the scores (..., V) of the ids where `seen`, bool (..., V).
 
-
-def penalize(
-    scores: torch.Tensor, seen: torch.Tensor, repetition_penalty: float
-) -> torch.Tensor:
-    """Lower the scores (..., V) of the ids where `seen`. Raises InputError for scores that are NaN."""
+    Raises InputError for scores that are NaN.
+    """
     if scores.isnan().any():
         raise InputError(
             "the model computes NaN: weights are broken; fetch or train them again"
@@ -385,70 +353,106 @@ def penalize(
     return torch.where(seen, penalized, scores)
 
 
+def sample(
+    logits: Tensor,
+    seen: Tensor,
+    temperature: float,
+    top_p: float,
+    repetition_penalty: float,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw the next ids, int64 (..., 1), from logits float32 (..., V).
+
+    In Hugging Face's order: repetition penalty on the ids where `seen`, bool (..., V),
+    temperature (0 is greedy), then top_p.
+    """
+    logits = penalize(logits, seen, repetition_penalty)
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    probs, ids = (logits / temperature).softmax(-1).sort(descending=True)
+    likelier = probs.cumsum(-1) - probs  # the total of the likelier ids
+    excluded = likelier >= top_p
+    excluded[..., 0] = False  # even with a top_p of 0
+    nucleus = probs.masked_fill(excluded, 0)
+    place = torch.multinomial(nucleus, 1, generator=generator)
+    return ids.gather(-1, place)
+
+
+class Beam(NamedTuple):
+    """The beginning of an answer."""
+
+    log_prob: float  # the sum over its ids
+    ids: list[int]
+    row: int  # of the ids before the last in the cache
+
+
 @torch.no_grad()
 def beam_search(
     llama: Llama,
-    tokenizer: "Tokenizer",
-    x: torch.Tensor,
-    seen: torch.Tensor,
+    x: Tensor,
+    seen: Tensor,
     max_new_tokens: int,
     repetition_penalty: float,
-    stop: tuple[list[int], ...],
+    stops: tuple[list[int], ...],
     min_length: int,
     num_beams: int,
     length_penalty: float,
 ) -> list[int]:
-    """The ids of the likeliest answer to a prompt x (1, T, D), as in Hugging Face's: by the sum of its ids'
-    log-probabilities, over (its length with `<s>`, without its end) ** length_penalty."""
-    cache, beams, finished = (
-        KVCache(),
-        [(0.0, [])],
-        [],
-    )  # (sum of log-probabilities, ids)
+    """The ids of the likeliest answer to a prompt x (1, T, D), as in Hugging Face's.
+
+    An answer's score is the log-probability of its ids, over
+    (its length with `<s>`, without its end) ** length_penalty. `seen`: see sample.
+    `stops`: the id sequences that end an answer; the first is [eos].
+    """
+    eos = stops[0][0]
+    cache = KVCache()
+    beams = [Beam(0.0, [], 0)]
+    finished: list[tuple[float, list[int]]] = []  # (score, ids), the best first
     for length in range(1, max_new_tokens + 1):
-        logp = llama.logits(llama(x, cache)[:, -1]).float().log_softmax(-1)
-        logp = penalize(logp, seen, repetition_penalty)
+        hidden = llama(x, cache)[:, -1]
+        log_probs = llama.logits(hidden).float().log_softmax(-1)
+        log_probs = penalize(log_probs, seen, repetition_penalty)
         if length < min_length:
-            logp[:, tokenizer.eos] = -torch.inf
-        sums = torch.tensor([[total] for total, _ in beams], device=x.device) + logp
-        best, index = sums.flatten().topk(
-            4 * num_beams
-        )  # enough for num_beams that have not ended
-        candidates = [
-            (
-                total,
-                [*beams[i // logp.shape[1]][1], i % logp.shape[1]],
-                i // logp.shape[1],
-            )
-            for total, i in zip(best.tolist(), index.tolist())
-        ]
-        finished += [
-            (total / length**length_penalty, ids)
-            for total, ids, _ in candidates[:num_beams]
-            if is_end(ids, stop)
-        ]
+            log_probs[:, eos] = -torch.inf
+
+        candidates = continue_beams(beams, log_probs, (1 + len(stops)) * num_beams)
+        for beam in candidates[:num_beams]:
+            if is_end(beam.ids, stops):
+                finished.append((beam.log_prob / length**length_penalty, beam.ids))
         finished = sorted(finished, reverse=True)[:num_beams]
-        if (
-            len(finished) == num_beams
-            and finished[-1][0] >= candidates[0][0] / length**length_penalty
-        ):
-            return finished[0][1]
-        kept = [c for c in candidates if not is_end(c[1], stop)][:num_beams]
-        beams, rows = (
-            [c[:2] for c in kept],
-            torch.tensor([c[2] for c in kept], device=x.device),
-        )
-        token = torch.tensor([ids[-1:] for _, ids in beams], device=x.device)
+        if len(finished) == num_beams:
+            worst_finished = finished[-1][0]
+            if worst_finished >= candidates[0].log_prob / length**length_penalty:
+                return finished[0][1]
+
+        beams = [beam for beam in candidates if not is_end(beam.ids, stops)][:num_beams]
+        rows = torch.tensor([beam.row for beam in beams], device=x.device)
+        ids = torch.tensor([beam.ids[-1:] for beam in beams], device=x.device)
         cache.select(rows)
-        seen, x = seen[rows].scatter(1, token, True), llama.embed_tokens(token)
-    return max(
-        finished
-        + [(total / (length + 1) ** length_penalty, ids) for total, ids in beams]
-    )[1]
+        seen = seen[rows].scatter(1, ids, True)
+        x = llama.embed_tokens(ids)
+
+    for beam in beams:
+        score = beam.log_prob / (max_new_tokens + 1) ** length_penalty
+        finished.append((score, beam.ids))
+    return max(finished)[1]
+
+
+def continue_beams(beams: list[Beam], log_probs: Tensor, n: int) -> list[Beam]:
+    """The n likeliest beams with one more id, given log_probs (len(beams), V)."""
+    V = log_probs.shape[1]
+    sums = torch.tensor([beam.log_prob for beam in beams], device=log_probs.device)
+    totals = sums[:, None] + log_probs
+    best, places = totals.flatten().topk(n)
+    continued = []
+    for log_prob, place in zip(best.tolist(), places.tolist()):
+        row, id = divmod(place, V)
+        continued.append(Beam(log_prob, [*beams[row].ids, id], row))
+    return continued
 
 
 class Tokenizer:
-    """A sentencepiece `tokenizer.model`. In a text, the letters `<s>` and `</s>` are plain text."""
+    """A sentencepiece `tokenizer.model`. Typed letters `<s>`, `</s>` are plain text."""
 
     def __init__(self, path: str):
         try:
@@ -458,7 +462,8 @@ class Tokenizer:
             self._processor = SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as e:
             raise InputError(
-                f"{path}: no sentencepiece model; it is a LLaMA folder's tokenizer.model"
+                f"{path}: no sentencepiece model; it is a LLaMA folder's "
+                "tokenizer.model"
             ) from e
         self.path = str(path)
         self.vocab_size = self._processor.vocab_size()
@@ -467,47 +472,14 @@ class Tokenizer:
         self.unknown = self._processor.unk_id()
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
-        """ "a dog" -> [263, 11203]. Sentencepiece adds a leading space; `bos` prepends `<s>`."""
+        """ "a dog" -> [263, 11203], with a leading space; `bos` prepends `<s>`."""
         ids = self._processor.encode(text)
         return [self.bos, *ids] if bos else ids
 
     def decode(self, ids: list[int]) -> str:
-        """[263, 11203] -> "a dog", without the leading space; control tokens give no text."""
+        """[263, 11203] -> "a dog", the reverse; control tokens give no text."""
         return self._processor.decode(ids)
 
     def piece(self, id: int) -> str:
-        """263 -> "\u2581a"."""
+        """11203 -> "\\u2581dog", where \\u2581 is a space."""
         return self._processor.id_to_piece(id)
-
-
-def read_llama_folder(folder: str) -> tuple[LlamaConfig, list[Path]]:
-    """The sizes and safetensors files of a Hugging Face folder."""
-    root, index = Path(folder), Path(folder) / "model.safetensors.index.json"
-    if not (root / "config.json").is_file():
-        raise InputError(
-            f"{folder}: not a LLaMA folder, it has no config.json; see the README"
-        )
-    config = LlamaConfig.from_dict(
-        read_json(root / "config.json"), f"{folder}/config.json"
-    )
-    shards = (
-        indexed_files(index)
-        if index.is_file()
-        else sorted(root.glob("[!.]*.safetensors"))
-    )
-    if not shards:
-        raise InputError(
-            f"{folder}: no *.safetensors file; see the README on getting the weights"
-        )
-    names = {shard.name for shard in shards}
-    for name, n in re.findall(r"(.+)-\d+-of-(\d{5})\.safetensors", "\n".join(names)):
-        if (
-            missing := {
-                f"{name}-{i:05d}-of-{n}.safetensors" for i in range(1, int(n) + 1)
-            }
-            - names
-        ):
-            raise InputError(
-                f"{folder}/{min(missing)}: no such weight file, of {int(n)}; fetch it too"
-            )
-    return config, shards

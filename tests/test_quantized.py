@@ -8,6 +8,7 @@ import torch
 import chat
 from chat import Chat, Options
 from llama import Llama, LlamaConfig
+from plumbing.quantized import compile_rows
 from tests.common import EXAMPLE
 
 STAR = "What color is the star?"
@@ -35,10 +36,10 @@ def test_compiled_rows_give_the_same_logits_and_no_compiler_is_noted(
     rows = [torch.randn(1, 1, 64), torch.randn(1, 5, 64), torch.randn(2, 1, 64)]
     want = [model.logits(model(x)) for x in rows]
     monkeypatch.setenv("CXX", "no-such-compiler")
-    model.compile_rows()
+    compile_rows(model)
     assert "needs a C++ compiler" in capsys.readouterr().err
     monkeypatch.setenv("CXX", "g++")
-    model.compile_rows()
+    compile_rows(model)
     assert capsys.readouterr().err == "" and "forward" in vars(model.lm_head)
     for x, logits in zip(rows, want):
         assert torch.allclose(model.logits(model(x)), logits, atol=1e-4)

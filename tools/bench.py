@@ -47,6 +47,7 @@ from plumbing.console import InputError
 from plumbing.files import replacing
 from plumbing.options import option
 from plumbing.processes import peak_mib, pick_device
+from plumbing.quantized import compile_rows
 from plumbing.sources import Sample, index_tar
 from plumbing.weights import DTYPES, PARTS, read_part
 from qformer import QFormerConfig
@@ -557,7 +558,7 @@ def our_answer(
         None, None, str(folder), dtype=dtype, device=device.type
     )
     if compiled:
-        model.llama.compile_rows()
+        compile_rows(model.llama)
     return lambda n: [
         *model.generate(ids, max_new_tokens=n, temperature=0, min_length=n + 1)
     ]
