@@ -264,7 +264,6 @@ class MiniGPT4(nn.Module):
         x = self.embed(torch.tensor([tokens], device=self.device), image_embeds)
         return beam_search(
             self.llama,
-            self.tokenizer,
             x[:, n_cut:],
             self.penalized_ids(1),
             max_new_tokens,
