@@ -13,6 +13,9 @@ import torch
 from model import MiniGPT4
 from tools.bench import TOKENIZER, WAYS, gguf_file
 
+pytestmark = pytest.mark.slow  # each starts processes
+
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -30,6 +30,7 @@ def lines(path="captions.jsonl"):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_greedy_captions_are_those_of_chat(folder):
     caption.main(["photos", "--batch_size=3", "--dtype=float32"])
     talk = chat.Chat(*chat.load(chat.Options(temperature=0.0, dtype="float32")))
@@ -61,6 +62,7 @@ def test_beams_and_samples(folder, options):
     )
 
 
+@pytest.mark.slow
 def test_a_stopped_run_continues(folder, capsys):
     caption.main(["photos", "--batch_size=4"])
     whole = Path("captions.jsonl").read_text().splitlines(keepends=True)
@@ -74,6 +76,7 @@ def test_a_stopped_run_continues(folder, capsys):
     assert "7 captions (0 new ones cut off), 0 failures" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_bad_pictures_are_kept_out_and_tried_again_when_asked(folder, capsys):
     Path("photos/2.jpg").rename("good.jpg")
     Path("photos/2.jpg").write_bytes(b"no picture")
@@ -159,6 +162,7 @@ def test_mistakes_raise(folder, argv, words):
         caption.main(argv)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "argv", [["no\033[31mwhere.jpg"], ["photos", "--out=none/a.jsonl"]]
 )

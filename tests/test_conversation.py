@@ -101,6 +101,7 @@ def test_undo_gives_the_turn_and_its_picture_back(tiny):
     assert ask(talk, QUESTIONS[1])[0] == answer
 
 
+@pytest.mark.slow
 def test_a_full_context_drops_the_oldest_turns_and_never_the_picture_or_the_system_text(
     tiny, capsys
 ):

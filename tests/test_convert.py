@@ -367,6 +367,7 @@ def test_an_exported_projection_is_the_original_s_and_comes_back_bit_for_bit(tmp
     )
 
 
+@pytest.mark.slow
 def test_a_converted_projection_with_a_config_is_a_run_s_folder(tmp_path):
     files = Golden(GOLDEN, "qformer").convert(tmp_path)
     config = tmp_path / "stage2.py"
@@ -558,6 +559,7 @@ def test_the_command_line(hub, tmp_path):
     assert "exists already" in fails("llama", hub, hub)
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing_half_written(tmp_path):
     """A limit on the size of files acts as a full disk; the old file is kept."""
     pytest.importorskip("resource")  # not on Windows
@@ -630,6 +632,7 @@ def test_perplexity_is_that_of_transformers(hub, tmp_path):
 # ---- random weights of official names ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["safetensors", "bin"])
 def test_random_weights_are_converted_and_make_a_model(tmp_path, monkeypatch, format):
     """At small sizes, with the tools' own names, formats and shards."""

@@ -340,6 +340,7 @@ def test_length_groups_hold_the_same_samples_with_less_padding(tmp_path):
     assert padding[0] < 0.2 * padding[1]
 
 
+@pytest.mark.slow
 def test_resuming_far_into_ten_thousand_shards_reads_only_what_comes_next(tmp_path):
     write_tar(tmp_path / "one.tar", [str(i) for i in range(1000)])
     (tmp_path / "many").mkdir()

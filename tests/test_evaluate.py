@@ -399,6 +399,7 @@ def test_other_weights_and_other_settings_are_asked_again(folder):
     assert len(run(*argv)[1]) == 10
 
 
+@pytest.mark.slow
 def test_pictures_that_cannot_be_read_are_named_and_left_out(folder, capsys):
     Path("photos/2.jpg").write_bytes(b"no picture")
     Path("photos/3.jpg").unlink()

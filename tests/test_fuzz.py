@@ -24,6 +24,9 @@ from plumbing.weights import load_tensors
 from tests.common import GOLDEN
 from tests.samples import picture
 
+pytestmark = pytest.mark.slow  # hundreds of cases each
+
+
 TOKENIZER = Tokenizer(GOLDEN / "tokenizer" / "tokenizer.model")
 NAMES = [f.name for f in fields(Config)]
 VALUES = st.one_of(

@@ -327,6 +327,7 @@ def test_a_file_or_repo_that_is_missing_is_named_with_the_option_that_replaces_i
     assert not (tmp_path / "weights").exists()
 
 
+@pytest.mark.slow
 def test_without_connection_and_without_cache(hub, tmp_path, local):
     message = fails(hub, tmp_path, "vicuna-7b", *local, HF_HUB_OFFLINE="1")
     assert (
@@ -336,6 +337,7 @@ def test_without_connection_and_without_cache(hub, tmp_path, local):
     assert "HF_HUB_OFFLINE" in message and "--llama=" in message and not hub.requests
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("free, folder", [(300_000, "weights"), (10_000, "hub")])
 def test_too_small_a_disk_is_found_before_anything_large_is_downloaded(
     hub, tmp_path, local, free, folder
@@ -364,6 +366,7 @@ def test_too_small_a_disk_is_found_before_anything_large_is_downloaded(
     assert not any(name.endswith((".bin", ".pth")) for name in hub.fetched())
 
 
+@pytest.mark.slow
 def test_a_full_disk_in_the_middle_is_one_line(hub, tmp_path, local):
     full = PROGRAM.replace(
         "from tools",

@@ -205,6 +205,18 @@ def modules() -> dict[str, str]:
 
 
 MODULES = modules()
+OWN = {name.split(".")[0] for name in MODULES}
+PACKAGES = {"torch", "sentencepiece", "safetensors", "numpy", "PIL", "tqdm"}
+OPTIONAL = {  # tools say so in one line, or leave out a row, where one is missing
+    ("bench.py", "transformers"),
+    ("bench.py", "webdataset"),
+    ("bench.py", "gguf"),
+    ("bench.py", "llama_cpp"),
+    ("prepare_stage1.py", "pyarrow"),
+    ("webchat.py", "gradio"),
+    ("plot.py", "matplotlib"),
+    ("get_weights.py", "huggingface_hub"),
+}
 
 
 def room(path: str) -> str:
@@ -218,8 +230,8 @@ def floor(path: str) -> int:
     return numbers[0] if numbers else 2
 
 
-def imported(path: str) -> set[str]:
-    """The files of this repo that a file imports, also inside of functions."""
+def names_imported(path: str) -> set[str]:
+    """Modules, and what may be one, that a file imports, also inside of functions."""
     names = set()
     for node in ast.walk(parse(path)):
         if isinstance(node, ast.Import):
@@ -227,7 +239,12 @@ def imported(path: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             names.add(node.module)
             names.update(f"{node.module}.{alias.name}" for alias in node.names)
-    return {MODULES[name] for name in names & MODULES.keys()}
+    return names
+
+
+def imported(path: str) -> set[str]:
+    """The files of this repo that a file imports."""
+    return {MODULES[name] for name in names_imported(path) & MODULES.keys()}
 
 
 def test_imports_run_one_way():
@@ -244,6 +261,16 @@ def test_plumbing_is_flat_and_has_at_most_ten_files():
     folders = [path for path in (ROOT / "plumbing").iterdir() if path.is_dir()]
     assert len(files) <= 10
     assert [path.name for path in folders if path.name != "__pycache__"] == []
+
+
+def test_nothing_outside_the_six_packages_is_imported():
+    foreign = set()
+    for path in MODULES.values():
+        if room(path) != "tests":
+            rooms = {name.split(".")[0] for name in names_imported(path)}
+            unknown = rooms - PACKAGES - OWN - sys.stdlib_module_names
+            foreign.update((Path(path).name, name) for name in unknown)
+    assert foreign == OPTIONAL
 
 
 @pytest.mark.slow

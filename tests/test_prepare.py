@@ -139,6 +139,7 @@ def test_captions_survive_the_list_as_img2dataset_reads_it(tmp_path, ending):
     assert table["url"].to_pylist() == [f"http://x/{i}" for i in range(len(captions))]
 
 
+@pytest.mark.slow
 def test_a_list_of_any_size_is_read_in_chunks(tmp_path, monkeypatch):
     """The entries are the same wherever a chunk ends, and memory does not grow with the file."""
     entries = [

@@ -23,6 +23,7 @@ def test_a_quantized_model_chats(dtype):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 def test_compiled_rows_give_the_same_logits_and_no_compiler_is_noted(
     monkeypatch, capsys

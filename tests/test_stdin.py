@@ -130,6 +130,7 @@ def python(*words, stdin="", **env):
     )
 
 
+@pytest.mark.slow
 def test_stdin_is_utf_8_also_where_the_locale_is_not():
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = python(

@@ -38,6 +38,7 @@ def test_only_the_projection_learns(world, tmp_path):
     assert sorted(os.listdir(tmp_path)) == files
 
 
+@pytest.mark.slow
 def test_every_part_can_learn_and_is_saved(world, tmp_path):
     config = micro(
         world,

@@ -24,6 +24,7 @@ def test_a_pipe_is_not_waited_for_and_other_formats_start_no_program(tmp_path):
             load_image(str(tmp_path / f"{name}.jpg"), 28)
 
 
+@pytest.mark.slow
 def test_a_picture_that_would_take_gigabytes_is_refused(tmp_path):
     Image.new("1", (13000, 13000)).save(
         tmp_path / "a.png"
