@@ -78,7 +78,8 @@ class Int8OnCPU:
 
     def __init__(self, weight, scale):
         zeros = torch.zeros(len(weight), dtype=torch.long)
-        with warnings.catch_warnings(action="ignore"):  # deprecated, but fastest
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecated, but fastest
             quantized = torch._make_per_channel_quantized_tensor(
                 weight, scale.double(), zeros, 0
             )

@@ -4,12 +4,17 @@ import io
 import os
 import zlib
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import vision
 from plumbing.console import InputError
-from vision import VisionConfig, VisionTransformer, load_image
+from tests.common import ROOT
+from vision import VisionConfig, VisionTransformer, load_image, to_rgb
+
+EXAMPLE = str(ROOT / "assets/tiny/example.png")
 
 
 def test_a_pipe_is_not_waited_for_and_other_formats_start_no_program(tmp_path):
@@ -37,6 +42,57 @@ def test_a_picture_that_would_take_gigabytes_is_refused(tmp_path):
     big[29:33] = zlib.crc32(big[12:29]).to_bytes(4, "big")
     with pytest.raises(InputError, match="too large: 13000 x 13000 pixels"):
         load_image(bytes(big), 28)
+
+
+def test_a_mistake_in_our_code_is_not_taken_for_a_broken_picture(monkeypatch):
+    monkeypatch.setattr(vision, "to_rgb", lambda image: image.no_such_method())
+    with pytest.raises(AttributeError, match="no_such_method"):
+        load_image(EXAMPLE, 28)
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        pytest.param("no.jpg", None, "no.jpg: there is no such picture", id="missing"),
+        pytest.param("a.jpg", b"abc", "a.jpg: cannot be read as a picture", id="text"),
+        pytest.param("dot.png", "1x1", "dot.png: only 1 x 1 pixels", id="a dot"),
+    ],
+)
+def test_a_picture_that_cannot_be_used_is_named(tmp_path, name, content, words):
+    if content == "1x1":
+        Image.new("RGB", (1, 1)).save(tmp_path / name)
+    elif content:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=words):
+        load_image(str(tmp_path / name), 28, smallest=2)
+
+
+@pytest.mark.parametrize(
+    "values, white",
+    [
+        pytest.param([0.0, 0.5, 1.0], 1, id="floats to 1"),
+        pytest.param([0.0, 100.0, 200.0], 255, id="floats to 255"),
+        pytest.param([0.0, 100.0, 510.0], 510, id="larger floats"),
+        pytest.param([-1.0, float("nan"), float("inf")], 1, id="no colors"),
+    ],
+)
+def test_floats_become_gray(values, white):
+    image = Image.fromarray(np.array([values], dtype=np.float32))
+    colors = np.array(to_rgb(image))[0]
+    finite = np.nan_to_num(values, posinf=0).clip(min=0)
+    assert colors.tolist() == [[int(v * 255 / white)] * 3 for v in finite]
+
+
+def test_the_tower_normalizes_and_counts_its_patches():
+    sizes = dict(image_size=16, patch_size=8, width=4, n_heads=2, mlp_hidden=4)
+    tower = VisionTransformer(VisionConfig(**sizes, n_layers=1))
+    images = torch.zeros(1, 3, 24, 24, dtype=torch.uint8)
+    images[:, 1] = 255
+    normal = tower.normalize(images)
+    assert normal[0, 0, 0, 0].item() == pytest.approx(-0.48145466 / 0.26862954)
+    assert normal[0, 1, 0, 0].item() == pytest.approx((1 - 0.4578275) / 0.26130258)
+    assert [tower.n_patches(size) for size in (16, 24)] == [4, 9]
+    assert tower(normal).shape == (1, 1 + 9, 4) and tower.has_class_token
 
 
 def test_the_default_sizes_are_those_of_eva_vit_g():
