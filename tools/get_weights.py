@@ -1,30 +1,30 @@
-"""Fetch the real MiniGPT-4 from the Hugging Face hub, convert it, and make it ready for chat.py.
+"""Download the real MiniGPT-4 from the Hugging Face hub and convert it for chat.py.
 
     python tools/get_weights.py vicuna-7b
     python tools/get_weights.py vicuna-13b --proj=Downloads/pretrained_minigpt4.pth
     python tools/get_weights.py llama2-7b --llama=NousResearch/Llama-2-7b-chat-hf
-    python tools/get_weights.py tinyllama        what configs/stage1_tinyllama.py trains on; no projection
+    python tools/get_weights.py tinyllama   for configs/stage1_tinyllama.py
 
-Needs huggingface_hub. Downloads go to its cache (HF_HOME), conversions to weights/, the run to out/NAME. What
-exists is kept, so the same command continues a stopped start. Any source can be a path, or a repo of the hub.
+Needs huggingface_hub. Downloads go to its cache (HF_HOME), conversions to weights/, the
+run to out/NAME. Existing files are kept: after an interruption, the same command
+continues. Any source can be a path or a repo of the hub. tinyllama has no projection.
 """
 
 import os
 import re
 import shutil
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import chat
 from configs.prompts import INSTRUCTIONS
-from configs.schema import load_config
+from configs.schema import Config, load_config
 from model import KINDS, MiniGPT4, check_english
-from plumbing.console import InputError, printable, run_main
+from plumbing.console import InputError, note, printable, run_main
 from plumbing.files import read_json, replacing, start_of
 from plumbing.options import check_name, option, override, parse_args
 from plumbing.weights import read_part, read_sizes, read_weight_map
@@ -32,13 +32,15 @@ from tools import convert
 from tools.evaluate import is_fragment, repeats_itself
 from train import refuse_to_overwrite, start_folder
 
+ROOT = Path(__file__).resolve().parent.parent
 BLIP2 = "Salesforce/blip2-flan-t5-xxl"  # has MiniGPT-4's vision part and Q-Former
+# A LLaMA's repo has one of these, preferred in this order; BLIP-2 has the first.
 WEIGHTS = (
     "model.safetensors.index.json",
     "model.safetensors",
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
-)  # the first that a LLaMA's repo has; BLIP-2 has the first
+)
 
 
 class Recipe(NamedTuple):
@@ -46,10 +48,20 @@ class Recipe(NamedTuple):
 
     config: str  # in configs/; it names the converted files
     llama: str  # repo
-    proj: str = ""  # the official projection's file name
+    proj: str = ""  # file name of the official projection
     drive: str = ""  # its id on Google Drive, the only official place
-    mirror: str = ""  # a repo that has it too
-    settings: dict = {}  # over the config's
+    mirror: str = ""  # a repo with a copy
+    settings: dict = {}  # override the config's
+
+    @property
+    def by_hand(self) -> str:
+        """Where a projection that was downloaded by hand is looked for."""
+        return f"weights/{self.proj}"
+
+    @property
+    def official(self) -> str:
+        address = f"https://drive.google.com/file/d/{self.drive}"
+        return f"{address}, to be saved as {self.by_hand}"
 
 
 RECIPES = {
@@ -82,61 +94,61 @@ class Options:
     vision: str = option(
         "", "a .pth, a converted .safetensors, or BLIP-2's folder or repo"
     )
-    qformer: str = option("", "the same")
+    qformer: str = option("", "like --vision")
     llama: str = option("", "a LLaMA's folder or repo")
     proj: str = option("", "a .pth, a converted .safetensors, or a repo")
 
 
+# ---- the hub ---------------------------------------------------------------------
+
+
 def hub():
     """The package huggingface_hub."""
-    try:
+    with suppress(ImportError):
         import huggingface_hub
 
-        huggingface_hub.DryRunFileInfo  # since 1.0
-    except (ImportError, AttributeError) as e:
-        raise InputError(
-            "huggingface_hub is missing or too old: pip install -U huggingface_hub"
-        ) from e
-    return huggingface_hub
+        if hasattr(huggingface_hub, "DryRunFileInfo"):  # since 1.0
+            return huggingface_hub
+    raise InputError(
+        "huggingface_hub is missing or too old: pip install -U huggingface_hub"
+    )
+
+
+def explain(error: Exception, repo: str) -> str:
+    """What an exception of the hub's library means for the user."""
+    errors = hub().errors
+    reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
+    if isinstance(error, errors.GatedRepoError):
+        return (
+            f"gated: accept the licence at https://huggingface.co/{repo}, "
+            "then set HF_TOKEN or run `hf auth login`"
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "there is no such repo, or it is private"
+    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+        return f"not in the cache, and the hub is out of reach: {reason}"
+    if isinstance(error, errors.EntryNotFoundError):
+        return "the repo has no such file"
+    return f"interrupted, the same command continues: {reason}"
 
 
 @contextmanager
 def explained(part: str, repo: str, name: str):
-    """Turn what the hub's library raises about a file into an InputError of one line."""
-    errors = hub().errors
+    """Turn an exception of the hub's library into an InputError of one line."""
     try:
         yield
-    except Exception as e:  # the library lets its HTTP client's errors through
-        reason = " ".join(str(e.__cause__ or e).split()) or type(e).__name__
-        what = next(
-            text
-            for kind, text in (
-                (
-                    errors.GatedRepoError,
-                    f"gated: accept the licence at https://huggingface.co/{repo}, then set "
-                    "HF_TOKEN or run `hf auth login`",
-                ),
-                (
-                    errors.RepositoryNotFoundError,
-                    "there is no such repo, or it is private",
-                ),
-                (
-                    (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled),
-                    f"not in the cache, and the hub is out of reach: {reason}",
-                ),
-                (errors.EntryNotFoundError, "the repo has no such file"),
-                (Exception, f"interrupted, the same command continues: {reason}"),
-            )
-            if isinstance(e, kind)
-        )
+    except Exception as e:  # it lets through what its HTTP client raises
         raise InputError(
-            f"{repo}/{name}: {what}; another source can be given, --{part}="
+            f"{repo}/{name}: {explain(e, repo)}; another source can be given, --{part}="
         ) from e
 
 
 def look_up(part: str, repo: str, name: str, optional=False):
-    """A file's size, its place in the cache and whether it is there: a DryRunFileInfo. An optional file that
-    the repo has not, or while the hub is out of reach the cache, gives None."""
+    """A file's size, its place in the cache and whether it is there: a DryRunFileInfo.
+
+    Returns None for an optional file if the repo (or, without connection, the cache)
+    does not have it.
+    """
     with explained(part, repo, name):
         try:
             return hub().hf_hub_download(repo, name, dry_run=True)
@@ -145,66 +157,91 @@ def look_up(part: str, repo: str, name: str, optional=False):
                 raise
 
 
-def fetch(part: str, repo: str, name: str) -> Path:
-    """The path of a file in the hub's cache, to which it is downloaded. hf_hub_download alone would begin a
-    download that was killed from its start again; its own http_get continues it."""
-    info = look_up(part, repo, name)
-    begun = Path(f"{info.local_path}.incomplete")
-    with explained(part, repo, name):
-        from huggingface_hub.file_download import http_get
-        from huggingface_hub.utils import WeakFileLock, build_hf_headers
+def incomplete(path: Path) -> Path:
+    """The file that holds the beginning of a download."""
+    return Path(f"{path}.incomplete")
 
-        if info.will_download:
-            Path(info.local_path).parent.mkdir(parents=True, exist_ok=True)
-            with WeakFileLock(f"{info.local_path}.lock"):
-                if not os.path.exists(
-                    info.local_path
-                ):  # else another process was faster
-                    with open(begun, "ab") as f:
-                        http_get(
-                            hub().hf_hub_url(repo, name, revision=info.commit_hash),
-                            f,
-                            resume_size=f.tell(),
-                            headers=build_hf_headers(),
-                            expected_size=info.file_size,
-                            displayed_filename=name,
-                        )
-                    begun.rename(info.local_path)
+
+def fetch(part: str, repo: str, name: str) -> Path:
+    """Download a file to the hub's cache, unless it is there; return its path.
+
+    hf_hub_download alone would restart an interrupted download from its first byte.
+    """
+    info = look_up(part, repo, name)
+    path = Path(info.local_path)
+    if info.will_download:
+        from huggingface_hub.file_download import http_get
+
+        url = hub().hf_hub_url(repo, name, revision=info.commit_hash)
+        headers = hub().utils.build_hf_headers()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with hub().utils.WeakFileLock(f"{path}.lock"), explained(part, repo, name):
+            if not path.exists():  # else another process was faster
+                with open(incomplete(path), "ab") as file:
+                    http_get(
+                        url,
+                        file,
+                        resume_size=file.tell(),
+                        headers=headers,
+                        expected_size=info.file_size,
+                        displayed_filename=name,
+                    )
+                incomplete(path).rename(path)
+    with explained(part, repo, name):
         return Path(hub().hf_hub_download(repo, name))
 
 
+# ---- where the parts come from ---------------------------------------------------
+
+
 def names_in_index(part: str, index: Path) -> list[str]:
-    """The files that hold a part's tensors; all of a LLaMA."""
+    """The files that hold a part's tensors; all files of a LLaMA."""
     own = re.compile(convert.OF_BLIP2.get(part, ""))
-    return sorted({file for k, file in read_weight_map(index).items() if own.match(k)})
+    weight_map = read_weight_map(index)
+    return sorted({file for name, file in weight_map.items() if own.match(name)})
+
+
+def find_projection(repo: str, official: str) -> str:
+    """The projection's file in a repo: of the official name, or the only .pth file."""
+    if look_up("proj", repo, official, optional=True):
+        return official
+    with explained("proj", repo, official):
+        files = hub().list_repo_files(repo)
+    names = [name for name in files if name.endswith(".pth")]
+    if len(names) != 1:
+        raise InputError(
+            f"{repo}: {len(names)} .pth files, none named {official}; "
+            "give a file, --proj=PATH"
+        )
+    return names[0]
 
 
 def names_in_repo(part: str, repo: str, proj: str) -> list[str]:
-    """The files of a repo that a part needs. Fetches the small ones that tell which."""
+    """The files of a repo that a part needs; `proj` is the official projection's name.
+
+    Downloads config.json and the index of the weights.
+    """
     if part == "proj":
-        if look_up(part, repo, proj, optional=True):
-            return [proj]
-        with explained(part, repo, proj):
-            names = [
-                name for name in hub().list_repo_files(repo) if name.endswith(".pth")
-            ]
-        if len(names) != 1:
-            raise InputError(
-                f"{repo}: {len(names)} .pth files, none named {proj}; give a file, --proj=PATH"
-            )
-        return names
+        return [find_projection(repo, proj)]
     config = read_json(fetch(part, repo, "config.json"))
     if part == "qformer":
         convert.refuse_other_qformers(Path(repo), config)
     choices = WEIGHTS if part == "llama" else WEIGHTS[:1]
-    name = next(
-        (name for name in choices if look_up(part, repo, name, optional=True)),
-        choices[0],
-    )
-    shards = (
-        names_in_index(part, fetch(part, repo, name)) if name.endswith(".json") else []
-    )
-    return ["config.json", name, *["tokenizer.model"] * (part == "llama"), *shards]
+    found = (name for name in choices if look_up(part, repo, name, optional=True))
+    weights = next(found, choices[0])
+    names = ["config.json", weights]
+    if part == "llama":
+        names.append("tokenizer.model")
+    if weights.endswith(".json"):
+        names += names_in_index(part, fetch(part, repo, weights))
+    return names
+
+
+class Size(NamedTuple):
+    """Bytes of a file, and how many of them are still to be downloaded."""
+
+    total: int
+    missing: int = 0
 
 
 class Source(NamedTuple):
@@ -214,13 +251,11 @@ class Source(NamedTuple):
     place: str  # a path or a repo
     target: str
     names: list[str]  # of the files in the repo; none: `place` is a path
-    files: dict[
-        Path, tuple[int, int]
-    ]  # bytes of what it needs, and how many are still to be downloaded
+    files: dict[Path, Size]
 
 
 def check_local(part: str, path: Path):
-    """Raise InputError for a path that cannot become the part, before anything is downloaded."""
+    """Raise InputError for a path that cannot become the part."""
     if part == "proj" and path.is_dir():
         raise InputError(f"--proj={path}: a folder; give the projection's file")
     if part == "llama":
@@ -232,90 +267,141 @@ def check_local(part: str, path: Path):
         read_sizes(part, str(path), read_part(part, str(path)), KINDS[part])
 
 
-def find(part: str, given: str, default: str, target: str, proj: str) -> Source:
-    """The source of a part: a path, or a repo whose files are looked up."""
-    path = Path(os.path.expanduser(given))
-    if given and path.exists():
-        shards = (
-            names_in_index(part, path / WEIGHTS[0])
-            if (path / WEIGHTS[0]).is_file()
-            else []
-        )
-        files = [
-            f
-            for f in (path.iterdir() if path.is_dir() else [path])
-            if f.is_file()
-            and (not shards or f.name in shards or f.suffix in (".json", ".model"))
-        ]
-        for file in files:
-            start_of(
-                file
-            )  # raises InputError for a web page or a Git LFS pointer in its place
-        check_local(part, path)
-        return Source(
-            part, str(path), target, [], {f: (f.stat().st_size, 0) for f in files}
-        )
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo := given or default):
-        raise InputError(
-            f"--{part}={given}: there is no such path, and it is no repo, OWNER/NAME"
-        )
-    names, files = names_in_repo(part, repo, proj), {}
-    for info in (look_up(part, repo, name) for name in names):
-        begun, size = Path(f"{info.local_path}.incomplete"), info.file_size or 0
-        left = size - (begun.stat().st_size if begun.exists() else 0)
-        files[Path(info.local_path)] = size, left if info.will_download else 0
-    return Source(part, repo, target, names, files)
+def find_local(part: str, path: Path, target: str) -> Source:
+    """A path as the source of a part. Raises InputError if it is of something else."""
+    files = [path]
+    if path.is_dir():
+        files = [file for file in path.iterdir() if file.is_file()]
+    index = path / WEIGHTS[0]
+    if index.is_file():
+        needed = names_in_index(part, index)
+        small = (".json", ".model")
+        files = [f for f in files if f.name in needed or f.suffix in small]
+    for file in files:
+        start_of(file)  # raises InputError for a web page or a Git LFS pointer
+    check_local(part, path)
+    sizes = {file: Size(file.stat().st_size) for file in files}
+    return Source(part, str(path), target, [], sizes)
 
 
-def as_text(n: int) -> str:
-    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.2f} MB"
+def find_in_repo(part: str, repo: str, target: str, proj: str) -> Source:
+    """A repo as the source of a part; `proj` is the official projection's name."""
+    names = names_in_repo(part, repo, proj)
+    sizes = {}
+    for name in names:
+        info = look_up(part, repo, name)
+        path = Path(info.local_path)
+        size = missing = info.file_size or 0
+        if incomplete(path).exists():
+            missing -= incomplete(path).stat().st_size
+        sizes[path] = Size(size, missing if info.will_download else 0)
+    return Source(part, repo, target, names, sizes)
 
 
-def total(files: dict[Path, tuple[int, int]], which: int = 0) -> int:
-    return sum(sizes[which] for sizes in files.values())
+def find_sources(options: Options, recipe: Recipe, config: Config) -> list[Source]:
+    """The sources of all parts that are still to be made. Prints what is kept."""
+    repos = {
+        "vision": BLIP2,
+        "qformer": BLIP2,
+        "llama": recipe.llama,
+        "proj": recipe.mirror,
+    }
+    sources = []
+    for part, given in vars(options).items():
+        target = getattr(config, part)
+        if not target:
+            continue
+        if os.path.exists(target):
+            if given:  # perhaps by this very command, which was interrupted
+                note(f"note: {target} exists: --{part}={given} is not read again")
+            print(f"{part:8}{target}: kept; remove it to make it again")
+            continue
+        if part == "proj" and not given:
+            given = find_by_hand(recipe)
+        place = given or repos[part]
+        path = Path(os.path.expanduser(given))
+        if not place:
+            continue
+        if given and path.exists():
+            sources.append(find_local(part, path, target))
+        elif re.fullmatch(r"[\w.-]+/[\w.-]+", place):
+            sources.append(find_in_repo(part, place, target, recipe.proj))
+        else:
+            raise InputError(
+                f"--{part}={given}: there is no such path, and it is no repo, "
+                "OWNER/NAME"
+            )
+    return sources
+
+
+def find_by_hand(recipe: Recipe) -> str:
+    """The path of a projection that was downloaded by hand; "" if there is none."""
+    if os.path.exists(recipe.by_hand):
+        print(f"proj    {recipe.by_hand}")
+        return recipe.by_hand
+    way = "by hand"
+    if recipe.mirror:
+        way = f"from {recipe.mirror}, a mirror that is not official"
+    print(f"proj    {way}; official: {recipe.official}")
+    return ""
+
+
+# ---- making them -----------------------------------------------------------------
+
+
+def as_text(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.2f} MB"
+
+
+def add_up(sizes: dict[Path, Size]) -> Size:
+    total = sum(size.total for size in sizes.values())
+    return Size(total, sum(size.missing for size in sizes.values()))
 
 
 def announce(sources: list[Source]):
-    """Print what will be fetched and made. Raises InputError if a disk is too small for it."""
+    """Print what will be downloaded and made. InputError if a disk is too small."""
     files = {}
-    for s in sources:
-        size, cached = total(s.files), total(s.files) - total(s.files, 1)
-        where = (
-            f"{hub().constants.ENDPOINT}/{s.place}, {as_text(cached)} cached"
-            if s.names
-            else s.place
-        )
-        print(
-            printable(
-                f"{s.part:8}{s.target} <- {len(s.files)} files, {as_text(size)}: {where}"
-            )
-        )
-        files |= s.files  # vision and qformer share some
-    needs, disks = (
-        {"weights": total(files)},
-        {},
-    )  # a conversion is at most as large as its source
-    if missing := total(files, 1):
-        needs[hub().constants.HF_HUB_CACHE] = missing
-    for name, n in needs.items():
+    for source in sources:
+        size = add_up(source.files)
+        place = source.place
+        if source.names:
+            cached = as_text(size.total - size.missing)
+            place = f"{hub().constants.ENDPOINT}/{place}, {cached} cached"
+        count = f"{len(source.files)} files, {as_text(size.total)}"
+        print(printable(f"{source.part:8}{source.target} <- {count}: {place}"))
+        files |= source.files  # vision and qformer share some
+    size = add_up(files)
+    needs = {"weights": size.total}  # a conversion is at most as large as its source
+    if size.missing:
+        needs[hub().constants.HF_HUB_CACHE] = size.missing
+    check_room(needs)
+
+
+def check_room(needs: dict[str, int]):
+    """Print the bytes {folder: bytes} beside the free ones. InputError if too few are.
+
+    Folders may share a disk, and need not exist.
+    """
+    disks = {}
+    for name in needs:
         folder = Path(name).absolute()
         existing = next(p for p in (folder, *folder.parents) if p.exists())
-        disks.setdefault(existing.stat().st_dev, []).append(
-            (f"at most {as_text(n)} in {name}", n, existing)
-        )
-    for uses in disks.values():
-        texts, sizes, (folder, *_) = zip(*uses)
+        names, _ = disks.setdefault(existing.stat().st_dev, ([], existing))
+        names.append(name)
+    for names, folder in disks.values():
+        uses = [f"at most {as_text(needs[name])} in {name}" for name in names]
         free = shutil.disk_usage(folder).free
-        what = f"{' and '.join(texts)}; free: {as_text(free)}"
-        if sum(sizes) > free:
+        what = f"{' and '.join(uses)}; free: {as_text(free)}"
+        if sum(needs[name] for name in names) > free:
             raise InputError(
-                f"needed: {what}; make room, or put the cache on another disk with HF_HOME"
+                f"needed: {what}; make room, or put the cache on another disk with "
+                "HF_HOME"
             )
         print(f"disk    {what}")
 
 
 def make(source: Source):
-    """Fetch a part, and convert it where it is not converted."""
+    """Download a part, and convert it unless it is converted already."""
     part, target, path = source.part, Path(source.target), Path(source.place)
     if source.names:
         files = [fetch(part, source.place, name) for name in source.names]
@@ -333,79 +419,41 @@ def make(source: Source):
 
 
 def try_out(run: str, llama: str):
-    """Measure the perplexity and ask about a picture. A bad answer gets a warning, with a likely cause."""
+    """Ask about a picture. A bad answer gets a warning with its likely cause."""
     talk = chat.Chat(*chat.load(chat.Options(ckpt=run, temperature=0.0, check=True)))
     talk.add_image(str(ROOT / "assets/tiny/example.png"))
     answer = "".join(talk.ask(INSTRUCTIONS[0]))
     print(f"{INSTRUCTIONS[0]} (assets/tiny/example.png)\n{printable(answer)}")
-    if (
-        is_fragment(answer, "description")
-        or repeats_itself(answer)
-        or not talk.turns[-1].ended
-    ):
-        broken = (
-            talk.model.perplexity((ROOT / "assets/paragraph.txt").read_text().strip())
-            > 100
-        )
+    is_broken = is_fragment(answer, "description") or repeats_itself(answer)
+    if talk.turns[-1].ended and not is_broken:
+        return
+    text = (ROOT / "assets/paragraph.txt").read_text().strip()
+    if talk.model.perplexity(text) > 100:
         cause = (
             f"broken LLaMA weights; remove {llama} and its download in the hub's cache"
-            if broken
-            else "a projection of another LLaMA (Vicuna v1.1 or v1.5 instead of v0, 7B with 13B)"
         )
-        print(
-            f"warning: this answer is a fragment or repeats itself: likely {cause}",
-            file=sys.stderr,
+    else:
+        cause = (
+            "a projection of another LLaMA (Vicuna v1.1 or v1.5 instead of v0, "
+            "7B with 13B)"
         )
+    note(f"warning: this answer is a fragment or repeats itself: likely {cause}")
 
 
 def main(argv: list[str]):
     (name,), given = parse_args(argv, __doc__, "|".join(RECIPES), Options)
-    o, recipe = (
-        override(Options(), given),
-        RECIPES[check_name(name, RECIPES, "command line")],
-    )
-    path, run = os.path.relpath(ROOT / f"configs/{recipe.config}.py"), f"out/{name}"
-    proj, by_hand = (
-        f"{run}/proj.safetensors" if recipe.proj else "",
-        f"weights/{recipe.proj}",
-    )
+    options = override(Options(), given)
+    recipe = RECIPES[check_name(name, RECIPES, "command line")]
+    path = os.path.relpath(ROOT / f"configs/{recipe.config}.py")
+    run = f"out/{name}"
+    proj = f"{run}/proj.safetensors" if recipe.proj else ""
     config = load_config(path, recipe.settings | {"out_dir": run, "proj": proj})
-    official = (
-        f"https://drive.google.com/file/d/{recipe.drive}, to be saved as {by_hand}"
-    )
-    repos = {
-        "vision": BLIP2,
-        "qformer": BLIP2,
-        "llama": recipe.llama,
-        "proj": recipe.mirror,
-    }
-    if surplus := [
-        part for part, place in vars(o).items() if place and not getattr(config, part)
-    ]:
-        raise InputError(f"--{surplus[0]}: {name} has no {surplus[0]}; leave it out")
+    for part, place in vars(options).items():
+        if place and not getattr(config, part):
+            raise InputError(f"--{part}: {name} has no {part}; leave it out")
     if proj and not os.path.exists(proj):
         refuse_to_overwrite(config)
-    sources = []
-    for part, place in vars(o).items():
-        target = getattr(config, part)
-        if os.path.exists(target):
-            if place:  # perhaps of this very command, which was stopped
-                print(
-                    f"note: {target} exists: --{part}={place} is not read again",
-                    file=sys.stderr,
-                )
-            print(f"{part:8}{target}: kept; remove it to have it made again")
-            continue
-        if part == "proj" and target and not place:
-            place = by_hand * os.path.exists(by_hand)
-            way = (
-                f"from {recipe.mirror}, a mirror that is not official"
-                if recipe.mirror
-                else "by hand"
-            )
-            print(f"proj    {by_hand if place else f'{way}; official: {official}'}")
-        if target and (place or repos[part]):
-            sources.append(find(part, place, repos[part], target, recipe.proj))
+    sources = find_sources(options, recipe, config)
     if sources:
         announce(sources)
     for source in sources:
@@ -419,11 +467,13 @@ def main(argv: list[str]):
             raise InputError(
                 f"{e}; remove what was made from a wrong source, and start again"
             ) from e
-        return print(f"python {os.path.relpath(ROOT / 'chat.py')} PICTURE --ckpt={run}")
+        print(f"python {os.path.relpath(ROOT / 'chat.py')} PICTURE --ckpt={run}")
+        return
     check_english(MiniGPT4.from_files(None, None, config.llama))
     if recipe.proj:
         raise InputError(
-            f"the projection is missing: fetch {official}; the same command then continues"
+            f"the projection is missing: fetch {recipe.official}; "
+            "the same command then continues"
         )
     print(f"python {os.path.relpath(ROOT / 'train.py')} {path}")
 

@@ -1,18 +1,20 @@
-"""BLIP's lists of captions and URLs -> the tar shards of stage 1, downloaded by img2dataset.
+"""Turn BLIP's lists of captions and URLs into tar shards for stage 1, with img2dataset.
 
     python tools/prepare_stage1.py SRC.json DST [--run] [--list=DST.tsv] [--key=value ...]
     python tools/prepare_stage1.py check DST
 
-SRC is one of BLIP's `*_synthetic_filtered_large.json`, of any size: it is read in chunks. The program writes
-the list that img2dataset takes, a .tsv or .parquet, and prints the command that downloads the pictures into
-the folder DST. --run also runs it; an interrupted download continues where it stopped.
+SRC is one of BLIP's `*_synthetic_filtered_large.json` files. It is read in chunks, so
+its size does not matter. The program writes img2dataset's list, a .tsv or .parquet, and
+prints the command that downloads the pictures into the folder DST. --run also runs it;
+an interrupted download continues where it stopped.
 
-Many of LAION's addresses are dead, and more die each year. configs/stage1_llava558k.py needs none of them: it
-trains on LLaVA-Pretrain, 558,128 pairs of the same sources in one archive.
+Many of LAION's addresses are dead, and more die each year. configs/stage1_llava558k.py
+needs none of them: it trains on LLaVA-Pretrain, 558,128 pairs of the same sources in
+one archive.
 
-check, which also follows a --run, reports samples, failed downloads by cause, bytes and suspicious shards. It
-writes DST/index.json, so that data.py need not open every shard to count its samples. img2dataset is a
-separate package, and a .parquet needs pyarrow.
+`check`, also done after --run, reports samples, failed downloads by cause, bytes and
+suspicious shards. It writes DST/index.json, which saves data.py from opening every
+shard to count its samples. img2dataset is a separate package; a .parquet needs pyarrow.
 """
 
 import csv
@@ -23,20 +25,23 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import islice
 from pathlib import Path
 from statistics import median
-
-from tqdm import tqdm
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from plumbing.console import InputError, printable, run_main
+from plumbing.console import InputError, printable, progress, run_main
 from plumbing.options import option, override, parse_args
 from plumbing.sources import index_tar
 
-CHUNK, LARGEST = 2**20, 2**24  # characters: read at a time; of the largest entry
+# characters: read at a time; of the largest entry
+CHUNK, LARGEST = 2**20, 2**24
+COLUMNS = ("url", "caption")
+skip_space = re.compile(r"\s*").match
 
 
 @dataclass(frozen=True)
@@ -52,88 +57,92 @@ class Options:
     shard_size: int = option(10_000, "URLs per shard")
 
     def __post_init__(self):
-        if (
-            min(
-                self.image_size,
-                self.processes,
-                self.threads,
-                self.timeout,
-                self.shard_size,
-            )
-            < 1
-        ):
+        _, _, *numbers = astuple(self)
+        if min(numbers) < 1:
             raise InputError("the numeric options must be at least 1")
 
 
-# ---- the list and the download -----------------------------------------------------------------------------
+# ---- the list and the download ---------------------------------------------------
 
 
-def read_entries(path: str):
-    """Yield the entries of a JSON list, with only a chunk in memory. InputError: where it is broken."""
-    decode, skip_space = json.JSONDecoder().raw_decode, re.compile(r"\s*").match
-    with open(path, encoding="utf-8-sig", errors="replace") as f:
-        text, passed, n = f.read(CHUNK), 0, 0
-        start = re.match(r"\s*\[\s*\]?", text)
-        if not start:
+def parse_entry(text: str, start: int) -> tuple[object, int, bool]:
+    """The entry of a JSON list at `start`, where the next begins, and if it is the last.
+
+    Raises ValueError, IndexError or RecursionError if it is broken, or cut.
+    """
+    first = skip_space(text, start).end()
+    entry, end = json.JSONDecoder().raw_decode(text, first)
+    separator = skip_space(text, end).end()
+    if text[separator] not in ",]":
+        raise ValueError("no comma after it")
+    return entry, separator + 1, text[separator] == "]"
+
+
+def read_entries(path: str) -> Iterator:
+    """Yield the entries of a JSON list, with only a chunk in memory.
+
+    Raises InputError that says where the list is broken.
+    """
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        text = file.read(CHUNK)
+        opening = re.match(r"\s*\[\s*\]?", text)
+        if not opening:
             raise InputError(
-                f'{path}: does not begin with [; give a JSON list of {{"url", "caption"}}'
+                f"{path}: does not begin with [; "
+                'give a JSON list of {"url", "caption"}'
             )
-        at, separator = start.end(), start[0][-1]  # "]": the list is empty
-        while separator != "]":
+        is_last = opening[0].endswith("]")
+        position = opening.end()
+        dropped = 0  # characters before `text`
+        n = 0
+        while not is_last:
             try:
-                entry, end = decode(text, skip_space(text, at).end())
-                end = skip_space(text, end).end()
-                separator = text[end]
-                if separator not in ",]":
-                    raise ValueError("no comma after it")
-            except (
-                ValueError,
-                IndexError,
-                RecursionError,
-            ) as e:  # broken, or the chunk ends here
-                more = f.read(CHUNK) if len(text) - at < LARGEST else ""
+                entry, following, is_last = parse_entry(text, position)
+            except (ValueError, IndexError, RecursionError) as e:
+                # Broken, or the chunk ends here
+                is_huge = len(text) - position >= LARGEST
+                more = "" if is_huge else file.read(CHUNK)
                 if not more:
                     raise InputError(
-                        f"{path}: broken or truncated in entry {n + 1:,}, which begins at "
-                        f"character {passed + at:,}; download the file again"
+                        f"{path}: broken or truncated in entry {n + 1:,}, which begins "
+                        f"at character {dropped + position:,}; download the file again"
                     ) from e
-                text, passed, at = text[at:] + more, passed + at, 0
+                text = text[position:] + more
+                dropped += position
+                position = 0
                 continue
             yield entry
-            n, at = n + 1, end + 1
+            n += 1
+            position = following
 
 
-def _rows(entries, counts):
-    """Yield (url, caption) of the entries that have both; count these and the others in `counts`."""
+def complete_rows(entries: Iterable, counts: Counter) -> Iterator[list[str]]:
+    """Yield [url, caption] of the entries that have both; count these and the others."""
     for entry in entries:
-        row = {
-            key: entry.get(key) if isinstance(entry, dict) else None
-            for key in ("url", "caption")
-        }
-        missing = [
-            key
-            for key, text in row.items()
-            if not isinstance(text, str) or not text.strip()
-        ]
-        counts[f"without {missing[0]}" if missing else "written"] += 1
-        if not missing:
-            url, caption = (
-                text.encode("utf-8", "replace").decode() for text in row.values()
-            )
-            yield url.strip(), caption
+        fields = entry if isinstance(entry, dict) else {}
+        row = []
+        for column in COLUMNS:
+            text = fields.get(column)
+            if not isinstance(text, str) or not text.strip():
+                counts[f"without {column}"] += 1
+                break
+            row.append(text.encode("utf-8", "replace").decode())
+        else:
+            counts["written"] += 1
+            url, caption = row
+            yield [url.strip(), caption]
 
 
-def _write_tsv(path, rows):
-    """Line breaks, which img2dataset cannot read in a .tsv, become spaces."""
-    with open(path, "w", encoding="utf-8", newline="") as f:
-        writer = csv.writer(f, delimiter="\t", lineterminator="\n")
-        writer.writerow(("url", "caption"))
-        writer.writerows(
-            [re.sub(r"[\r\n\0]+", " ", text) for text in row] for row in rows
-        )
+def write_tsv(path: Path, rows: Iterable[list[str]]):
+    """Write a .tsv. Line breaks, which img2dataset cannot read there, become spaces."""
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for row in rows:
+            writer.writerow([re.sub(r"[\r\n\0]+", " ", text) for text in row])
 
 
-def _write_parquet(path, rows):
+def write_parquet(path: Path, rows: Iterator[list[str]]):
     try:
         import pyarrow
         from pyarrow import parquet
@@ -141,27 +150,27 @@ def _write_parquet(path, rows):
         raise InputError(
             "a .parquet needs the package pyarrow: pip install pyarrow, or write a .tsv"
         ) from e
-    schema = pyarrow.schema([("url", pyarrow.string()), ("caption", pyarrow.string())])
+    schema = pyarrow.schema([(column, pyarrow.string()) for column in COLUMNS])
     with parquet.ParquetWriter(path, schema) as writer:
         while batch := list(islice(rows, 100_000)):
-            writer.write_table(pyarrow.table(list(zip(*batch)), schema=schema))
+            urls_and_captions = list(zip(*batch))
+            writer.write_table(pyarrow.table(urls_and_captions, schema=schema))
 
 
 def write_list(src: str, dst: Path) -> Counter:
-    """Write SRC's URLs and captions to a .tsv or .parquet; count the entries written and left out."""
-    counts, part = Counter(), Path(f"{dst}.part")
-    entries = tqdm(
-        read_entries(src),
-        desc="writing the list",
-        unit="entry",
-        unit_scale=True,
-        delay=1,
+    """Write SRC's URLs and captions to a .tsv or .parquet.
+
+    Returns how many entries were written, and left out for which reason.
+    """
+    counts = Counter()
+    entries = progress(
+        read_entries(src), "writing the list", unit="entry", unit_scale=True, delay=1
     )
+    write = write_parquet if dst.suffix == ".parquet" else write_tsv
+    part = Path(f"{dst}.part")
     dst.parent.mkdir(parents=True, exist_ok=True)
     try:
-        (_write_parquet if dst.suffix == ".parquet" else _write_tsv)(
-            part, _rows(entries, counts)
-        )
+        write(part, complete_rows(entries, counts))
     except BaseException:
         part.unlink(missing_ok=True)
         raise
@@ -171,31 +180,36 @@ def write_list(src: str, dst: Path) -> Counter:
 
 def fetch_command(listed: Path, dst: Path, options: Options) -> list[str]:
     """img2dataset's command line, with the settings of the original."""
-    return [
-        "img2dataset",
-        "--url_list",
-        str(listed),
-        "--input_format",
-        listed.suffix[1:],
-        "--url_col",
-        "url",
-        "--caption_col",
-        "caption",
-        "--output_format",
-        "webdataset",
-        "--output_folder",
-        str(dst),
-        "--image_size",
-        str(options.image_size),
-        "--number_sample_per_shard",
-        str(options.shard_size),
-        "--processes_count",
-        str(options.processes),
-        "--thread_count",
-        str(options.threads),
-        "--timeout",
-        str(options.timeout),
-    ]
+    settings = {
+        "url_list": listed,
+        "input_format": listed.suffix[1:],
+        "url_col": "url",
+        "caption_col": "caption",
+        "output_format": "webdataset",
+        "output_folder": dst,
+        "image_size": options.image_size,
+        "number_sample_per_shard": options.shard_size,
+        "processes_count": options.processes,
+        "thread_count": options.threads,
+        "timeout": options.timeout,
+    }
+    command = ["img2dataset"]
+    for name, value in settings.items():
+        command += [f"--{name}", str(value)]
+    return command
+
+
+def run_img2dataset(command: list[str]):
+    """Run the command. Raises InputError if it is not installed, or fails."""
+    near = str(Path(sys.executable).parent)
+    program = shutil.which("img2dataset", path=near) or shutil.which("img2dataset")
+    if not program:
+        raise InputError("img2dataset is not installed: pip install img2dataset")
+    status = subprocess.run([program, *command[1:]]).returncode
+    if status:
+        raise InputError(
+            f"img2dataset exited with {status}; run it again: finished shards are kept"
+        )
 
 
 def prepare(src: str, dst: Path, options: Options):
@@ -213,134 +227,133 @@ def prepare(src: str, dst: Path, options: Options):
         print(printable(f"{listed} exists already, and is newer than {src}"))
     else:
         counts = write_list(src, listed)
-        left_out = (
-            ", ".join(
-                f"{n:,} {kind}" for kind, n in counts.items() if kind != "written"
-            )
-            or "none"
-        )
+        n_written = counts.pop("written", 0)
+        left_out = ", ".join(f"{n:,} {reason}" for reason, n in counts.items())
         print(
-            printable(f"{listed}: {counts['written']:,} pictures; left out: {left_out}")
+            printable(
+                f"{listed}: {n_written:,} pictures; left out: {left_out or 'none'}"
+            )
         )
-    command, index = fetch_command(listed, dst, options), dst / "index.json"
-    # img2dataset takes every .json in the folder for a finished shard's, and fails on this one
-    print(
-        printable(
-            (f"rm {shlex.quote(str(index))} && " if index.exists() else "")
-            + shlex.join(command)
-        )
-    )
+    command = fetch_command(listed, dst, options)
+    shown = shlex.join(command)
+    # img2dataset takes every .json of its folder for a shard's, and fails on this one.
+    index = dst / "index.json"
+    if index.exists():
+        shown = f"rm {shlex.quote(str(index))} && {shown}"
+    print(printable(shown))
     if options.run:
-        near = str(Path(sys.executable).parent)
-        program = shutil.which("img2dataset", path=near) or shutil.which("img2dataset")
-        if not program:
-            raise InputError("img2dataset is not installed: pip install img2dataset")
         index.unlink(missing_ok=True)
         dst.parent.mkdir(parents=True, exist_ok=True)
-        status = subprocess.run([program, *command[1:]]).returncode
-        if status:
-            raise InputError(
-                f"img2dataset exited with {status}; run it again: finished shards are kept"
-            )
+        run_img2dataset(command)
         check(dst)
 
 
-# ---- the shards --------------------------------------------------------------------------------------------
+# ---- the shards ------------------------------------------------------------------
 
 
-def examine(path: Path) -> tuple[int, int, Counter, list[str]]:
-    """(samples, URLs, failed downloads by cause, problems) of a shard, from the .tar and its *_stats.json."""
-    samples, asked, causes, problems = 0, 0, Counter(), []
+class Shard(NamedTuple):
+    """What the .tar of a shard and img2dataset's *_stats.json say."""
+
+    n_samples: int
+    n_urls: int
+    failures: Counter  # of downloads, by cause
+    problems: list[str]
+
+
+def examine(path: Path) -> Shard:
+    table, problems = [], []
     try:
         table = index_tar(str(path))
-        samples = len(table)
-        if odd := sum(picture is None or text is None for _, picture, text, _ in table):
-            problems.append(f"{odd:,} samples without picture or caption")
     except InputError as e:
         problems.append(f"unreadable ({e.__cause__ or e})")
+    odd = sum(picture is None or text is None for _, picture, text, _ in table)
+    if odd:
+        problems.append(f"{odd:,} samples without picture or caption")
     stats_file = path.with_name(f"{path.stem}_stats.json")
+    n_urls, failures = 0, Counter()
     try:
         stats = json.loads(stats_file.read_bytes())
-        asked, successes = int(stats["count"]), int(stats["successes"])
-        causes = Counter(
-            {str(k): int(v) for k, v in stats["status_dict"].items() if k != "success"}
-        )
-        if successes != samples:
+        n_urls, n_successes = int(stats["count"]), int(stats["successes"])
+        failures.update({str(k): int(v) for k, v in stats["status_dict"].items()})
+        del failures["success"]
+        if n_successes != len(table):
             problems.append(
-                f"{stats_file.name} says {successes:,} samples, the tar file has {samples:,}"
+                f"{stats_file.name} says {n_successes:,} samples, "
+                f"the tar file has {len(table):,}"
             )
     except FileNotFoundError:
-        pass
+        pass  # check reports it
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         problems.append(f"{stats_file.name} is unreadable ({e!r})")
-    return samples, asked, causes, problems
+    return Shard(len(table), n_urls, failures, problems)
 
 
 def missing_shards(tars: list[Path]) -> str:
-    """[00000.tar, 00002.tar, 00005.tar] -> "00001.tar, 00003.tar to 00004.tar"; "" if none is missing."""
-    present, width = (
-        sorted({-1, *(int(t.stem) for t in tars if t.stem.isdigit())}),
-        len(tars[0].stem),
-    )
-    gaps = [{a + 1, b - 1} for a, b in zip(present, present[1:]) if b - a > 1]
-    return ", ".join(
-        " to ".join(f"{i:0{width}d}.tar" for i in sorted(gap)) for gap in gaps
-    )
+    """The gaps in the numbers: "00001.tar, 00003.tar to 00004.tar", or ""."""
+    numbers = {int(tar.stem) for tar in tars if tar.stem.isdigit()}
+    present = sorted(numbers | {-1})
+    width = len(tars[0].stem)
+    gaps = []
+    for before, after in zip(present, present[1:]):
+        first, last = f"{before + 1:0{width}d}.tar", f"{after - 1:0{width}d}.tar"
+        if after - before == 2:
+            gaps.append(first)
+        elif after - before > 2:
+            gaps.append(f"{first} to {last}")
+    return ", ".join(gaps)
+
+
+def suspicions(tars: list[Path], shards: list[Shard]) -> list[str]:
+    """One line for each shard with problems, and one for missing shards."""
+    usual = median(shard.n_samples for shard in shards)
+    has_stats = any(tars[0].parent.glob("*_stats.json"))
+    lines = []
+    for tar, shard in zip(tars, shards):
+        problems = list(shard.problems)
+        # The last shard holds the remainder.
+        if 0 < shard.n_samples < usual / 2 and tar != tars[-1]:
+            problems.append(
+                f"only {shard.n_samples:,} samples; the median is {usual:,.0f}"
+            )
+        stats = f"{tar.stem}_stats.json"
+        if has_stats and not tar.with_name(stats).exists():
+            problems.append(f"no {stats}: img2dataset has not finished it")
+        if problems:
+            lines.append(f"{tar.name}: {'; '.join(problems)}")
+    missing = missing_shards(tars)
+    if missing:
+        lines.append(f"missing: {missing}")
+    return lines
 
 
 def check(folder: Path):
     """Print a report on a folder of shards, and write its index.json."""
-    tars, stats = (
-        sorted(folder.glob("*.tar")),
-        {path.name for path in folder.glob("*_stats.json")},
-    )
+    tars = sorted(folder.glob("*.tar"))
     if not tars:
         raise InputError(f"{folder}: no *.tar shards there")
     with ProcessPoolExecutor() as pool:
-        shards = list(
-            tqdm(
-                pool.map(examine, tars),
-                total=len(tars),
-                desc="checking",
-                unit="shard",
-                delay=1,
-            )
-        )
-    samples, asked, causes, problems = zip(*shards)
-    usual = median(samples)
-    for tar, n, found in zip(tars, samples, problems):
-        if 0 < n < usual / 2 and tar != tars[-1]:  # the last one holds the remainder
-            found.append(f"only {n:,} samples; the median is {usual:,.0f}")
-        if stats and f"{tar.stem}_stats.json" not in stats:
-            found.append(f"no {tar.stem}_stats.json: img2dataset has not finished it")
-    n_bytes, failed = sum(tar.stat().st_size for tar in tars), sum(causes, Counter())
-    print(
-        printable(
-            f"{folder}: {len(tars):,} shards, {sum(samples):,} samples, {n_bytes:,} bytes"
-        )
-    )
-    if sum(asked):
-        print(
-            f"{failed.total():,} of {sum(asked):,} downloads failed ({failed.total() / sum(asked):.1%})"
-        )
-        for cause, n in failed.most_common(10):
+        results = pool.map(examine, tars)
+        bar = progress(results, "checking", total=len(tars), unit="shard", delay=1)
+        shards = list(bar)
+    n_samples = sum(shard.n_samples for shard in shards)
+    n_urls = sum(shard.n_urls for shard in shards)
+    n_bytes = sum(tar.stat().st_size for tar in tars)
+    failures = sum((shard.failures for shard in shards), Counter())
+    counts = f"{len(tars):,} shards, {n_samples:,} samples, {n_bytes:,} bytes"
+    print(printable(f"{folder}: {counts}"))
+    if n_urls:
+        n = failures.total()
+        print(f"{n:,} of {n_urls:,} downloads failed ({n / n_urls:.1%})")
+        for cause, n in failures.most_common(10):
             print(printable(f"{n:12,}  {cause}"))
-    suspicious = [
-        f"{tar.name}: {'; '.join(found)}" for tar, found in zip(tars, problems) if found
-    ]
-    if missing := missing_shards(tars):
-        suspicious.append(f"missing: {missing}")
-    print(
-        printable(
-            "\n  ".join(
-                [f"suspicious shards: {len(suspicious) or 'none'}", *suspicious]
-            )
-        )
-    )
-    if not sum(samples):
+    suspicious = suspicions(tars, shards)
+    title = f"suspicious shards: {len(suspicious) or 'none'}"
+    print(printable("\n  ".join([title, *suspicious])))
+    if not n_samples:
         raise InputError(f"{folder}: no sample in {len(tars):,} shards")
-    index = {"samples": {tar.name: n for tar, n in zip(tars, samples)}}
-    (folder / "index.json").write_text(json.dumps(index, indent=0))
+    index = {tar.name: shard.n_samples for tar, shard in zip(tars, shards)}
+    content = json.dumps({"samples": index}, indent=0)
+    (folder / "index.json").write_text(content)
 
 
 def main(argv: list[str]):
