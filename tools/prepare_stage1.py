@@ -27,7 +27,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -35,12 +35,11 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from plumbing.console import InputError, printable, progress, run_main
-from plumbing.options import option, override, parse_args
+from plumbing.options import check_options, option, override, parse_args
 from plumbing.sources import index_tar
 
 # characters: read at a time; of the largest entry
 CHUNK, LARGEST = 2**20, 2**24
-COLUMNS = ("url", "caption")
 skip_space = re.compile(r"\s*").match
 
 
@@ -49,26 +48,24 @@ class Options:
     run: bool = option(False, "run img2dataset, then check its shards")
     list: str = option("", "the .tsv or .parquet to write; none: DST.tsv")
     image_size: int = option(
-        224, "pixels; img2dataset keeps the proportions and pads with white"
+        224, "pixels; img2dataset keeps the proportions and pads with white", least=1
     )
-    processes: int = option(16, "of img2dataset")
-    threads: int = option(128, "per process")
-    timeout: int = option(10, "seconds per picture")
-    shard_size: int = option(10_000, "URLs per shard")
+    processes: int = option(16, "of img2dataset", least=1)
+    threads: int = option(128, "per process", least=1)
+    timeout: int = option(10, "seconds per picture", least=1)
+    shard_size: int = option(10_000, "URLs per shard", least=1)
 
     def __post_init__(self):
-        _, _, *numbers = astuple(self)
-        if min(numbers) < 1:
-            raise InputError("the numeric options must be at least 1")
+        check_options(self)
 
 
 # ---- the list and the download ---------------------------------------------------
 
 
 def parse_entry(text: str, start: int) -> tuple[object, int, bool]:
-    """The entry of a JSON list at `start`, where the next begins, and if it is the last.
+    """The entry of a JSON list at `start`, the start of the next, and if it is the last.
 
-    Raises ValueError, IndexError or RecursionError if it is broken, or cut.
+    Raises ValueError, IndexError or RecursionError if it is broken or cut.
     """
     first = skip_space(text, start).end()
     entry, end = json.JSONDecoder().raw_decode(text, first)
@@ -116,33 +113,36 @@ def read_entries(path: str) -> Iterator:
             position = following
 
 
-def complete_rows(entries: Iterable, counts: Counter) -> Iterator[list[str]]:
-    """Yield [url, caption] of the entries that have both; count these and the others."""
+def clean(text) -> str:
+    """A text without lone surrogates; "" for what is no text."""
+    return text.encode("utf-8", "replace").decode() if isinstance(text, str) else ""
+
+
+def complete_rows(entries: Iterable, counts: Counter) -> Iterator[tuple]:
+    """Yield (url, caption) of the entries that have both; count them and the others."""
     for entry in entries:
         fields = entry if isinstance(entry, dict) else {}
-        row = []
-        for column in COLUMNS:
-            text = fields.get(column)
-            if not isinstance(text, str) or not text.strip():
-                counts[f"without {column}"] += 1
-                break
-            row.append(text.encode("utf-8", "replace").decode())
+        url = clean(fields.get("url")).strip()
+        caption = clean(fields.get("caption"))
+        if not url:
+            counts["without url"] += 1
+        elif not caption.strip():
+            counts["without caption"] += 1
         else:
             counts["written"] += 1
-            url, caption = row
-            yield [url.strip(), caption]
+            yield url, caption
 
 
-def write_tsv(path: Path, rows: Iterable[list[str]]):
+def write_tsv(path: Path, rows: Iterable[tuple]):
     """Write a .tsv. Line breaks, which img2dataset cannot read there, become spaces."""
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, delimiter="\t", lineterminator="\n")
-        writer.writerow(COLUMNS)
+        writer.writerow(("url", "caption"))
         for row in rows:
             writer.writerow([re.sub(r"[\r\n\0]+", " ", text) for text in row])
 
 
-def write_parquet(path: Path, rows: Iterator[list[str]]):
+def write_parquet(path: Path, rows: Iterator[tuple]):
     try:
         import pyarrow
         from pyarrow import parquet
@@ -150,11 +150,12 @@ def write_parquet(path: Path, rows: Iterator[list[str]]):
         raise InputError(
             "a .parquet needs the package pyarrow: pip install pyarrow, or write a .tsv"
         ) from e
-    schema = pyarrow.schema([(column, pyarrow.string()) for column in COLUMNS])
+    text = pyarrow.string()
+    schema = pyarrow.schema([("url", text), ("caption", text)])
     with parquet.ParquetWriter(path, schema) as writer:
         while batch := list(islice(rows, 100_000)):
-            urls_and_captions = list(zip(*batch))
-            writer.write_table(pyarrow.table(urls_and_captions, schema=schema))
+            columns = list(zip(*batch))
+            writer.write_table(pyarrow.table(columns, schema=schema))
 
 
 def write_list(src: str, dst: Path) -> Counter:
@@ -213,7 +214,7 @@ def run_img2dataset(command: list[str]):
 
 
 def prepare(src: str, dst: Path, options: Options):
-    """Write the list, unless it exists and is newer than SRC; print or run the command."""
+    """Write the list unless it is newer than SRC; print the command, or also run it."""
     listed = Path(options.list or f"{dst}.tsv")
     if listed.suffix not in (".tsv", ".parquet"):
         raise InputError(
@@ -309,7 +310,7 @@ def suspicions(tars: list[Path], shards: list[Shard]) -> list[str]:
     has_stats = any(tars[0].parent.glob("*_stats.json"))
     lines = []
     for tar, shard in zip(tars, shards):
-        problems = list(shard.problems)
+        problems = shard.problems
         # The last shard holds the remainder.
         if 0 < shard.n_samples < usual / 2 and tar != tars[-1]:
             problems.append(
