@@ -56,7 +56,8 @@ from vision import VisionConfig, VisionTransformer
 
 TORCH_DTYPES = {"": None} | {name: getattr(torch, name) for name in DTYPES}
 SHARD = 2 * 2**30  # bytes, about the size of each file of a converted LLaMA
-KINDS = {"vision": "eva_vit", "qformer": "qformer", "proj": "linear"}
+# In the metadata of a part's file
+KINDS = {"vision": VisionTransformer.kind, "qformer": QFormer.kind, "proj": "linear"}
 Tensors = dict[str, Tensor]  # {name: tensor}
 Shapes = dict[str, tuple]  # {name: shape}
 
