@@ -1,57 +1,48 @@
 """Chat with MiniGPT-4 about pictures, in the terminal.
 
-    python chat.py photo.jpg                                        a conversation; /help lists the commands
-    python chat.py photo.jpg --prompt="What is in this picture?"    one answer on stdout, then exit
-    python chat.py a.jpg b.jpg --ckpt=out/stage2 --temperature=0    several pictures, a trained run, greedy
+A conversation (/help lists its commands); one answer on stdout; a trained run, greedy:
 
-Without --ckpt it is the tiny model; the defaults of sampling are the original demo's. The picture `-` is read
-from stdin. Text on stdin stands before --prompt, or is the prompt or, with a command in it, a conversation.
+    python chat.py photo.jpg
+    python chat.py photo.jpg --prompt="What is in this picture?"
+    python chat.py a.jpg b.jpg --ckpt=out/stage2 --temperature=0
+
+Without --ckpt it is the tiny model; sampling has the original demo's defaults. The
+picture `-` is read from stdin. Text on stdin is put before --prompt; alone, it is the
+prompt or, with a command in it, a conversation.
 """
 
 import io
 import json
 import os
-import re
-import shutil
 import sys
-import time
-from collections import namedtuple
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from glob import escape, glob
 from pathlib import Path
+from time import perf_counter
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from configs.prompts import (
-    END,
     IMAGE,
     TEMPLATES,
-    chat_segments,
-    encode_segments,
+    encode_chat,
     format_end,
     is_end,
     parse_end,
+    settled_text,
     stop_sequences,
-    user_message,
     visible_answer,
 )
 from configs.schema import read_saved_config
 from llama import KVCache
 from model import MiniGPT4, check_english
-from plumbing.console import InputError, note, printable, run_main
-from plumbing.files import replacing
-from plumbing.options import (
-    check_name,
-    check_options,
-    option,
-    override,
-    parse_args,
-)
+from plumbing import terminal
+from plumbing.console import InputError, is_plain, note, printable, run_main, set_plain
+from plumbing.options import check_name, check_options, option, override, parse_args
 from plumbing.processes import peak_mib, pick_device
 from plumbing.quantized import QUANTIZED, compile_rows
-from plumbing.terminal import find_pictures, half_blocks, read_message
 from plumbing.weights import DTYPES
 from vision import load_image
 
@@ -63,14 +54,6 @@ HELP = """\
 /save FILE           write the conversation, as JSON or else as Markdown
 /bye                 leave (also Ctrl-D); Ctrl-C stops an answer
 \"""                  begins and ends a message of several lines"""
-COMMANDS = [
-    *re.findall(r"(?<!\S)/\w+", HELP),
-    "/reset",
-    "/quit",
-    "/exit",
-    "/help",
-    "/?",
-]
 SETTINGS = (
     "temperature",
     "top_p",
@@ -86,7 +69,7 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class Options:
-    """Of chat.py, and of the tools that build on it."""
+    """Options of chat.py and of the tools that build on it."""
 
     ckpt: str = option("", "a run's folder; none: the tiny model of this repo")
     prompt: str = option("", "ask this, print the answer alone, and exit")
@@ -141,14 +124,16 @@ class Options:
 
 
 def load(options: Options) -> tuple[MiniGPT4, Options]:
-    """The model of a run's folder, checked if asked for, and the options with the gaps filled in from it."""
+    """The model of a run's folder, and the options with the gaps filled in from it."""
     if not options.ckpt:
         note(
-            "note: this is the tiny demonstration model. It knows only drawings of colored shapes, and "
-            "names shapes in any photograph. For a real model see the README, then --ckpt=RUN."
+            "note: this is the tiny demonstration model. It knows only drawings of "
+            "colored shapes, and names shapes in any photograph. For a real model see "
+            "the README, then --ckpt=RUN."
         )
     run = options.ckpt or str(Path(__file__).parent / "assets/tiny")
-    saved, device = read_saved_config(run), pick_device(options.device).type
+    saved = read_saved_config(run)
+    device = pick_device(options.device).type
     dtype = options.dtype or saved.dtype
     if dtype == "float16" and device == "cpu":
         dtype = "bfloat16"
@@ -157,422 +142,422 @@ def load(options: Options) -> tuple[MiniGPT4, Options]:
     )
     if options.compile:
         compile_rows(model.llama)
-    if not (template := options.template or saved.template):
+
+    template = options.template or saved.template
+    if not template:
         note(f"note: {run} was trained without a template; --template=vicuna is used")
-    template = template or "vicuna"
-    end = saved.answer_end if template == saved.template else TEMPLATES[template].end
-    end = options.answer_end or format_end(end)
+        template = "vicuna"
+    is_own = template == saved.template
+    end = saved.answer_end if is_own else TEMPLATES[template].end
+    answer_end = options.answer_end or format_end(end)
     if options.check:
         check_english(model)
     return model, replace(
-        options, device=device, dtype=dtype, template=template, answer_end=end
+        options, device=device, dtype=dtype, template=template, answer_end=answer_end
     )
 
 
-Picture = namedtuple(
-    "Picture", "path number embeds"
-)  # counted from 1 in each chat; embeds: (1, N, d_llama)
-Turn = namedtuple(
-    "Turn", "question answer pictures ended", defaults=(None, (), False)
-)  # ended: complete
+class Picture(NamedTuple):
+    path: str
+    number: int  # from 1 in each conversation
+    embeds: Tensor  # (1, N, d_llama)
+
+
+class Turn(NamedTuple):
+    question: str
+    answer: str | None = None  # None: not begun
+    pictures: tuple[Picture, ...] = ()  # before the question
+    ended: bool = False  # whether the answer is complete
 
 
 class Chat:
-    """One conversation: its turns and its pictures. Start with Chat(*load(Options()))."""
+    """One conversation: turns and pictures. Start with Chat(*load(Options()))."""
 
     def __init__(self, model: MiniGPT4, options: Options):
-        self.model, self.options = model, options
+        self.model = model
+        self.options = options
         self.template = replace(
             TEMPLATES[options.template], end=parse_end(options.answer_end)
         )
         self.generator = torch.Generator(options.device).manual_seed(options.seed)
-        self.context = model.llama.config.max_position_embeddings
+        self.context = model.llama.config.max_position_embeddings  # tokens
         self.reset()
 
     def reset(self):
         """Forget all turns and pictures."""
         self.turns: list[Turn] = []
-        self.new_pictures: tuple[Picture, ...] = ()  # shown since the last question
-        self.n_pictures = self.n_dropped = 0  # turns that the context has no room for
-        self.cache, self.cached = (
-            KVCache(),
-            [],
-        )  # and the ids in it, with -n for picture number n
-        self.stats: dict[str, float] = {}  # of the last answer: tokens, and seconds
+        self.new_pictures = ()  # shown since the last question
+        self.n_pictures = 0
+        self.n_dropped = 0  # oldest turns that the context has no room for
+        self.cache = KVCache()
+        self.cached = []  # ids of the last prompt, -n in picture n
+        self.stats = {}  # of the last answer
 
     @torch.no_grad()
-    def add_image(self, path: str, encoded: bytes | None = None):
-        """Show a picture; it stands before the next question. Raises InputError when it cannot be read."""
+    def add_image(self, source: str | bytes):
+        """Put a picture, its path or its file's content, before the next question.
+
+        Raises InputError if it cannot be read.
+        """
         if self.model.vision is None:
             raise InputError(
                 f"{self.options.ckpt}: this run sees no pictures; give one with vision"
             )
-        image = load_image(path if encoded is None else encoded, self.model.image_size)
-        embeds = self.model.encode_image(image.unsqueeze(0).to(self.options.device))
+        image = load_image(source, self.model.image_size).unsqueeze(0)
+        embeds = self.model.encode_image(image.to(self.options.device))
+        path = source if isinstance(source, str) else "-"
         self.n_pictures += 1
         self.new_pictures += (Picture(path, self.n_pictures, embeds),)
 
     def undo(self) -> Turn:
-        """Forget the last turn and return it; its pictures stand before the next question."""
+        """Forget the last turn and return it; its pictures go to the next question."""
         turn = self.turns.pop()
         self.new_pictures = turn.pictures + self.new_pictures
         self.n_dropped = 0  # there may be room again
         return turn
 
     def ask(self, text: str) -> Iterator[str]:
-        """Yield the answer piece by piece and keep the turn. Raises InputError for too long a question."""
-        start, o, model, end = (
-            time.perf_counter(),
-            self.options,
-            self.model,
-            self.template.end,
-        )
-        text = text.encode(
-            "utf-8", "replace"
-        ).decode()  # a terminal may send what is no text
-        tokens, images = self.prompt(Turn(text, pictures=self.new_pictures))
-        self.turns.append(Turn(text, "", self.new_pictures))
+        """Yield the answer piece by piece, and keep the turn as far as it gets.
+
+        Raises InputError for too long a question.
+        """
+        start = perf_counter()
+        text = text.encode("utf-8", "replace").decode()  # terminals may send no UTF-8
+        turn = Turn(text, pictures=self.new_pictures)
+        tokens, images = self.prompt(turn)
         self.stats = {
             "prompt_tokens": len(tokens),
-            "cached_tokens": self.cache.length * (o.num_beams == 1),
+            "cached_tokens": self.cache.length if self.options.num_beams == 1 else 0,
+            "answer_tokens": 0,
+            "seconds": 0.0,
         }
-        self.new_pictures, stop, ids, shown = (
-            (),
-            stop_sequences(model.tokenizer, end),
-            [],
-            "",
-        )
-        room = min(o.max_new_tokens, self.context - len(tokens))
-        options = {
-            "max_new_tokens": room,
+        self.turns.append(turn._replace(answer=""))
+        self.new_pictures = ()
+
+        tokenizer, end = self.model.tokenizer, self.template.end
+        stop = stop_sequences(tokenizer, end)
+        ids, answer, shown = [], "", ""
+        for token in self.generate(tokens, images, stop):
+            ids.append(token)
+            answer = visible_answer(tokenizer, ids, end)
+            self.turns[-1] = turn._replace(answer=answer, ended=is_end(ids, stop))
+            seconds = perf_counter() - start
+            self.stats |= {"answer_tokens": len(ids), "seconds": seconds}
+            self.stats.setdefault("first_word_s", seconds)
+            settled = settled_text(answer, end)
+            if settled.startswith(shown) and settled != shown:
+                yield settled[len(shown) :]
+                shown = settled
+        if answer != shown:
+            yield answer[len(shown) :]
+
+    def generate(self, tokens, images, stop):
+        """Iterate over the ids of an answer; the options choose how it is searched."""
+        o = self.options
+        common = {
+            "max_new_tokens": o.max_new_tokens,
             "repetition_penalty": o.repetition_penalty,
-            "stop": stop,
             "min_length": o.min_length,
         }
         if o.num_beams > 1:
-            steps = model.beam_search(
-                tokens,
-                images,
-                num_beams=o.num_beams,
-                length_penalty=o.length_penalty,
-                **options,
-            )
-        else:
-            steps = model.generate(
-                tokens,
-                images,
-                temperature=o.temperature,
-                top_p=o.top_p,
-                generator=self.generator,
-                cache=self.cache,
-                **options,
-            )
-        for token in steps:
-            ids.append(token)
-            answer, ended = (
-                visible_answer(model.tokenizer, ids, end),
-                is_end(ids, stop),
-            )
-            self.turns[-1] = self.turns[-1]._replace(answer=answer, ended=ended)
-            self.stats |= {
-                "answer_tokens": len(ids),
-                "seconds": time.perf_counter() - start,
-            }
-            self.stats.setdefault("first_word_s", self.stats["seconds"])
-            if not ended and len(ids) < room:
-                if end != END:
-                    answer = answer[
-                        : -max(n for n in range(len(end)) if answer.endswith(end[:n]))
-                        or None
-                    ]
-                answer = answer.rstrip(
-                    "\ufffd"
-                ).rstrip()  # half an end, or half a character, waits
-            if answer.startswith(shown) and answer != shown:
-                yield answer[len(shown) :]
-                shown = answer
+            common |= {"num_beams": o.num_beams, "length_penalty": o.length_penalty}
+            return self.model.beam_search(tokens, images, stop, **common)
+        return self.model.generate(
+            tokens,
+            images,
+            stop,
+            **common,
+            temperature=o.temperature,
+            top_p=o.top_p,
+            generator=self.generator,
+            cache=self.cache,
+        )
 
     @torch.no_grad()
     def remember(self):
-        """Bring the last answer into the cache as later prompts have it. Call it while the user reads."""
+        """Cache the last answer as later prompts have it, while the user reads it."""
         tokens, images = self.prompt(None)
         if self.cache.length < len(tokens) <= self.context:
-            x = self.model.embed(
-                torch.tensor([tokens], device=self.options.device), images
-            )
+            ids = torch.tensor([tokens], device=self.options.device)
+            x = self.model.embed(ids, images)
             self.model.llama(x[:, self.cache.length :], self.cache)
 
-    def prompt(self, new: Turn | None) -> tuple[list[int], torch.Tensor | None]:
-        """The ids and pictures of the conversation, perhaps with a new turn. The cache keeps what it shares
-        with them; when the context is full, the oldest turns are left out, then the oldest pictures."""
+    def prompt(self, new: Turn | None) -> tuple[list[int], Tensor | None]:
+        """The ids and pictures of the conversation, perhaps with a new turn.
+
+        The cache is cut to what it shares with them. If the context is full, the oldest
+        turns are left out, then the oldest pictures. Raises InputError if that is not
+        enough.
+        """
         limit = self.context - min(self.options.max_new_tokens, self.context // 3)
-        turns, n_dropped = self.turns + [new] * bool(new), self.n_dropped
+        turns = [*self.turns, new] if new else self.turns
         pictures = [picture for turn in turns for picture in turn.pictures]
-        while len(tokens := self.ids(turns[n_dropped:], len(pictures))) > limit and new:
+        n_dropped = self.n_dropped
+        while True:
+            tokens = self.ids(turns[n_dropped:], len(pictures))
+            if new is None or len(tokens) <= limit:
+                break
             if n_dropped < len(self.turns):
                 n_dropped += 1
             elif len(pictures) > max(1, len(new.pictures)):
                 pictures.pop(0)
             else:
                 raise InputError(
-                    f"the question takes {len(tokens)} tokens of the {limit} that the model has "
-                    "room for; shorten it, or take pictures back with /undo"
+                    f"the question takes {len(tokens)} tokens of the {limit} that the "
+                    "model has room for; shorten it, or take pictures back with /undo"
                 )
         if n_dropped > self.n_dropped == 0:
             note(
-                f"note: the context of {self.context} tokens is full: the oldest turns go"
+                f"note: the context of {self.context} tokens is full: "
+                "the oldest turns go"
             )
         self.n_dropped = n_dropped
-        numbers = iter(
-            [-p.number for p in pictures for _ in range(self.model.n_image_tokens)]
-        )
-        keys = [next(numbers) if id == IMAGE else id for id in tokens]
-        same = [a == b for a, b in zip(keys, self.cached)] + [False]
-        length = min(same.index(False), self.cache.length, len(keys) - bool(new))
-        self.cache.length, self.cached = length, keys
-        return tokens, torch.cat([p.embeds for p in pictures]) if pictures else None
+
+        self.cut_cache(tokens, pictures)
+        if new:  # the logits after its last token are needed
+            self.cache.length = min(self.cache.length, len(tokens) - 1)
+        embeds = [picture.embeds for picture in pictures]
+        return tokens, torch.cat(embeds) if embeds else None
 
     def ids(self, turns: list[Turn], n_pictures: int) -> list[int]:
-        """The ids of these turns; those of n_pictures that are not theirs stand before the first one's."""
+        """The ids of these turns; the first one takes pictures that no turn has."""
         counts = [len(turn.pictures) for turn in turns] or [0]
         counts[0] += n_pictures - sum(counts)
-        messages = [
-            user_message(turn.question, n, self.template.end)
-            for turn, n in zip(turns, counts)
-        ]
-        segments = chat_segments(
-            zip(messages, [turn.answer for turn in turns]), self.template
-        )
-        return encode_segments(
-            self.model.tokenizer, segments, self.model.n_image_tokens
+        counted = zip(turns, counts)
+        exchanges = [(turn.question, n, turn.answer) for turn, n in counted]
+        model = self.model
+        return encode_chat(
+            model.tokenizer, exchanges, self.template, model.n_image_tokens
         )
 
+    def cut_cache(self, tokens: list[int], pictures: list[Picture]):
+        """Forget what comes after the ids that the cache shares with a prompt."""
+        per_picture = range(self.model.n_image_tokens)
+        numbers = iter([-p.number for p in pictures for _ in per_picture])
+        ids = [next(numbers) if id == IMAGE else id for id in tokens]
+        n_shared = 0
+        for new, old in zip(ids, self.cached):
+            if new != old:
+                break
+            n_shared += 1
+        self.cache.length = min(self.cache.length, n_shared)
+        self.cached = ids
 
-def show(talk: Chat, path: str, encoded: bytes | None = None):
+
+def show(talk: Chat, source: str | bytes):
     """Show a picture to the model and, in half-blocks, to the user."""
-    talk.add_image(path, encoded)
+    talk.add_image(source)
     if not talk.options.plain:
-        width = max(2, min(40, shutil.get_terminal_size().columns // 2 * 2))
-        print(
-            half_blocks(load_image(path if encoded is None else encoded, width)),
-            file=sys.stderr,
-        )
+        image = load_image(source, terminal.picture_width())
+        print(terminal.half_blocks(image), file=sys.stderr)
 
 
-def say(talk: Chat, question: str, is_script: bool = False):
-    """Show the pictures that a question names, and print the answer as it comes; Ctrl-C stops it."""
-    o, (question, paths), n_turns = (
-        talk.options,
-        find_pictures(question),
-        len(talk.turns),
-    )
+def say(talk: Chat, message: str, is_script: bool = False):
+    """Show the pictures that a message names, and print the answer as it comes.
+
+    Ctrl-C stops an answer that has begun, or ends a script.
+    """
+    question, paths = terminal.find_pictures(message)
     for path in paths:
         show(talk, path)
     if not question:
         return note("What would you like to know?")
+    n_turns = len(talk.turns)
     if talk.model.vision and not talk.n_pictures and not n_turns:
         note("note: no picture has been shown; /image PATH shows one")
-    reason = f"stopped before its end; max_new_tokens is {o.max_new_tokens}"
+    was_stopped = False
     try:
         for piece in talk.ask(question):
-            print("" if o.json else printable(piece), end="", flush=True)
+            if not talk.options.json:
+                print(printable(piece), end="", flush=True)
     except KeyboardInterrupt:
         if is_script or len(talk.turns) == n_turns:
             raise
-        reason = "you stopped it"
-    turn, s = talk.turns[-1], talk.stats
-    print(
-        json.dumps(
-            {
-                "prompt": turn.question,
-                "pictures": [p.path for p in turn.pictures],
-                "answer": turn.answer,
-                "tokens": s.get("answer_tokens", 0),
-                "seconds": round(s.get("seconds", 0), 3),
-                "ended": turn.ended,
-            }
-        )
-        if o.json
-        else ""
+        was_stopped = True
+    print(as_json(talk) if talk.options.json else "")
+    if not talk.turns[-1].ended:
+        note(why_unfinished(talk, was_stopped))
+    if talk.options.stats and talk.stats["answer_tokens"]:
+        note(speed(talk))
+
+
+def as_json(talk: Chat) -> str:
+    """The last answer."""
+    turn = talk.turns[-1]
+    return json.dumps(
+        {
+            "prompt": turn.question,
+            "pictures": [picture.path for picture in turn.pictures],
+            "answer": turn.answer,
+            "tokens": talk.stats["answer_tokens"],
+            "seconds": round(talk.stats["seconds"], 3),
+            "ended": turn.ended,
+        }
     )
-    if not turn.ended:
-        full = (
-            len(talk.cached) + s.get("answer_tokens", 0) >= talk.context
-            and reason != "you stopped it"
-        )
-        note(f"({f'the context of {talk.context} tokens is full' if full else reason})")
-    if o.stats and "seconds" in s:
-        rate = (s["answer_tokens"] - 1) / (
-            s["seconds"] - s["first_word_s"] * (o.num_beams == 1) or 1
-        )
-        note(
-            f"({rate:.1f} tokens/s, first word after {s['first_word_s']:.2f} s, {s['cached_tokens']} of "
-            f"{s['prompt_tokens']} prompt tokens cached, {peak_mib(o.device):,.0f} MiB)"
-        )
 
 
-def run_command(talk: Chat, command: str, argument: str):
-    """Carry out what HELP lists, but /bye."""
-    if command == "/image":
-        rest, paths = find_pictures(argument)
-        for path in paths + [rest.strip("'\"") or "/image wants a path"] * bool(
-            rest or not paths
-        ):
-            show(talk, path)
-            print(f"{printable(path)}: seen. What would you like to know?")
-    elif command in ("/clear", "/reset"):
-        talk.reset()
-        print("A new conversation begins, without a picture.")
-    elif command == "/undo" and talk.new_pictures:
-        print(f"Forgotten: {printable(talk.new_pictures[-1].path)}")
-        talk.new_pictures = talk.new_pictures[:-1]
-    elif command in ("/undo", "/regenerate") and not talk.turns:
-        print("There is no question yet.")
-    elif command == "/undo":
+def why_unfinished(talk: Chat, was_stopped: bool) -> str:
+    n_tokens = talk.stats["prompt_tokens"] + talk.stats["answer_tokens"]
+    if was_stopped:
+        return "(you stopped it)"
+    if n_tokens >= talk.context:
+        return f"(the context of {talk.context} tokens is full)"
+    return f"(stopped before its end; max_new_tokens is {talk.options.max_new_tokens})"
+
+
+def speed(talk: Chat) -> str:
+    """The rate after the first token; beam search yields all tokens at once."""
+    s = talk.stats
+    first = s["first_word_s"]
+    seconds = s["seconds"] if talk.options.num_beams > 1 else s["seconds"] - first
+    rate = (s["answer_tokens"] - 1) / (seconds or 1)
+    return (
+        f"({rate:.1f} tokens/s, first word after {first:.2f} s, "
+        f"{s['cached_tokens']} of {s['prompt_tokens']} prompt tokens cached, "
+        f"{peak_mib(talk.options.device):,.0f} MiB)"
+    )
+
+
+# ---- the commands; each gets the Chat and the text after the command, perhaps "" ----
+
+
+def show_pictures(talk, text):
+    rest, paths = terminal.find_pictures(text)
+    missing = rest.strip("'\"")
+    if missing:
+        paths.append(missing)
+    if not paths:
+        raise InputError("/image wants a path")
+    for path in paths:
+        show(talk, path)
+        print(f"{printable(path)}: seen. What would you like to know?")
+
+
+def clear(talk, text):
+    talk.reset()
+    print("A new conversation begins, without a picture.")
+
+
+def undo(talk, text):
+    if talk.new_pictures:
+        *kept, picture = talk.new_pictures
+        talk.new_pictures = tuple(kept)
+        print(f"Forgotten: {printable(picture.path)}")
+    elif talk.turns:
         print(f"Forgotten: {printable(talk.undo().question)}")
-    elif command == "/regenerate":
-        old = talk.turns[-1]
-        say(talk, talk.undo().question)
-        if not (
-            talk.turns[-1].answer or talk.turns[-1].ended
-        ):  # stopped before it began
-            talk.turns[-1] = old
-    elif command == "/set" and argument:
-        name, _, value = argument.replace("=", " ", 1).partition(" ")
-        talk.options = override(
-            talk.options, {check_name(name, SETTINGS, "/set"): value.strip()}, "/set"
-        )
-        if name == "seed":
-            talk.generator.manual_seed(talk.options.seed)
-    elif command in ("/set", "/show"):
-        print("\n".join(f"{name:20}{getattr(talk.options, name)}" for name in SETTINGS))
-    elif command == "/save":
-        save(talk, argument)
     else:
-        print(
-            HELP
-            if command in ("/help", "/?")
-            else f"{printable(command)}: unknown command\n{HELP}"
-        )
+        print("There is no question yet.")
 
 
-def save(talk: Chat, path: str):
-    """Write the conversation as JSON, or else as Markdown."""
-    rows = [
-        turn._asdict() | {"pictures": [p.path for p in turn.pictures]}
-        for turn in talk.turns
-    ]
-    text = "\n".join(
-        "".join(f"![](<{p}>)\n\n" for p in row["pictures"])
-        + f"**{row['question']}**\n\n{row['answer']}\n"
-        for row in rows
-    )
-    with replacing(path := os.path.expanduser(path.strip("'\""))) as file:
-        file.write_text(
-            json.dumps(rows, indent=1) if path.endswith(".json") else text,
-            "utf-8",
-            "replace",
-        )
+def regenerate(talk, text):
+    if not talk.turns:
+        print("There is no question yet.")
+        return
+    old = talk.undo()
+    say(talk, old.question)
+    new = talk.turns[-1]
+    if not new.answer and not new.ended:  # stopped before it began
+        talk.turns[-1] = old
+
+
+def set_option(talk, text):
+    if not text:
+        return list_options(talk, text)
+    name, _, value = text.replace("=", " ", 1).partition(" ")
+    check_name(name, SETTINGS, "/set")
+    talk.options = override(talk.options, {name: value.strip()}, "/set")
+    if name == "seed":
+        talk.generator.manual_seed(talk.options.seed)
+
+
+def list_options(talk, text):
+    for name in SETTINGS:
+        print(f"{name:20}{getattr(talk.options, name)}")
+
+
+def save(talk, path):
+    path = os.path.expanduser(path.strip("'\""))
+    rows = []
+    for turn in talk.turns:
+        pictures = [picture.path for picture in turn.pictures]
+        rows.append(turn._asdict() | {"pictures": pictures})
+    terminal.write_conversation(path, rows)
     print(f"{printable(path)}: {len(rows)} answers written")
 
 
-def set_up_readline():
-    """Arrow keys, a history that is kept, and Tab for commands and paths, where the system has readline."""
-    import atexit
-    import readline
+def print_help(talk, text):
+    print(HELP)
 
-    history = Path(os.path.expanduser("~/.nanominigpt4_history"))
-    with suppress(OSError):  # no folder to write to
-        history.touch()
-        readline.read_history_file(history)
-        atexit.register(readline.write_history_file, history)
 
-    def complete(text: str, state: int) -> str | None:
-        found = COMMANDS if readline.get_begidx() == 0 and text.startswith("/") else []
-        paths = [
-            p + "/" * os.path.isdir(p)
-            for p in glob(escape(os.path.expanduser(text)) + "*")
-        ]
-        return dict(
-            enumerate([name for name in found if name.startswith(text)] + paths)
-        ).get(state)
+COMMANDS = {
+    "/image": show_pictures,
+    "/clear": clear,
+    "/reset": clear,
+    "/undo": undo,
+    "/regenerate": regenerate,
+    "/set": set_option,
+    "/show": list_options,
+    "/save": save,
+    "/help": print_help,
+    "/?": print_help,
+}
+LEAVE = ("/bye", "/quit", "/exit")
+NAMES = (*COMMANDS, *LEAVE)
 
-    readline.set_completer(complete)
-    readline.set_completer_delims(" \t\n\"'")
-    readline.parse_and_bind(
-        "bind ^I rl_complete" if "libedit" in str(readline.__doc__) else "tab: complete"
-    )
+
+def carry_out(talk: Chat, command: str, text: str):
+    """Run a command, or answer a message if `command` is empty."""
+    if command in COMMANDS:
+        COMMANDS[command](talk, text)
+    elif command:
+        print(f"{printable(command)}: unknown command\n{HELP}")
+    elif text:
+        say(talk, text)
 
 
 def converse(talk: Chat):
-    """Read messages and commands until /bye or the end of stdin."""
-    if sys.stdin.isatty() and not talk.options.plain:
-        with suppress(ImportError):  # on Windows
-            set_up_readline()
+    """Carry out messages and commands until one leaves or stdin ends."""
+    is_terminal = sys.stdin.isatty()
+    if is_terminal and not talk.options.plain:
+        terminal.set_up_readline(NAMES, "~/.nanominigpt4_history")
     while True:
-        before = talk.turns[:], talk.new_pictures
+        turns, new_pictures = talk.turns[:], talk.new_pictures
         try:
-            message, may_command = read_message()
-            command, *argument = (
-                message.split(maxsplit=1)[:2] if may_command else []
-            ) or [""]
-            if command in ("/bye", "/quit", "/exit"):
+            command, text = terminal.read_message(NAMES)
+            if command in LEAVE:
                 return
-            elif (
-                command in COMMANDS
-                or command.startswith("/")
-                and not find_pictures(message)[1]
-            ):
-                run_command(talk, command, "".join(argument).strip())
-            elif message:
-                say(talk, message)
-            talk.remember()  # while the user reads
+            carry_out(talk, command, text)
+            talk.remember()
         except EOFError:
-            return print(end="\n" * sys.stdin.isatty())
+            if is_terminal:
+                print()
+            return
         except KeyboardInterrupt:
-            if not sys.stdin.isatty():
+            if not is_terminal:
                 raise
             print("\n(/bye or Ctrl-D leaves)", file=sys.stderr)
         except (InputError, torch.OutOfMemoryError) as e:
-            talk.turns, talk.new_pictures = (
-                before  # a message that fails leaves nothing behind
-            )
+            # a message that fails leaves nothing behind
+            talk.turns, talk.new_pictures = turns, new_pictures
             note(f"error: {e}")
 
 
 def main(argv: list[str]):
-    os.environ.setdefault(
-        "THP_MEM_ALLOC_ENABLE", "1"
-    )  # huge pages on Linux: weights are read faster
+    # huge pages on Linux: weights are read faster
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     pictures, given = parse_args(argv, __doc__, "[IMAGE ...]", Options)
-    plain = (
-        os.environ.get("NO_COLOR")
-        or os.environ.get("TERM") == "dumb"
-        or not sys.stderr.isatty()
-    )
-    options = override(Options(plain=bool(plain)), given)
-    os.environ["TQDM_DISABLE"] = str(int(options.plain))
+    options = override(Options(plain=is_plain()), given)
+    set_plain(options.plain)
     talk = Chat(*load(options))
     for path in pictures:
-        show(talk, path, sys.stdin.buffer.read() if path == "-" else None)
-    text = ""
-    with suppress(OSError):  # it cannot be read
-        text = (
-            ""
-            if sys.stdin.isatty() or "-" in pictures
-            else sys.stdin.read().replace("\0", "")
-        )
-    if (
-        options.prompt
-        or text.strip()
-        and not {*re.findall(r"^/\S+", text, re.MULTILINE)} & {*COMMANDS}
-    ):
-        return say(
-            talk,
-            "\n".join(filter(None, (text.strip(), options.prompt))),
-            is_script=True,
-        )
-    sys.stdin = io.StringIO(text) if text else sys.stdin
+        show(talk, sys.stdin.buffer.read() if path == "-" else path)
+    is_optional = bool(options.prompt)
+    text = "" if "-" in pictures else terminal.read_piped_text(is_optional)
+    if options.prompt or (text and not terminal.has_command(text, NAMES)):
+        parts = filter(None, (text, options.prompt))
+        return say(talk, "\n".join(parts), is_script=True)
+    if text:
+        sys.stdin = io.StringIO(text)
     note(f"{len(pictures)} picture(s) shown. /help lists what can be typed.")
     converse(talk)
 

@@ -169,6 +169,21 @@ def encode_segments(
     return ids
 
 
+def encode_chat(
+    tokenizer,
+    turns: list[tuple[str, int, str | None]],
+    template: Template,
+    n_image_tokens: int,
+) -> list[int]:
+    """The ids of turns (question, number of pictures before it, answer), with IMAGE."""
+    messages = []
+    for question, n_images, answer in turns:
+        message = user_message(question, n_images, template.end)
+        messages.append((message, answer))
+    segments = chat_segments(messages, template)
+    return encode_segments(tokenizer, segments, n_image_tokens)
+
+
 def encode_answer(tokenizer, text: str, end: str | int) -> list[int]:
     """The ids of an answer with its end."""
     if end == END:
@@ -182,6 +197,19 @@ def visible_answer(tokenizer, ids: list[int], end: str | int) -> str:
     if end != END:
         text = text.split(end)[0]
     return text.strip()
+
+
+def settled_text(answer: str, end: str | int) -> str:
+    """The part of a growing answer that later tokens cannot change.
+
+    Not settled: a beginning of its end, half a character, trailing white space.
+    """
+    if end != END:
+        for n in range(len(end) - 1, 0, -1):
+            if answer.endswith(end[:n]):
+                answer = answer[:-n]
+                break
+    return answer.rstrip("\ufffd").rstrip()
 
 
 def stop_sequences(tokenizer, end: str | int) -> tuple[list[int], ...]:

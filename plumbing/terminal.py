@@ -1,68 +1,199 @@
-"""The terminal: line editing, pictures as text, the paths in a message."""
+"""The terminal: line editing, pictures as text, messages and the paths in them."""
 
+import atexit
+import json
 import os
 import re
+import select
+import shutil
 import sys
+from collections.abc import Collection
 from contextlib import suppress
+from glob import escape, glob
+from pathlib import Path
 from urllib.parse import unquote
 
-import torch
+from torch import Tensor
 
-from plumbing.files import SUFFIXES
+from plumbing.console import note
+from plumbing.files import SUFFIXES, replacing
 
-# a word, quoted or with its spaces escaped, as terminals insert paths: 'it'\''s a.png', it\'s\ a.png
-WORD = re.compile(r"""(?<!\S)(?:"([^"]+)"|'((?:[^']|'\\'')+)'|((?:\\.|\S)+))""")
+# A word as terminals insert paths: "a b.png", 'it'\''s a.png', it\'s\ a.png
+IN_DOUBLE_QUOTES = r'"([^"]+)"'
+IN_QUOTES = r"'((?:[^']|'\\'')+)'"
+ESCAPED = r"((?:\\.|\S)+)"
+WORD = re.compile(rf"(?<!\S)(?:{IN_DOUBLE_QUOTES}|{IN_QUOTES}|{ESCAPED})")
+PUNCTUATION = "?!.,;:()<>`"  # around a path in a sentence
+LONG = '"""'  # begins and ends a message of several lines
+
+COLORED_BLOCK = "\x1b[38;2;{};{};{};48;2;{};{};{}m\u2580"  # upper half, lower half
+RESET = "\x1b[0m"
+PIPE_SECONDS = 5
 
 
-def half_blocks(image: torch.Tensor) -> str:
-    """uint8 (3, S, S), S even -> lines of S characters for a terminal, each of two pixels in true color."""
-    rows, cell = (
-        image.permute(1, 2, 0).tolist(),
-        "\x1b[38;2;{};{};{};48;2;{};{};{}m\u2580",
-    )
-    lines = (
-        "".join(cell.format(*a, *b) for a, b in zip(*pair))
-        for pair in zip(rows[::2], rows[1::2])
-    )
-    return "\x1b[0m\n".join(lines) + "\x1b[0m"
+def half_blocks(image: Tensor) -> str:
+    """Draw a picture, uint8 (3, H, W), as H / 2 lines of W colored half-blocks."""
+    rows = image.permute(1, 2, 0).tolist()
+    lines = []
+    for upper, lower in zip(rows[::2], rows[1::2]):
+        blocks = [COLORED_BLOCK.format(*a, *b) for a, b in zip(upper, lower)]
+        lines.append("".join(blocks) + RESET)
+    return "\n".join(lines)
+
+
+def picture_width() -> int:
+    """The columns for half_blocks in this terminal: even, at most 40."""
+    columns = shutil.get_terminal_size().columns
+    return max(2, min(40, columns // 2 * 2))
 
 
 def find_pictures(message: str) -> tuple[str, list[str]]:
-    """A message without the paths of pictures in it, as a terminal inserts them, and these paths."""
+    """Split a message into its text and the paths of existing pictures in it."""
+    whole = os.path.expanduser(message)
+    if _is_picture(whole):  # its spaces need no escapes
+        return "", [whole]
     paths = []
 
     def take(word: re.Match) -> str:
-        path = (
-            word[1]
-            or (word[2] or "").replace("'\\''", "'")
-            or re.sub(r"\\(.)", r"\1", word[3])
-        )
-        path = (
-            unquote(re.sub("^file://(localhost)?", "", path))
-            if path.startswith("file://")
-            else path
-        )
-        for each in map(os.path.expanduser, (path, path.strip("?!.,;:()<>`"), word[0])):
-            if each.lower().endswith(SUFFIXES) and os.path.isfile(each):
-                return paths.append(each) or ""
-        return word[0]
+        path = _picture_in(word)
+        if not path:
+            return word[0]
+        paths.append(path)
+        return ""
 
-    if (whole := os.path.expanduser(message)).lower().endswith(
-        SUFFIXES
-    ) and os.path.isfile(whole):
-        return "", [whole]  # with spaces that are not escaped
-    rest = WORD.sub(take, message)
-    return re.sub(" {2,}", " ", rest).strip() if paths else message, paths
+    text = WORD.sub(take, message)
+    if not paths:
+        return message, []
+    return re.sub(" {2,}", " ", text).strip(), paths
 
 
-def read_message() -> tuple[str, bool]:
-    """A line, or what stands between two \"\"\" (or one and the end), and whether it may be a command."""
+def _picture_in(word: re.Match) -> str:
+    """The path of the picture that a word of a message names; "" if there is none."""
+    in_double_quotes, in_quotes, escaped = word.groups(default="")
+    path = in_double_quotes or in_quotes.replace(r"'\''", "'")
+    path = path or re.sub(r"\\(.)", r"\1", escaped)
+    if path.startswith("file://"):
+        path = unquote(re.sub("^file://(localhost)?", "", path))
+    for spelling in (path, path.strip(PUNCTUATION), word[0]):
+        candidate = os.path.expanduser(spelling)
+        if _is_picture(candidate):
+            return candidate
+    return ""
+
+
+def _is_picture(path: str) -> bool:
+    return path.lower().endswith(SUFFIXES) and os.path.isfile(path)
+
+
+def read_message(commands: Collection[str]) -> tuple[str, str]:
+    """Read a command with its argument, or "" with a message.
+
+    Raises EOFError when stdin has ended.
+    """
+    text, is_long = _read_lines()
+    first, *rest = text.split(maxsplit=1) or [""]
+    if is_long or not first.startswith("/"):
+        return "", text
+    if first not in commands:
+        _, paths = find_pictures(text)
+        if paths:  # /home/a.png is no unknown command
+            return "", text
+    return first, "".join(rest)
+
+
+def _read_lines() -> tuple[str, bool]:
+    """A line, or the lines between two \"\"\"; and whether it was the latter.
+
+    The end of stdin closes them, too.
+    """
     you, more = ("you> ", "...> ") if sys.stdin.isatty() else ("", "")
-    message = input(you)
-    with suppress(EOFError):
-        while (is_long := message.lstrip().startswith('"""')) and message.count(
-            '"""'
-        ) < 2:
-            message += "\n" + input(more)
-    message = message.split('"""', 1)[1].replace('"""', " ") if is_long else message
-    return message.replace("\0", "").strip(), not is_long
+    text = input(you)
+    is_long = text.lstrip().startswith(LONG)
+    if is_long:
+        with suppress(EOFError):
+            while text.count(LONG) < 2:
+                text += "\n" + input(more)
+        text = text.split(LONG, 1)[1].replace(LONG, " ")
+    return text.replace("\0", "").strip(), is_long
+
+
+def read_piped_text(is_optional: bool) -> str:
+    """The text on stdin, without white space around it; "" from a terminal.
+
+    Optional text is waited for PIPE_SECONDS: under ssh or a scheduler, for instance,
+    stdin may be an open pipe that nobody writes to.
+    """
+    if sys.stdin.isatty():
+        return ""
+    if is_optional and not _has_input(PIPE_SECONDS):
+        note(
+            f"note: nothing arrived on stdin within {PIPE_SECONDS} s; "
+            "continuing without it (</dev/null saves the wait)"
+        )
+        return ""
+    with suppress(OSError):  # it cannot be read
+        return sys.stdin.read().replace("\0", "").strip()
+    return ""
+
+
+def _has_input(seconds: float) -> bool:
+    """Whether stdin is a file, has ended, or gets data within this time."""
+    try:
+        readable, _, _ = select.select([sys.stdin], [], [], seconds)
+    except (OSError, ValueError):  # select knows no pipe on Windows and no StringIO
+        return True
+    return bool(readable)
+
+
+def has_command(text: str, commands: Collection[str]) -> bool:
+    """Whether a line of a text begins with a command."""
+    first_words = re.findall(r"^/\S+", text, re.MULTILINE)
+    return not set(commands).isdisjoint(first_words)
+
+
+def set_up_readline(commands: Collection[str], history: str):
+    """Switch on arrow keys, a history in a file, and Tab for commands and paths."""
+    try:
+        import readline
+    except ImportError:  # on Windows
+        return
+    path = Path(os.path.expanduser(history))
+    with suppress(OSError):  # no folder to write to
+        path.touch()
+        readline.read_history_file(path)
+        atexit.register(readline.write_history_file, path)
+
+    def complete(text: str, index: int) -> str | None:
+        at_start = readline.get_begidx() == 0
+        found = completions(text, commands if at_start else ())
+        return found[index] if index < len(found) else None
+
+    readline.set_completer(complete)
+    readline.set_completer_delims(" \t\n\"'")
+    is_libedit = "libedit" in str(readline.__doc__)
+    readline.parse_and_bind("bind ^I rl_complete" if is_libedit else "tab: complete")
+
+
+def completions(text: str, commands: Collection[str]) -> list[str]:
+    """The commands and paths that begin with `text`, folders with a slash.
+
+    Readline hides exceptions raised here.
+    """
+    found = []
+    if text.startswith("/"):
+        found += [command for command in commands if command.startswith(text)]
+    for path in glob(escape(os.path.expanduser(text)) + "*"):
+        found.append(path + "/" if os.path.isdir(path) else path)
+    return found
+
+
+def write_conversation(path: str, rows: list[dict]):
+    """Write question, pictures (paths) and answer of each row, as JSON or Markdown."""
+    blocks = []
+    for row in rows:
+        blocks += [f"![](<{picture}>)\n" for picture in row["pictures"]]
+        blocks += [f"**{row['question']}**\n", f"{row['answer']}\n"]
+    is_json = path.endswith(".json")
+    text = json.dumps(rows, indent=1) if is_json else "\n".join(blocks)
+    with replacing(path) as file:
+        file.write_text(text, "utf-8", "replace")
