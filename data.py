@@ -1,24 +1,27 @@
-"""Image-text data: sources on disk, and the batches of a training run.
+"""Training data: samples as ids and targets, their order, batches.
 
-A sample's ids are a list in which IMAGE (-1) stands once for each image token. As in the original, each text
-and each answer is tokenized on its own, and an answer that is cut loses its end. The batches are a pure
-function of the seed and the step, so the step number is all that a resumed run needs.
+A sample's ids are a list with IMAGE (-1) once per image token; its targets are the same
+ids where the model is to predict them, IGNORE elsewhere. As in the original, each text
+and each answer is tokenized on its own, and an answer that is cut loses its end.
+The batches depend only on the seed and the step number: a resumed run needs no other
+state. Bad samples are left out and counted.
 """
 
 import hashlib
 import json
-import signal
-from collections import Counter, namedtuple
-from collections.abc import Iterator
-from itertools import islice
+from collections import Counter, deque
+from functools import cache, lru_cache
+from itertools import zip_longest
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from configs.prompts import (
-    BOS,
-    IMAGE,
     INSTRUCTIONS,
     clean_caption,
     encode_answer,
@@ -30,22 +33,44 @@ from configs.prompts import (
 )
 from configs.schema import Config
 from llama import IGNORE, Tokenizer
-from plumbing.console import InputError, note, printable
-from plumbing.processes import ignore_signals
-from plumbing.sources import BadSample, Sample, open_source
+from plumbing.console import InputError, note, printable, progress
+from plumbing.processes import ignore_signals, start_workers
+from plumbing.sources import BadSample, Member, Sample, foreign_bytes, open_source
 from vision import load_image
 
-Key = namedtuple(
-    "Key", "source shard row draw"
-)  # `draw` seeds what is random about a sample
+# ---- samples -----------------------------------------------------------------------
+
+
+class Key(NamedTuple):
+    """A sample of the data."""
+
+    source: int
+    shard: int
+    row: int
+    draw: int  # seeds what is random about the sample
+
+
+class Example(NamedTuple):
+    """A sample for the model."""
+
+    images: list[str | Member] | list[Tensor]  # files; decoded: uint8 (3, S, S)
+    ids: list[int]
+    targets: list[int]
+
+
+class Fault(NamedTuple):
+    """What is wrong with a bad sample."""
+
+    kind: str
+    message: str  # where the sample is, and why it cannot be used
 
 
 class Samples(Dataset):
-    """The samples of some sources, by Key. Each bad sample read adds (kind, where and why) to `bad`."""
+    """The samples of some sources, by Key."""
 
     def __init__(
         self,
-        sources,
+        sources: list,
         config: Config,
         tokenizer: Tokenizer,
         image_size: int,
@@ -53,14 +78,35 @@ class Samples(Dataset):
     ):
         self.sources, self.config, self.tokenizer = sources, config, tokenizer
         self.image_size, self.n_image_tokens = image_size, n_image_tokens
-        self.features: dict[
-            tuple, list[torch.Tensor]
-        ] = {}  # key[:3] -> what replaces its pictures
-        self.bad: list[tuple[str, str]] = []
+        # instead of pictures: (pictures, N, D), and where those of a sample are
+        self.features: Tensor | None = None
+        self.feature_places: dict[tuple, range] = {}  # by key[:3]
 
-    def read(self, key: Key, with_images: bool = True) -> tuple | None:
-        """(pictures uint8 (3, S, S), ids, targets: list[int]), or None for a bad sample."""
-        try:  # the one net for bad samples: there is no end to what people's files hold
+    def all_keys(self):
+        """All samples, one of each source in turn."""
+        turns = zip_longest(*map(places, self.sources))
+        for draw, turn in enumerate(turns):
+            for source, place in enumerate(turn):
+                if place:
+                    yield Key(source, *place, draw)
+
+    def first(self, n: int) -> tuple[list[Example], list[Fault]]:
+        """The first n good samples, always the same ones, and the bad ones before."""
+        good, faults, keys = [], [], self.all_keys()
+        while len(good) < n and (key := next(keys, None)):
+            found = self.read(key)
+            (faults if isinstance(found, Fault) else good).append(found)
+        return good, faults
+
+    def read(self, key: Key) -> Example | Fault:
+        """A sample with decoded pictures, or with their features."""
+        return self.decode(key, self.read_text(key))
+
+    __getitem__ = read
+
+    def read_text(self, key: Key) -> Example | Fault:
+        """A sample with the files of its pictures."""
+        try:
             sample = self.sources[key.source][key.shard, key.row]
             if not sample.images and "llama" not in self.config.trainable:
                 raise BadSample(
@@ -70,125 +116,113 @@ class Samples(Dataset):
             ids, targets = self.tokenize(sample, rng)
             if set(targets[1:]) <= {IGNORE}:
                 raise BadSample("nothing to predict")
-            images = sample.images if with_images else []
-            if self.features and images:
-                if key[:3] not in self.features:
-                    raise BadSample("picture cannot be read")
-                return self.features[key[:3]], ids, targets
-            encoded = [
-                image if isinstance(image, str) else image.read() for image in images
-            ]
-            return (
-                [load_image(image, self.image_size, smallest=2) for image in encoded],
-                ids,
-                targets,
-            )
-        except Exception as e:
-            cause = e.__cause__ if isinstance(e, InputError) and e.__cause__ else e
-            kind = str(cause) if isinstance(cause, BadSample) else type(cause).__name__
-            why = (
-                e
-                if isinstance(e, (BadSample, InputError, OSError))
-                else f"malformed, {kind}: {e}"
-            )
-            self.bad.append(
-                (
-                    kind,
-                    f"{self.sources[key.source].describe(key.shard, key.row)} ({why})",
-                )
-            )
+        except BadSample as e:
+            return self.fault(key, e)
+        return Example(sample.images, ids, targets)
 
-    __getitem__ = read
+    def decode(self, key: Key, text: Example | Fault) -> Example | Fault:
+        """Replace the files of pictures by what they hold."""
+        if isinstance(text, Fault) or not text.images:
+            return text
+        try:
+            if self.features is None:
+                images = [self.load_image(image) for image in text.images]
+            elif key[:3] in self.feature_places:
+                images = [self.features[i] for i in self.feature_places[key[:3]]]
+            else:
+                raise BadSample("picture cannot be read")
+        except BadSample as e:
+            return self.fault(key, e)
+        return text._replace(images=images)
 
-    def keys(self) -> Iterator[Key]:
-        """All samples in the order of the sources."""
-        places = (
-            (i, shard, row)
-            for i, source in enumerate(self.sources)
-            for shard, count in enumerate(source.counts)
-            for row in range(count)
-        )
-        return (Key(*place, draw) for draw, place in enumerate(places))
+    def load_image(self, image: str | Member) -> Tensor:
+        with foreign_bytes():
+            source = image if isinstance(image, str) else image.read()
+            return load_image(source, self.image_size, smallest=2)
 
-    def first(self, n: int) -> Iterator[tuple]:
-        """The first n good samples, always the same ones."""
-        return islice(filter(None, map(self.read, self.keys())), n)
+    def fault(self, key: Key, error: BadSample) -> Fault:
+        place = self.sources[key.source].describe(key.shard, key.row)
+        return Fault(error.kind, f"{place} ({error})")
 
-    def tokenize(
-        self, sample: Sample, rng: np.random.Generator
-    ) -> tuple[list[int], list[int]]:
-        """A sample's ids and targets (the same ids where they are to be predicted, IGNORE elsewhere)."""
-        template, end, turns = (
-            self.config.template,
-            self.config.answer_end,
-            sample.turns,
-        )
-        if sample.is_marked:
-            turns = [(placed_message(user), answer) for user, answer in turns]
+    def tokenize(self, sample: Sample, rng) -> tuple[list[int], list[int]]:
+        """A sample's ids and targets."""
+        template, end = self.config.template, self.config.answer_end
         if sample.text is not None:
-            template, end, turns = "", "", [(sample.context, sample.text)]
-        elif turns is None or sample.caption is not None and not template:
-            if not isinstance(sample.caption, str):
-                raise BadSample("caption is not a text")
-            if not sample.images or not sample.caption.strip():
-                raise BadSample(
-                    "a caption without a picture"
-                    if sample.caption.strip()
-                    else "empty caption"
-                )
-            caption = (
-                clean_caption(sample.caption)
-                if self.config.clean_captions
-                else sample.caption
-            )
-            turns = [(str(rng.choice(INSTRUCTIONS)) if template else "", caption)]
-        elif sample.images and not template:
+            template, end = "", ""
+        turns = self.choose_turns(sample, rng)
+        as_chat = template and rng.random() < self.config.chat_share
+        prompts = training_segments(turns, len(sample.images), template, end, as_chat)
+
+        ids, targets = [], []
+        for prompt, (_, answer) in zip(prompts, turns):
+            prompt_ids = encode_segments(self.tokenizer, prompt, self.n_image_tokens)
+            answer = harmless(answer, end) if end else answer
+            answer_ids = encode_answer(self.tokenizer, answer, end)
+            answer_ids = answer_ids[: self.config.max_txt_len]
+            ids += prompt_ids + answer_ids
+            targets += [IGNORE] * len(prompt_ids) + answer_ids
+        return ids, targets
+
+    def choose_turns(self, sample: Sample, rng) -> list[tuple]:
+        """A sample's turns: (the user's message as text or segments, the answer)."""
+        template = self.config.template
+        if sample.text is not None:
+            return [(sample.context, sample.text)]
+        if sample.turns is None or (sample.caption is not None and not template):
+            message = str(rng.choice(INSTRUCTIONS)) if template else ""
+            return [(message, self.check_caption(sample))]
+        if sample.images and not template:
             raise BadSample(
                 "a conversation about pictures needs a template, vicuna or llama2"
             )
-        if template:
-            prompts = training_segments(
-                turns,
-                len(sample.images),
-                template,
-                end,
-                as_chat=rng.random() < self.config.chat_share,
-            )
-        else:  # stage 1, where a picture is all the prompt; or what a language model learns before it chats
-            prompts = [text if isinstance(text, list) else [text] for text, _ in turns]
-            prompts[0][:0] = [BOS, *[IMAGE] * len(sample.images)]
-        ids, targets = [], []
-        for prompt, (_, answer) in zip(prompts, turns):
-            prompt = encode_segments(self.tokenizer, prompt, self.n_image_tokens)
-            answer = harmless(answer, end) if end else answer
-            answer = encode_answer(self.tokenizer, answer, end)[
-                : self.config.max_txt_len
-            ]
-            ids += prompt + answer
-            targets += [IGNORE] * len(prompt) + answer
-        return ids, targets
+        if sample.is_marked:
+            return [(placed_message(user), answer) for user, answer in sample.turns]
+        return sample.turns
+
+    def check_caption(self, sample: Sample) -> str:
+        caption = sample.caption
+        if not caption.strip():
+            raise BadSample("empty caption")
+        if not sample.images:
+            raise BadSample("a caption without a picture")
+        return clean_caption(caption) if self.config.clean_captions else caption
 
 
-def open_samples(
-    data, config: Config, tokenizer: Tokenizer, image_size: int, n_image_tokens: int
-) -> tuple:
-    """The config's `data` or `heldout_data` -> (Samples, {source's path: weight})."""
-    data = [data] if isinstance(data, str) else data
-    pairs = (
-        list(data.items()) if isinstance(data, dict) else [(path, 1.0) for path in data]
-    )
-    if not pairs or not all(
-        isinstance(p, str) and isinstance(w, (int, float)) and w > 0 for p, w in pairs
-    ):
+def places(source):
+    """(shard, row) of all samples of a source."""
+    for shard, n_rows in enumerate(source.counts):
+        for row in range(n_rows):
+            yield shard, row
+
+
+def open_samples(data: str | dict | list, *settings) -> tuple[Samples, dict]:
+    """The samples of a config's `data`, and {path: weight}.
+
+    settings: the arguments of Samples after `sources`.
+    """
+    paths = [data] if isinstance(data, str) else data
+    weights = paths if isinstance(paths, dict) else dict.fromkeys(paths, 1.0)
+    valid = [isinstance(w, (int, float)) and w > 0 for w in weights.values()]
+    if not weights or not all(valid):
         raise InputError(
-            f"data = {data!r}: give a path, paths, or {{path: weight}} with weights above 0"
+            f"data = {data!r}: give a path, paths, or {{path: weight}} with weights "
+            "above 0"
         )
-    sources = [open_source(path) for path in dict(pairs)]
-    return Samples(sources, config, tokenizer, image_size, n_image_tokens), dict(pairs)
+    return Samples([open_source(path) for path in weights], *settings), weights
 
 
-class Batch(namedtuple("Batch", "images tokens targets")):
-    """images: uint8 (pictures, 3, S, S), features (pictures, N, width) or None; the others: int64 (B, T)."""
+# ---- batches -----------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """A micro-batch of B samples, padded on the right to T tokens.
+
+    A batch without a good sample has one token and no target; its loss is 0.
+    """
+
+    images: Tensor | None  # uint8 (pictures, 3, S, S), or features (pictures, N, D)
+    tokens: Tensor  # int64 (B, T)
+    targets: Tensor  # int64 (B, T)
 
     @property
     def n_targets(self) -> int:
@@ -199,160 +233,20 @@ class Batch(namedtuple("Batch", "images tokens targets")):
         return int((self.tokens != 0).sum())
 
     def to(self, device) -> "Batch":
-        return Batch(
-            *(t if t is None else t.to(device, non_blocking=True) for t in self)
-        )
+        tensors = (t if t is None else t.to(device, non_blocking=True) for t in self)
+        return Batch(*tensors)
 
 
-def collate(samples: list) -> Batch:
-    """[(pictures, ids, targets), ...] -> a Batch, padded on the right, so causal attention needs no mask."""
+def collate(samples: list[Example]) -> Batch:
+    """Stack samples; padding on the right needs no mask where attention is causal."""
     images = [image for images, _, _ in samples for image in images]
-    longest = max(len(ids) for _, ids, _ in samples)
-    tokens = torch.tensor([ids + [0] * (longest - len(ids)) for _, ids, _ in samples])
-    targets = torch.tensor([t + [IGNORE] * (longest - len(t)) for _, _, t in samples])
+    tokens = [torch.tensor(ids) for _, ids, _ in samples]
+    targets = [torch.tensor(targets) for _, _, targets in samples]
     return Batch(
-        default_collate(images) if images else None, tokens, targets
-    )  # stacks in shared memory
-
-
-class SampleOrder:
-    """A source's order in training: order[draw number] -> (shard, row), every sample once per epoch. An epoch
-    shuffles the shards, then the samples of each `window` successive shards."""
-
-    def __init__(self, counts: list[int], seed: int, source: int, window: int):
-        self.counts, self.seed, self.window = np.array(counts), (seed, source), window
-        self.start, self.rows = (
-            0,
-            [],
-        )  # the samples of one window, and the draw number of its first
-
-    def __getitem__(self, draw: int) -> tuple[int, int]:
-        if not 0 <= draw - self.start < len(self.rows):
-            epoch, place = divmod(draw, int(self.counts.sum()))
-            shards = np.random.default_rng((*self.seed, epoch)).permutation(
-                len(self.counts)
-            )
-            starts = np.cumsum(np.append(0, self.counts[shards]))
-            window = (
-                int(np.searchsorted(starts, place, side="right")) - 1
-            ) // self.window
-            first = window * self.window
-            rows = [
-                (s, row)
-                for s in shards[first : first + self.window]
-                for row in range(self.counts[s])
-            ]
-            self.rows = np.random.default_rng((*self.seed, epoch, window)).permutation(
-                rows
-            )
-            self.start = draw - place + int(starts[first])
-        return tuple(self.rows[draw - self.start].tolist())
-
-
-class Groups(Dataset):
-    """One rank's batches: groups[g] is (length_group steps, bad samples), a step (source, micro-batches, None
-    for one without a good sample). Samples of similar length share a step of the group: less padding."""
-
-    def __init__(
-        self,
-        samples: Samples,
-        weights: dict,
-        config: Config,
-        rank: int = 0,
-        world: int = 1,
-    ):
-        self.samples, self.config, self.rank, self.world = samples, config, rank, world
-        self.step_size = (
-            world * config.batch_size * config.grad_accum
-        )  # samples of a global batch
-        n_steps = -(-config.max_steps // config.length_group) * config.length_group
-        shares = np.array(list(weights.values())) / sum(weights.values())
-        self.sources = np.random.default_rng(config.seed).choice(
-            len(shares), n_steps, p=shares
-        )
-        self.orders = [
-            SampleOrder(source.counts, config.seed, i, config.shuffle_shards)
-            for i, source in enumerate(samples.sources)
-        ]
-        digests = [
-            hashlib.sha256(json.dumps(s.content).encode()).hexdigest()[:12]
-            for s in samples.sources
-        ]
-        kept = "seed shuffle_shards length_group template clean_captions max_txt_len chat_share"
-        self.identity = {
-            k: getattr(config, k) for k in kept.split()
-        } | {  # what must not change in a run
-            "answer_end": format_end(config.answer_end),
-            "processes x batch_size x grad_accum": self.step_size,
-            "data": [
-                [d, sum(s.counts), w]
-                for d, s, w in zip(digests, samples.sources, weights.values())
-            ],
-        }
-
-    def __len__(self):
-        return len(self.sources) // self.config.length_group
-
-    def keys(self, step: int) -> list[Key]:
-        """The samples of a step's global batch."""
-        source = int(self.sources[step])
-        first = self.step_size * int((self.sources[:step] == source).sum())
-        return [
-            Key(source, *self.orders[source][i], i)
-            for i in range(first, first + self.step_size)
-        ]
-
-    def describe(self, step: int) -> list[str]:
-        """Where the samples of a step's global batch are."""
-        source, keys = self.steps(step // self.config.length_group)[
-            step % self.config.length_group
-        ]
-        return [
-            self.samples.sources[source].describe(key.shard, key.row) for key in keys
-        ]
-
-    def steps(self, group: int) -> list[tuple[int, list[Key]]]:
-        """The source and the samples of each step of a group."""
-        L = self.config.length_group
-        steps = [
-            (int(self.sources[i]), self.keys(i))
-            for i in range(group * L, (group + 1) * L)
-        ]
-        for source in (
-            {source for source, _ in steps} if L > 1 else ()
-        ):  # sort by length
-            mine = [i for i, step in enumerate(steps) if step[0] == source]
-            rows = {
-                key: self.samples.read(key, with_images=False)
-                for i in mine
-                for key in steps[i][1]
-            }
-            good = sorted(
-                (key for key in rows if rows[key]), key=lambda key: len(rows[key][1])
-            )
-            bad = [key for key in rows if not rows[key]]
-            parts = [
-                a + b for a, b in zip(split(good, len(mine)), split(bad, len(mine)))
-            ]
-            np.random.default_rng((self.config.seed, group, source)).shuffle(parts)
-            for i, part in zip(mine, parts):
-                steps[i] = source, part
-        return steps
-
-    def __getitem__(self, group: int) -> tuple[list, list[tuple[str, str]]]:
-        steps = self.steps(group)
-        self.samples.bad = []  # of this group, bad samples are read, and counted, below
-        for i, (source, keys) in enumerate(steps):
-            mine = split(keys, self.world * self.config.grad_accum)[
-                self.rank :: self.world
-            ]
-            rows = [list(filter(None, map(self.samples.read, part))) for part in mine]
-            steps[i] = (
-                source,
-                [collate(samples) if samples else None for samples in rows],
-            )
-        bad, self.samples.bad = self.samples.bad, []
-        return steps, bad
+        default_collate(images) if images else None,  # a data worker's: shared memory
+        pad_sequence(tokens or [torch.tensor([0])], batch_first=True),
+        pad_sequence(targets or [torch.tensor([IGNORE])], True, IGNORE),
+    )
 
 
 def split(items: list, n: int) -> list[list]:
@@ -360,64 +254,242 @@ def split(items: list, n: int) -> list[list]:
     return [items[len(items) * i // n : len(items) * (i + 1) // n] for i in range(n)]
 
 
-class Reader:
-    """The steps of a run from `start` on, each (source, micro-batches), with an account of bad samples."""
+# ---- the order of the samples ------------------------------------------------------
 
-    def __init__(self, groups: Groups, start: int = 0):
-        self.groups, self.start, self.skipped, self.n_read = groups, start, Counter(), 0
 
-    def __iter__(self) -> Iterator[tuple[int, list[Batch]]]:
-        config, spare = self.groups.config, None
-        group, passed = divmod(self.start, config.length_group)
+@lru_cache(maxsize=16)
+def shuffled_shards(source, seed: tuple, epoch: int):
+    """A source's shards in an epoch's order, and how many samples come before each."""
+    counts = np.array(source.counts)
+    shards = np.random.default_rng((*seed, epoch)).permutation(len(counts))
+    return shards, np.cumsum(np.append(0, counts[shards]))
+
+
+@lru_cache(maxsize=16)
+def shuffled_rows(source, seed: tuple, epoch: int, window: int, n_shards: int):
+    """(shard, row) of the samples of a window of shards, int64 (samples, 2)."""
+    shards, _ = shuffled_shards(source, seed, epoch)
+    rows = []
+    for shard in shards[window * n_shards :][:n_shards]:
+        rows += [(shard, row) for row in range(source.counts[shard])]
+    return np.random.default_rng((*seed, epoch, window)).permutation(rows)
+
+
+def draw_samples(source, seed: tuple, n_shards: int, draws: range):
+    """Yield (shard, row) of these draws of a source, each sample once per epoch.
+
+    An epoch shuffles the shards, then the samples of each window of n_shards shards.
+    """
+    n_samples = sum(source.counts)
+    for draw in draws:
+        epoch, place = divmod(draw, n_samples)
+        _, starts = shuffled_shards(source, seed, epoch)
+        shard = int(np.searchsorted(starts, place, side="right")) - 1
+        window = shard // n_shards
+        rows = shuffled_rows(source, seed, epoch, window, n_shards)
+        yield rows[place - starts[window * n_shards]].tolist()
+
+
+# ---- the steps of a run ------------------------------------------------------------
+
+# settings that must not change in a run
+KEPT = "seed shuffle_shards length_group template clean_captions max_txt_len chat_share"
+FEW = 200  # samples; the share of bad ones among fewer says little
+RECENT = 1000  # samples of a source, to notice that it has vanished
+
+
+class Account:
+    """Counts the samples that a process has read, the bad ones by kind."""
+
+    def __init__(self, n_sources: int):
+        self.n_read, self.skipped = 0, Counter()
+        # for each source, whether its last samples were bad
+        self.recent = [deque(maxlen=RECENT) for _ in range(n_sources)]
+
+    def add(self, source: int, n_read: int, faults: list[Fault]):
+        """Count samples, and print the first fault of each kind."""
+        for kind, message in faults:
+            if kind not in self.skipped:
+                note(f"skipped, the first of its kind: {message}")
+            self.skipped[kind] += 1
+        self.n_read += n_read
+        n_good = n_read - len(faults)
+        self.recent[source].extend([True] * len(faults) + [False] * n_good)
+
+    @property
+    def text(self) -> str:
+        kinds = ", ".join(f"{kind} {n}" for kind, n in self.skipped.most_common())
+        n_bad = self.skipped.total()
+        return printable(f"{n_bad} of {self.n_read} samples cannot be used ({kinds})")
+
+
+class TrainingSteps(Dataset):
+    """One rank's batches of a run, a pure function of the seed and the step.
+
+    A group is `length_group` successive steps. Each group draws a source by weight, and
+    samples of similar length share a step of the group: less padding. Groups count
+    from 0, steps from 1.
+    """
+
+    def __init__(self, samples, weights: dict, config: Config, rank=0, world=1):
+        self.samples, self.weights, self.config = samples, weights, config
+        self.rank, self.world = rank, world
+        self.step_size = world * config.batch_size * config.grad_accum  # samples
+        n_groups = -(-config.max_steps // config.length_group)  # rounded up
+        shares = np.array(list(weights.values())) / sum(weights.values())
+        rng = np.random.default_rng(config.seed)
+        self.sources = rng.choice(len(shares), n_groups, p=shares).tolist()
+        self.account = Account(len(shares))
+
+    @property
+    def identity(self) -> dict:
+        """What must not change in a run."""
+        data = []
+        for source, weight in zip(self.samples.sources, self.weights.values()):
+            digest = hashlib.sha256(json.dumps(source.content).encode()).hexdigest()
+            data.append([digest[:12], sum(source.counts), weight])
+        identity = {name: getattr(self.config, name) for name in KEPT.split()} | {
+            "answer_end": format_end(self.config.answer_end),
+            "processes x batch_size x grad_accum": self.step_size,
+            "data": data,
+        }
+        if len(data) > 1 and self.config.length_group > 1:  # each step drew one before
+            identity["order of samples"] = "one source per length_group steps"
+        return identity
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def keys(self, group: int) -> list[Key]:
+        """The samples of a group, for all ranks, in the order of their source."""
+        config, source = self.config, self.sources[group]
+        n = self.step_size * config.length_group
+        first = n * self.sources[:group].count(source)
+        drawn = draw_samples(
+            self.samples.sources[source],
+            (config.seed, source),
+            config.shuffle_shards,
+            range(first, first + n),
+        )
+        return [Key(source, *place, draw) for draw, place in enumerate(drawn, first)]
+
+    def arrange(self, group: int, read_text) -> list[list[Key]]:
+        """The samples of each step of a group, for all ranks."""
+        keys, n_steps = self.keys(group), self.config.length_group
+        if n_steps == 1:
+            return [keys]
+        texts = {key: read_text(key) for key in keys}
+        bad = [key for key in keys if isinstance(texts[key], Fault)]
+        good = [key for key in keys if isinstance(texts[key], Example)]
+        good.sort(key=lambda key: len(texts[key].ids))
+        steps = [a + b for a, b in zip(split(good, n_steps), split(bad, n_steps))]
+        seed = (self.config.seed, group, self.sources[group])
+        np.random.default_rng(seed).shuffle(steps)
+        return steps
+
+    def describe(self, step: int) -> list[str]:
+        """The places of a step's samples, of all ranks."""
+        group, i = divmod(step - 1, self.config.length_group)
+        source = self.samples.sources[self.sources[group]]
+        keys = self.arrange(group, self.samples.read_text)[i]
+        return [source.describe(key.shard, key.row) for key in keys]
+
+    def __getitem__(self, group: int) -> tuple[list[list[Batch]], int, list[Fault]]:
+        """This rank's micro-batches of each step, the number of samples, the faults."""
+        read_text = cache(self.samples.read_text)  # once per sample
+        steps, found = [], []
+        for keys in self.arrange(group, read_text):
+            parts = split(keys, self.world * self.config.grad_accum)
+            batches = []
+            for part in parts[self.rank :: self.world]:
+                read = [self.samples.decode(key, read_text(key)) for key in part]
+                batches.append(collate([x for x in read if isinstance(x, Example)]))
+                found += read
+            steps.append(batches)
+        return steps, len(found), [x for x in found if isinstance(x, Fault)]
+
+    def read(self, start: int = 1):
+        """Yield the steps from `start` on: (step, source, this rank's micro-batches).
+
+        Raises InputError when too many samples are bad.
+        """
+        n_steps = self.config.length_group
+        first = (start - 1) // n_steps
         loader = DataLoader(
-            self.groups,
+            self,
             batch_size=None,
-            sampler=range(group, len(self.groups)),
-            num_workers=config.num_workers,
+            sampler=range(first, len(self)),
+            num_workers=self.config.num_workers,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=ignore_signals,
         )
-        received = enumerate(loader, group)  # starts the workers
-        if hasattr(
-            signal, "SIGCHLD"
-        ):  # PyTorch's handler would raise anywhere, also while a file is written
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for group, (steps, bad) in received:
-            self.n_read += len(bad) + sum(
-                len(b.tokens) for _, batches in steps for b in batches if b
-            )
-            for kind, where in bad:
-                if kind not in self.skipped:
-                    note(f"skipped, the first of its kind: {where}")
-                self.skipped[kind] += 1
-            n_bad, n, is_end = (
-                self.skipped.total(),
-                self.n_read,
-                group == len(self.groups) - 1,
-            )
-            if n_bad > config.max_bad_fraction * n and (
-                n >= 200 or is_end and n_bad == n and not self.start
-            ):
-                raise InputError(
-                    f"{self.account()}, more than max_bad_fraction; fix the data or raise it"
-                )
-            for source, batches in steps[passed:]:
-                if None in batches:  # replaced by the dataset's first good sample
-                    spare = spare or [
-                        collate([sample]) for sample in self.groups.samples.first(1)
-                    ]
-                    if not spare:
-                        raise InputError(
-                            f"not one sample of the data can be used; the first is {bad[0][1]}"
-                        )
-                yield (
-                    source,
-                    [spare[0] if batch is None else batch for batch in batches],
-                )
-            passed = 0
+        for group, (steps, n_read, faults) in enumerate(start_workers(loader), first):
+            source = self.sources[group]
+            self.account.add(source, n_read, faults)
+            self.check_account(source, faults, start == 1 and group == len(self) - 1)
+            for step, batches in enumerate(steps, group * n_steps + 1):
+                if start <= step <= self.config.max_steps:
+                    yield step, source, batches
 
-    def account(self) -> str:
-        kinds = ", ".join(f"{kind} {n}" for kind, n in self.skipped.most_common())
-        return printable(
-            f"{self.skipped.total()} of {self.n_read} samples cannot be used ({kinds})"
-        )
+    def check_account(self, source: int, faults: list[Fault], is_whole_run: bool):
+        """Raise InputError if too many samples are bad: of all, or a source's last."""
+        account, limit = self.account, self.config.max_bad_fraction
+        n_read, n_bad = account.n_read, account.skipped.total()
+        is_enough = n_read >= FEW or (is_whole_run and n_bad == n_read)
+        if is_enough and n_bad > limit * n_read:
+            raise InputError(
+                f"{account.text}, more than max_bad_fraction; fix the data or raise it"
+            )
+        n_recent = account.recent[source].count(True)
+        if n_recent > (1 + limit) / 2 * RECENT:
+            path = list(self.weights)[source]
+            raise InputError(
+                f"{n_recent} of the last {RECENT} samples of {path} cannot be used, "
+                f"such as {faults[-1].message}; fix the data or raise max_bad_fraction"
+            )
+        if n_bad == n_read and not self.samples.first(1)[0]:
+            raise InputError(
+                "not one sample of the data can be used; the first is "
+                f"{faults[0].message}"
+            )
+
+
+# ---- vision features ---------------------------------------------------------------
+
+
+@torch.no_grad()
+def cache_features(samples: Samples, encode, config: Config, device):
+    """Replace the pictures of `samples` by features, in one tensor for all workers.
+
+    encode: uint8 (B, 3, S, S) -> (B, N, D). Each rank computes its share. Samples with
+    unreadable pictures are left out.
+    """
+    is_alone = not dist.is_initialized()
+    rank, world = (0, 1) if is_alone else (dist.get_rank(), dist.get_world_size())
+    keys = list(samples.all_keys())[rank::world]
+    loader = DataLoader(
+        samples,
+        config.batch_size,
+        sampler=keys,
+        collate_fn=list,
+        num_workers=config.num_workers,
+    )
+    counts, features = [], []
+    for rows in loader if rank else progress(loader, "features"):
+        images = [row.images if isinstance(row, Example) else [] for row in rows]
+        counts += map(len, images)
+        if any(images):
+            stacked = torch.stack(sum(images, [])).to(device)
+            features.append(encode(stacked).cpu())
+
+    shares = [(keys, counts, features)] * world
+    if not is_alone:
+        dist.all_gather_object(shares, shares[0])
+    end, all_features = 0, []
+    for keys, counts, features in shares:
+        all_features += features
+        for key, n_images in zip(keys, counts):
+            if n_images:
+                samples.feature_places[key[:3]] = range(end, end + n_images)
+                end += n_images
+    samples.features = torch.cat(all_features) if end else torch.empty(0)

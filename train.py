@@ -31,7 +31,14 @@ from tqdm import tqdm
 
 from configs.prompts import stop_sequences
 from configs.schema import Config, load_config, read_saved_config
-from data import Batch, Groups, Reader, Samples, collate, open_samples
+from data import (
+    Batch,
+    Samples,
+    TrainingSteps,
+    cache_features,
+    collate,
+    open_samples,
+)
 from llama import IGNORE
 from model import MiniGPT4
 from plumbing.console import InputError, note, outlive_reader, run_main, set_quiet
@@ -91,6 +98,7 @@ def train_step(
     loss_sum = torch.zeros_like(total)
     if world > 1:
         dist.all_reduce(total)
+    total.clamp_(min=1)  # no rank may have a good sample
     for i, batch in enumerate(batches, 1):
         model.require_backward_grad_sync = i == len(
             batches
@@ -125,12 +133,9 @@ def evaluate(
     model: MiniGPT4, samples: Samples, config: Config, device
 ) -> tuple[float, list[dict]]:
     """The mean loss per answer token, and the greedy answers to some first prompts beside the data's."""
-    batches = list(
-        DataLoader(
-            [*samples.first(config.eval_samples)], config.batch_size, collate_fn=collate
-        )
-    )
-    if bad := {*samples.bad}:
+    good, bad = samples.first(config.eval_samples)
+    batches = list(DataLoader(good, config.batch_size, collate_fn=collate))
+    if bad:
         note(
             f"warning: {len(bad)} held-out samples cannot be used, such as {min(bad)[1]}"
         )
@@ -138,7 +143,7 @@ def evaluate(
         model(*batch.to(device)).item() * batch.n_targets for batch in batches
     )
     shown, stop = [], stop_sequences(model.tokenizer, config.answer_end)
-    for images, ids, targets in samples.first(config.show_samples):
+    for images, ids, targets in samples.first(config.show_samples)[0]:
         start = next(i for i, target in enumerate(targets) if target != IGNORE)
         embeds = model.encode_image(torch.stack(images).to(device)) if images else None
         answer = model.generate(
@@ -454,34 +459,6 @@ def build(config: Config, device) -> MiniGPT4:
     return model
 
 
-@torch.no_grad()
-def cache_features(model: MiniGPT4, samples: Samples, config: Config, device):
-    """Keep the frozen vision features of all pictures in `samples`; each rank computes its share."""
-    rank, world = (
-        (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    )
-    features, keys, n = {}, list(samples.keys())[rank::world], config.batch_size
-    loader = DataLoader(
-        samples, n, sampler=keys, collate_fn=list, num_workers=config.num_workers
-    )
-    for at, rows in enumerate(
-        tqdm(loader, desc="features", disable=rank > 0, dynamic_ncols=True)
-    ):
-        if images := [image for row in rows if row for image in row[0]]:
-            computed = iter(model.image_features(torch.stack(images).to(device)).cpu())
-            for key, row in zip(keys[at * n :], rows):
-                features[key[:3]] = (
-                    [next(computed).clone() for _ in row[0]] if row else []
-                )
-    shares = [features] * world
-    if world > 1:
-        dist.all_gather_object(shares, features)
-    samples.features = {
-        key: value for share in shares for key, value in share.items() if value
-    }
-    samples.bad = []  # training counts them
-
-
 def open_data(
     config: Config, model: MiniGPT4, device
 ) -> tuple[Samples, dict, Samples | None]:
@@ -493,13 +470,13 @@ def open_data(
         if config.heldout_data
         else None
     )
-    if heldout and not list(heldout.first(1)):
+    if heldout and not heldout.first(1)[0]:
         raise InputError(
             f"heldout_data {config.heldout_data}: not one of its samples can be used; fix it"
         )
     if config.cache_features:
         for each in filter(None, (samples, heldout)):
-            cache_features(model, each, config, device)
+            cache_features(each, model.image_features, config, device)
         model.drop_vision()
     return samples, weights, heldout
 
@@ -513,15 +490,15 @@ def train(config: Config, device, rank: int = 0, world: int = 1):
         dist.barrier()
     model = build(config, device)
     samples, weights, heldout = open_data(config, model, device)
-    groups = Groups(samples, weights, config, rank, world)
-    checkpoint = Checkpoint(model, config, groups.identity, device)
+    steps = TrainingSteps(samples, weights, config, rank, world)
+    checkpoint = Checkpoint(model, config, steps.identity, device)
     done = checkpoint.load() if config.resume else 0
     if world > 1:
-        dist.all_gather_object(found := [None] * world, (done, groups.identity))
+        dist.all_gather_object(found := [None] * world, (done, steps.identity))
         if any(each != found[0] for each in found):
-            steps = [step for step, _ in found]
+            saved = [step for step, _ in found]
             raise InputError(
-                f"the processes found steps {steps} or other data; give all the same folders"
+                f"the processes found steps {saved} or other data; give all the same folders"
             )
     if done >= config.max_steps:
         return note(f"{config.out_dir}: its run is already at step {done:,}")
@@ -529,12 +506,12 @@ def train(config: Config, device, rank: int = 0, world: int = 1):
     with open_log(config, done) if rank == 0 else open(os.devnull, "w") as out:
         if rank == 0:
             start_folder(config)  # not earlier: a refused run changes nothing
-        return run_steps(checkpoint, groups, meter, heldout, done + 1, out)
+        return run_steps(checkpoint, steps, meter, heldout, done + 1, out)
 
 
 def run_steps(
     checkpoint: Checkpoint,
-    groups: Groups,
+    steps: TrainingSteps,
     meter: Meter,
     heldout: Samples | None,
     first: int,
@@ -542,16 +519,16 @@ def run_steps(
 ):
     """The steps from `first` on: train, log, evaluate on rank 0, save; until a signal. True after Ctrl-C."""
     config, model, rank, device = (
-        groups.config,
+        steps.config,
         checkpoint.model,
-        groups.rank,
+        steps.rank,
         meter.sums.device,
     )
     # without init_sync: all ranks start alike, by their seed
     wrapped = (
-        DistributedDataParallel(model, init_sync=False) if groups.world > 1 else model
+        DistributedDataParallel(model, init_sync=False) if steps.world > 1 else model
     )
-    reader, caught, failed = Reader(groups, first - 1), [], 0
+    caught, failed = [], 0
     for name in (
         SIGNALS
     ):  # the third ends the run at once; two may be one, as torchrun passes them on
@@ -570,11 +547,11 @@ def run_steps(
         disable=rank > 0,
     )
     asked = time.perf_counter()
-    for step, (source, batches) in zip(bar, reader):
+    for _, (step, source, batches) in zip(bar, steps.read(first)):
         meter.waited += time.perf_counter() - asked
         lr, is_orphan = (
             learning_rate(step - 1, config),
-            groups.world > 1 and os.getppid() != LAUNCHER,
+            steps.world > 1 and os.getppid() != LAUNCHER,
         )
         loss_sum = train_step(
             wrapped,
@@ -585,16 +562,14 @@ def run_steps(
             config.grad_clip,
         )
         stop = len(caught) + is_orphan  # is_orphan: torchrun has died
-        if groups.world > 1:
+        if steps.world > 1:
             dist.all_reduce(stop := torch.tensor(float(stop), device=device))
         is_end, last = step == config.max_steps, step == config.max_steps or bool(stop)
         failed = 0 if loss_sum.isfinite() else failed + 1
         if not failed:
             meter.add(source, loss_sum, batches)
         elif rank == 0:
-            append_row(
-                out, step=step, not_finite=failed, samples=groups.describe(step - 1)
-            )
+            append_row(out, step=step, not_finite=failed, samples=steps.describe(step))
         if failed == MOST_FAILED:
             raise InputError(
                 f"step {step}: the last {failed} losses or gradients were not finite; {ADVICE}"
@@ -607,7 +582,7 @@ def run_steps(
                     "or tokenizer are probably wrong; try chat.py --ckpt=OUT_DIR --check"
                 )
         if (last or step % config.log_interval == 0) and (report := meter.report()):
-            append_row(out, step=step, lr=lr, seen=step * groups.step_size, **report)
+            append_row(out, step=step, lr=lr, seen=step * steps.step_size, **report)
             report.pop("losses", None)  # too many for the bar
             bar.set_postfix(report | {"lr": f"{lr:.1e}"}, refresh=False)
         paused = time.perf_counter()
@@ -635,9 +610,14 @@ def run_steps(
                 )
         if rank == 0 and (last or step % config.save_interval == 0):
             checkpoint.save(step)
-            if reader.skipped:
-                append_row(out, step=step, skipped=reader.skipped, of=reader.n_read)
-                bar.write(f"step {step}: {reader.account()}", file=sys.stderr)
+            if steps.account.skipped:
+                append_row(
+                    out,
+                    step=step,
+                    skipped=steps.account.skipped,
+                    of=steps.account.n_read,
+                )
+                bar.write(f"step {step}: {steps.account.text}", file=sys.stderr)
         if last and not is_end:
             bar.close()
             note(f"stopped after step {step}, which is saved; --resume continues")

@@ -131,8 +131,15 @@ def training_segments(
     """The segments before each answer of a training conversation.
 
     Its pictures are in the first message. `end` ends the answer before a later message.
-    `as_chat` writes the conversation as chat does, with the system text.
+    `as_chat` writes the conversation as chat does, with the system text. Without a
+    template, the pictures and the first message follow `<s>`.
     """
+    if not template:
+        first, *later = [
+            text if isinstance(text, list) else [text] for text, _ in turns
+        ]
+        return [[BOS, *[IMAGE] * n_images, *first], *later]
+
     layout = TEMPLATES[template]
     before, after = layout.training
     if as_chat:

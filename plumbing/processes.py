@@ -5,10 +5,12 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader
 
 from plumbing.console import InputError, note
 
@@ -57,6 +59,15 @@ def ignore_signals(worker: int):
     """In a data worker: SIGNALS reach all processes of a run; the training process saves and stops it."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def start_workers(loader: DataLoader) -> Iterator:
+    """An iterator over a loader, whose workers start now."""
+    batches = iter(loader)
+    if hasattr(signal, "SIGCHLD"):
+        # PyTorch's handler would raise anywhere, also while a file is written
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    return batches
 
 
 def make_missing(prepare: dict[str, str], used: list[str]):

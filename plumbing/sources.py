@@ -1,29 +1,56 @@
-"""What lies on disk -> samples: tar shards, JSON rows, lists of paths."""
+"""Data on disk -> samples: tar shards, files of JSON rows, lists of paths.
+
+A source has its samples as source[shard, row], the number of rows in each shard as
+`counts`, and `content`: lists and texts that change when its samples do.
+"""
 
 import glob
 import json
 import os
 import re
 import tarfile
-from collections import namedtuple
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from torch.utils.data import get_worker_info
-from tqdm import tqdm
 
-from plumbing.console import InputError, note
-from plumbing.files import start_of
+from plumbing.console import InputError, note, progress
+from plumbing.files import read_json, start_of
+
+# What malformed rows make our readers raise. A NameError or an AttributeError is ours.
+MALFORMED = (ValueError, TypeError, LookupError, StopIteration, RecursionError)
 
 
 class BadSample(Exception):
-    """A sample that cannot be used. The message names the kind of fault; samples are counted by it."""
+    """A sample that cannot be used. It is counted by the `kind` of its fault."""
+
+    def __init__(self, kind: str, message: str = ""):
+        super().__init__(message or kind)
+        self.kind = kind
 
 
-class Member(namedtuple("Member", "tar offset size")):
+@contextmanager
+def foreign_bytes():
+    """Report what reading other people's files raises as BadSample."""
+    try:
+        yield
+    except (InputError, OSError) as e:
+        cause = e.__cause__ or e
+        raise BadSample(type(cause).__name__, str(e)) from e
+    except MALFORMED as e:
+        kind = type(e).__name__
+        raise BadSample(kind, f"malformed, {kind}: {e}") from e
+
+
+class Member(NamedTuple):
     """A file inside a tar file."""
+
+    tar: str
+    offset: int  # of its content, in bytes
+    size: int  # bytes
 
     def read(self) -> bytes:
         tar = open_tar(self.tar, os.getpid())
@@ -36,242 +63,390 @@ class Member(namedtuple("Member", "tar offset size")):
 
 @lru_cache(maxsize=64)
 def open_tar(path: str, process: int):
-    return open(
-        path, "rb", buffering=0
-    )  # once per process: a child would share its parent's position
+    """Open a tar file once per process: a child would share its parent's position."""
+    return open(path, "rb", buffering=0)
 
 
 class Sample(NamedTuple):
-    """What a source holds: a caption of pictures, a conversation (perhaps about pictures), or plain text."""
+    """A caption of pictures, a conversation (perhaps about pictures), or plain text."""
 
     images: list[str | Member] = []
     caption: str | None = None
     turns: list[tuple[str, str]] | None = None  # (user, assistant)
     text: str | None = None
     context: str = ""  # before the text; read, but not predicted
-    is_marked: bool = False  # <image> in the turns says where each picture stands
+    is_marked: bool = False  # <image> in the turns marks the place of each picture
+
+
+def check_text(text):
+    """Raise TypeError or UnicodeEncodeError for what no tokenizer accepts."""
+    if not isinstance(text, str):
+        raise TypeError(f"{text!r:.50} is not a text")
+    text.encode()  # raises for half a surrogate pair
+
+
+def check_caption(caption):
+    if not isinstance(caption, str):
+        raise BadSample("caption is not a text")
+    check_text(caption)
+
+
+# ---- tar shards --------------------------------------------------------------------
+
+PICTURES = ("jpg", "jpeg", "png", "webp")
+SUFFIXES = (*PICTURES, "json", "txt")
+NO_FILE = (0, -1)  # offset and size
+# A tar file ends with at least one block of zeros, padded to a whole record.
+BLOCK, MOST_PADDING = 512, 20_480  # bytes
+MOST_SAMPLES = 1_000_000  # of a shard; an index that says more is wrong
+
+
+class TarTable:
+    """The samples of a tar file, compactly: a data worker keeps 64 tables of 10,000.
+
+    table[row] is (key, {suffix: Member}).
+    """
+
+    def __init__(self, path: str, files: dict[str, list[tuple[int, int]]]):
+        self.path, self.keys = path, list(files)
+        # offset and size of each SUFFIX: (samples, 6, 2)
+        self.spans = np.array(list(files.values()), dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, row: int) -> tuple[str, dict[str, Member]]:
+        files = {}
+        for suffix, (offset, size) in zip(SUFFIXES, self.spans[row].tolist()):
+            if size >= 0:
+                files[suffix] = Member(self.path, offset, size)
+        return self.keys[row], files
+
+
+@lru_cache(maxsize=64)
+def index_tar(path: str) -> TarTable:
+    """The samples of a tar file, also those after damaged blocks.
+
+    Raises InputError where there are none.
+    """
+    start_of(path)
+    n_bytes = os.path.getsize(path)
+    files = {}
+    end, has_gap = 0, False
+    try:
+        with tarfile.open(path, "r:", ignore_zeros=True) as tar:
+            for member in tar:
+                has_gap = has_gap or member.offset - end > MOST_PADDING
+                end = member.offset_data + member.size
+                key, _, suffix = member.name.rpartition(".")
+                # neither a folder nor the notes that a Mac adds
+                if member.isfile() and not os.path.basename(key).startswith("._"):
+                    spans = files.setdefault(key, [NO_FILE] * len(SUFFIXES))
+                    if suffix.lower() in SUFFIXES:
+                        # a damaged header may say anything; reading finds too little
+                        offset = min(member.offset_data, n_bytes)
+                        size = min(max(member.size, 0), n_bytes)
+                        spans[SUFFIXES.index(suffix.lower())] = offset, size
+    except (OSError, tarfile.TarError) as e:
+        if not files:
+            raise InputError(
+                f"{path}: not a readable tar file ({e}); fetch it again or leave it out"
+            ) from e
+    if not files:
+        raise InputError(f"{path}: no samples in it; if it is compressed, unpack it")
+    is_whole = not has_gap and BLOCK <= n_bytes - end <= MOST_PADDING
+    if not is_whole and not get_worker_info():
+        note(f"warning: {path}: cut or damaged, samples may be missing; fetch it again")
+    return TarTable(path, files)
+
+
+def split_files(files: dict[str, Member]) -> tuple[Member | None, Member | None]:
+    """A sample's picture, and the file of its caption."""
+    pictures = [files[suffix] for suffix in PICTURES if suffix in files]
+    picture = pictures[0] if pictures else None
+    return picture, files.get("json") or files.get("txt")
 
 
 class Shards:
-    """Tar files as img2dataset writes them: KEY.jpg with KEY.json ({"caption": ...}) or KEY.txt beside it.
-    Sample counts come from the folder's index.json or *_stats.json, or else from the tar headers."""
+    """Tar files as img2dataset writes them.
+
+    A sample is KEY.jpg with KEY.json ({"caption": ...}) or KEY.txt beside it. The
+    numbers of samples come from a folder's index.json or *_stats.json, or else from
+    the tar headers.
+    """
 
     def __init__(self, paths: list[str]):
-        self.paths, known = paths, {}
-        for folder in {Path(p).parent for p in paths}:
-            for file in [*folder.glob("*_stats.json"), folder / "index.json"]:
-                with suppress(Exception):  # there is none, or it is of another form
-                    content = start_of(file) and json.loads(file.read_bytes())
-                    found = content.get(
-                        "samples", {f"{file.stem[:-6]}.tar": content.get("successes")}
-                    )
-                    known |= {
-                        folder / name: n
-                        for name, n in found.items()
-                        if type(n) is int and 0 < n < 1e6
-                    }
+        self.paths = paths
+        known = known_counts({Path(path).parent for path in paths})
         self.counts, faults = [], []
-        for p in tqdm(paths, desc="reading tar headers", delay=1):
+        for path in progress(paths, "reading tar headers", delay=1):
             try:
-                self.counts.append(known.get(Path(p)) or len(index_tar(p)))
+                count = known.get(Path(path)) or len(index_tar(path))
             except InputError as e:
-                self.counts.append(0)
+                count = 0
                 faults.append(e)
-        if faults and not sum(self.counts):
+            self.counts.append(count)
+        if faults and sum(self.counts) == 0:
             raise faults[0]
         if faults:
             note(
-                f"warning: {len(faults):,} of {len(paths):,} shards are left out, the first is {faults[0]}"
+                f"warning: {len(faults):,} of {len(paths):,} shards are left out, "
+                f"the first is {faults[0]}"
             )
-        self.content = [[Path(p).parts[-2:], n] for p, n in zip(paths, self.counts)]
+        names = [Path(path).parts[-2:] for path in paths]
+        self.content = list(map(list, zip(names, self.counts)))
 
     def describe(self, shard: int, row: int) -> str:
-        """Where a sample is, for messages: "data/00000.tar:000001234"."""
+        """The place of a sample, for messages: "data/00000.tar:000001234"."""
         name = f"sample {row}"
         with suppress(InputError, IndexError):  # if the shard is broken
             name = index_tar(self.paths[shard])[row][0]
         return f"{self.paths[shard]}:{name}"
 
     def __getitem__(self, place: tuple[int, int]) -> Sample:
+        """Raises BadSample."""
         shard, row = place
-        table = index_tar(self.paths[shard])
-        if row >= len(table):
-            raise BadSample("missing in its tar file")
-        _, picture, text, plain = table[row]
-        if not (picture and picture.size and text and text.size):
-            raise BadSample("no caption" if picture and picture.size else "no picture")
-        content = {} if text is plain else json.loads(text.read())
-        if plain and content.get("caption") is None:
-            content = {"caption": plain.read().decode("utf-8-sig", "replace")}
-        return Sample([picture], content["caption"])
+        with foreign_bytes():
+            table = index_tar(self.paths[shard])
+            if row >= len(table):
+                raise BadSample("missing in its tar file")
+            return read_tar_sample(table[row][1])
 
 
-@lru_cache(maxsize=64)
-def index_tar(
-    path: str,
-) -> list[tuple[str, Member | None, Member | None, Member | None]]:
-    """A tar's samples (key, picture, .json or else .txt, .txt), also behind damaged blocks."""
-    start_of(path)
-    samples: dict[str, dict[str, Member]] = {}
-    end, is_damaged = 0, False
-    try:
-        with tarfile.open(path, "r:", ignore_zeros=True) as tar:
-            for m in tar:
-                is_damaged, end = (
-                    is_damaged or m.offset - end > 20480,
-                    m.offset_data + m.size,
-                )
-                key, _, kind = m.name.rpartition(".")
-                if not m.isfile() or os.path.basename(key).startswith(
-                    "._"
-                ):  # a folder, or a Mac's notes
-                    continue
-                samples.setdefault(key, {})[kind.lower()] = Member(
-                    path, m.offset_data, m.size
-                )
-    except (OSError, tarfile.TarError) as e:
-        if not samples:
-            raise InputError(
-                f"{path}: not a readable tar file ({e}); fetch it again or leave it out"
-            ) from e
-    if not samples:
-        raise InputError(f"{path}: no samples in it; if it is compressed, unpack it")
-    if (
-        is_damaged or not 512 <= os.path.getsize(path) - end <= 20480
-    ) and not get_worker_info():
-        note(f"warning: {path}: cut or damaged, samples may be missing; fetch it again")
-    return [
-        (
-            key,
-            next(
-                (files[k] for k in ("jpg", "jpeg", "png", "webp") if k in files), None
-            ),
-            files.get("json") or files.get("txt"),
-            files.get("txt"),
-        )
-        for key, files in samples.items()
-    ]
+def known_counts(folders: set[Path]) -> dict[Path, int]:
+    """{shard: number of its samples}, as far as files in their folders say."""
+    known = {}
+    for folder in folders:
+        for file in [*folder.glob("*_stats.json"), folder / "index.json"]:
+            with suppress(InputError, OSError):  # missing, or no JSON object
+                content = read_json(file)
+                stem = file.stem.removesuffix("_stats")
+                own = {f"{stem}.tar": content.get("successes")}
+                known |= valid_counts(folder, content.get("samples", own))
+    return known
+
+
+def valid_counts(folder: Path, counts) -> dict[Path, int]:
+    if not isinstance(counts, dict):
+        return {}
+    return {
+        folder / name: count
+        for name, count in counts.items()
+        if type(count) is int and 0 < count < MOST_SAMPLES
+    }
+
+
+def read_tar_sample(files: dict[str, Member]) -> Sample:
+    """A picture with its caption: `caption` of the .json, or else the .txt."""
+    picture, source = split_files(files)
+    if not picture or not picture.size:
+        raise BadSample("no picture")
+    if not source or not source.size:
+        raise BadSample("no caption")
+    content = json.loads(source.read()) if "json" in files else {}
+    if "txt" in files and content.get("caption") is None:
+        text = files["txt"].read().decode("utf-8-sig", "replace")
+        content = {"caption": text}
+    check_caption(content["caption"])
+    return Sample([picture], content["caption"])
+
+
+# ---- files of JSON rows ------------------------------------------------------------
 
 
 class Rows:
-    """A .jsonl's lines, LLaVA's .json, or a cc_sbu_align's annotations: {"image_id": "2", "caption": ...} for
-    image/2.jpg, {"image": path, "caption": ...}, {"conversation": [{"user": ...}, {"assistant": ...}, ...]}
-    or LLaVA's {"conversations": [{"from": "human", "value": "<image>\\nWhat?"}, {"from": "gpt", ...}, ...]}
-    with or without "image": path or paths, or {"text": ..., "context": ...}, to predict the text."""
+    """A .jsonl file's lines, or the list in LLaVA's .json or cc_sbu_align's JSON.
+
+    `read_row` says which rows there are. Pictures are relative to the file's folder.
+    """
 
     def __init__(self, path: Path):
         self.path = path
         start_of(path)
-        if path.suffix == ".jsonl":
-            lines = path.read_text("utf-8-sig", "surrogateescape").split("\n")
-            self.rows = [
-                (f"line {i}", line) for i, line in enumerate(lines, 1) if line.strip()
-            ]
-        else:
-            try:
-                rows = json.loads(path.read_bytes())
-                is_llava = path.name != "filter_cap.json" and isinstance(rows, list)
-                rows = map(json.dumps, rows) if is_llava else rows["annotations"][:]
-            except (ValueError, KeyError, TypeError, RecursionError) as e:
-                raise InputError(
-                    f"{path}: no JSON list or `annotations` ({e}); JSON lines: .jsonl"
-                ) from e
-            self.rows = [(f"annotation {i}", row) for i, row in enumerate(rows, 1)]
+        is_lines = path.suffix == ".jsonl"
+        # (place in the file, JSON or the object)
+        self.rows = read_lines(path) if is_lines else read_list(path)
         self.counts, self.content = [len(self.rows)], self.rows
 
     def describe(self, shard: int, row: int) -> str:
-        return f"{self.path}, {self.rows[row][0]}"
+        """The place of a sample, for messages: "own/data.jsonl, line 7"."""
+        place, _ = self.rows[row]
+        return f"{self.path}, {place}"
 
     def __getitem__(self, place: tuple[int, int]) -> Sample:
-        row = self.rows[place[1]][1]
-        row = json.loads(row) if isinstance(row, str) else row
-        is_llava, folder, names = (
-            "conversations" in row,
-            self.path.parent,
-            row.get("image") or [],
+        """Raises BadSample."""
+        _, row = place
+        _, content = self.rows[row]
+        with foreign_bytes():
+            if isinstance(content, str):
+                content = json.loads(content)
+            return read_row(content, self.path.parent)
+
+
+def read_lines(path: Path) -> list[tuple[str, str]]:
+    """The lines of a .jsonl file that are not blank."""
+    lines = path.read_text("utf-8-sig", "surrogateescape").split("\n")
+    return [(f"line {i}", line) for i, line in enumerate(lines, 1) if line.strip()]
+
+
+def read_list(path: Path) -> list[tuple[str, str | dict]]:
+    """The rows of a JSON list, as JSON to save memory; or an object's `annotations`."""
+    try:
+        content = json.loads(path.read_bytes())
+        if path.name != "filter_cap.json" and isinstance(content, list):
+            rows = [json.dumps(row) for row in content]
+        else:
+            rows = content["annotations"]
+        if not isinstance(rows, list):
+            raise TypeError("`annotations` is no list")
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        raise InputError(
+            f"{path}: no JSON list or `annotations` ({e}); JSON lines: .jsonl"
+        ) from e
+    return [(f"annotation {i}", row) for i, row in enumerate(rows, 1)]
+
+
+def read_row(row: dict, folder: Path) -> Sample:
+    """Read a row in the format that its keys tell."""
+    if not isinstance(row, dict):
+        raise TypeError(f"{row!r:.50} is not a JSON object")
+    if "conversations" in row:
+        return read_llava(row, folder)
+    if "conversation" in row:
+        return read_conversation(row, folder)
+    if row.get("text") is not None:
+        return read_plain_text(row, folder)
+    return read_caption(row, folder)
+
+
+def read_caption(row: dict, folder: Path) -> Sample:
+    """{"image": path or paths, "caption": ...}, or cc_sbu_align's "image_id"."""
+    images = find_images(row, folder)
+    check_caption(row.get("caption"))
+    return Sample(images, row["caption"])
+
+
+def read_plain_text(row: dict, folder: Path) -> Sample:
+    """{"text": ..., "context": ...}: the text is to be predicted after its context."""
+    context = row.get("context", "")
+    if find_images(row, folder) or not isinstance(context, str):
+        raise BadSample(
+            "a text with a picture (name it caption), or a context that is no text"
         )
-        places = ("images", "image", "") if is_llava else ("",)
-        paths = [
-            [str(folder / place / name) for place in places]
-            for name in ([names] if isinstance(names, str) else names)
-        ]
-        if "image_id" in row:
-            paths = [
-                [
-                    f"{folder}/image/{row['image_id']}.{suffix}"
-                    for suffix in ("jpg", "png", "jpeg")
-                ]
-            ]
-        images = [
-            next(filter(os.path.exists, some), some[0]) if some[1:] else some[0]
-            for some in paths
-        ]
-        if not is_llava and "conversation" not in row:
-            if row.get("text") is not None and (
-                images or type(row.get("context", "")) is not str
-            ):
-                raise BadSample(
-                    "a text with a picture (name it caption), or a context that is no text"
-                )
-            return Sample(
-                images,
-                row.get("caption"),
-                text=row.get("text"),
-                context=row.get("context", ""),
-            )
-        spoken = (
-            [
-                ({"human": "user", "gpt": "assistant"}.get(turn["from"]), turn["value"])
-                for turn in row["conversations"]
-            ]
-            if is_llava
-            else [next(iter(turn.items())) for turn in row["conversation"]]
-        )
-        roles, texts = zip(*spoken)
-        if list(roles) != ["user", "assistant"] * (len(roles) // 2):
-            raise BadSample("user and assistant do not alternate, the assistant last")
-        users, answers = list(texts[::2]), texts[1::2]
-        if not is_llava:
-            return Sample(images, turns=list(zip(users, answers)))
-        if images and not any("<image>" in user for user in users):
-            users[0] = f"<image>{users[0]}"
-        if sum(user.count("<image>") for user in users) != len(images):
-            raise BadSample("not as many <image> as pictures")
-        return Sample(
-            images,
-            answers[0] if images and len(answers) == 1 else None,
-            list(zip(users, answers)),
-            is_marked=True,
-        )
+    check_text(row["text"])
+    check_text(context)
+    return Sample(text=row["text"], context=context)
+
+
+def read_conversation(row: dict, folder: Path) -> Sample:
+    """{"conversation": [{"user": ...}, {"assistant": ...}, ...]}, perhaps "image"."""
+    # dict() raises for what is no JSON object
+    messages = [next(iter(dict(m).items())) for m in row["conversation"]]
+    return Sample(find_images(row, folder), turns=pair_up(messages))
+
+
+def read_llava(row: dict, folder: Path) -> Sample:
+    """{"conversations": [{"from": "human", "value": "<image>\\nWhat?"}, ...]}.
+
+    The other speaker is "gpt". Pictures may be in images/ or image/ beside the file.
+    A single turn about pictures can also be used as their caption.
+    """
+    roles = {"human": "user", "gpt": "assistant"}
+    messages = [(roles.get(m["from"]), m["value"]) for m in row["conversations"]]
+    turns = pair_up(messages)
+    images = find_images(row, folder, ("images", "image", ""))
+    n_marks = sum(user.count("<image>") for user, _ in turns)
+    if images and n_marks == 0:
+        (user, answer), *later = turns
+        turns = [(f"<image>{user}", answer), *later]
+        n_marks = 1
+    if n_marks != len(images):
+        raise BadSample("not as many <image> as pictures")
+    caption = turns[0][1] if images and len(turns) == 1 else None
+    return Sample(images, caption, turns, is_marked=True)
+
+
+def pair_up(messages: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """[("user", "Hi"), ("assistant", "Hello")] -> [("Hi", "Hello")]."""
+    roles, texts = zip(*messages)
+    if list(roles) != ["user", "assistant"] * (len(roles) // 2):
+        raise BadSample("user and assistant do not alternate, the assistant last")
+    for text in texts:
+        check_text(text)
+    return list(zip(texts[::2], texts[1::2]))
+
+
+def find_images(row: dict, folder: Path, subfolders=("",)) -> list[str]:
+    """The paths of a row's pictures; of several possible ones, the first that exists.
+
+    cc_sbu_align's "image_id": "2" means image/2.jpg (or .png, .jpeg).
+    """
+    if "image_id" in row:
+        stem = f"{folder}/image/{row['image_id']}"
+        return [first_existing([f"{stem}.{end}" for end in ("jpg", "png", "jpeg")])]
+    names = row.get("image") or []
+    if isinstance(names, str):
+        names = [names]
+    images = []
+    for name in names:
+        paths = [str(folder / subfolder / name) for subfolder in subfolders]
+        images.append(first_existing(paths))
+    return images
+
+
+def first_existing(paths: list[str]) -> str:
+    """The first path that exists, or else the first one."""
+    return next(filter(os.path.exists, paths), paths[0])
+
+
+# ---- the paths of a config's `data` ------------------------------------------------
 
 
 def open_source(path: str) -> Shards | Rows:
-    """The source at a path of the config's `data`."""
-    file, braces = Path(path), re.fullmatch(r"(.*)\{(\d{1,7})\.\.(\d{1,7})\}(.*)", path)
-    rows = file if file.suffix in (".jsonl", ".json") else file / "filter_cap.json"
-    if rows.is_file():
-        source = Rows(rows)
-    else:
-        if file.suffix == ".txt" and file.is_file():
-            lines = file.read_text("utf-8-sig", "surrogateescape").splitlines()
-            shards = [line.strip() for line in lines if line.strip()]
-        elif braces:  # "a{08..10}.tar": a08.tar, a09.tar, a10.tar
-            before, first, last, after = braces.groups()
-            shards = [
-                f"{before}{i:0{len(first)}d}{after}"
-                for i in range(int(first), int(last) + 1)
-            ]
-        else:
-            shards = sorted(glob.glob(f"{path}/*.tar" if file.is_dir() else path))
-        missing = dict.fromkeys(shard for shard in shards if not Path(shard).exists())
-        if 0 < len(missing) < len(shards):  # downloads of LAION always have holes
-            what = f"{len(missing):,} of {len(shards):,} shards are missing and left out, the first is"
-            note(f"warning: {path}: {what} {next(iter(missing))}")
-        source = Shards([shard for shard in shards if shard not in missing])
+    """The source at a path of the config's `data`. Raises InputError for no samples."""
+    file = Path(path)
+    is_rows = file.suffix in (".jsonl", ".json")
+    rows = file if is_rows else file / "filter_cap.json"
+    source = Rows(rows) if rows.is_file() else Shards(existing_shards(path))
     if sum(source.counts) == 0:
         there = "" if file.exists() else ", for nothing is there"
         raise InputError(
-            f"data {path}: no samples{there}; give *.tar, a .txt or folder of them, a folder "
-            "with filter_cap.json, a .jsonl, or LLaVA's .json"
+            f"data {path}: no samples{there}; give *.tar, a .txt or folder of them, "
+            "a folder with filter_cap.json, a .jsonl, or LLaVA's .json"
         )
     return source
+
+
+def existing_shards(path: str) -> list[str]:
+    """The tar files that a path names, with a warning for missing ones."""
+    shards = shard_paths(path)
+    missing = dict.fromkeys(shard for shard in shards if not Path(shard).exists())
+    if 0 < len(missing) < len(shards):  # downloads of LAION always have holes
+        note(
+            f"warning: {path}: {len(missing):,} of {len(shards):,} shards are missing "
+            f"and left out, the first is {next(iter(missing))}"
+        )
+    return [shard for shard in shards if shard not in missing]
+
+
+def shard_paths(path: str) -> list[str]:
+    """A tar file, a .txt list, a{08..10}.tar, a folder or a glob -> paths."""
+    file = Path(path)
+    if file.is_dir():
+        return sorted(glob.glob(f"{glob.escape(path)}/*.tar"))
+    if file.is_file():
+        return listed_paths(file) if file.suffix == ".txt" else [path]
+    braces = re.fullmatch(r"(.*)\{(\d{1,7})\.\.(\d{1,7})\}(.*)", path)
+    return expand_braces(*braces.groups()) if braces else sorted(glob.glob(path))
+
+
+def listed_paths(file: Path) -> list[str]:
+    """The lines of a text file that are not blank."""
+    lines = file.read_text("utf-8-sig", "surrogateescape").splitlines()
+    return [line.strip() for line in lines if line.strip()]
+
+
+def expand_braces(before: str, first: str, last: str, after: str) -> list[str]:
+    """("a", "08", "10", ".tar") -> ["a08.tar", "a09.tar", "a10.tar"]."""
+    numbers = range(int(first), int(last) + 1)
+    return [f"{before}{number:0{len(first)}d}{after}" for number in numbers]

@@ -15,7 +15,7 @@ from safetensors.torch import save
 import chat
 from configs.prompts import END, is_end, stop_sequences
 from configs.schema import Config
-from data import SampleOrder, Samples
+from data import Example, Fault, Samples, draw_samples
 from llama import Tokenizer
 from plumbing.console import InputError
 from plumbing.options import override, parse_args
@@ -155,8 +155,9 @@ def test_any_json_is_a_sample_or_a_bad_one(tmp_path, rows, template):
         28,
         3,
     )
-    read = [samples.read(key) for key in samples.keys()]
-    assert len(read) == len(rows) and len(samples.bad) == read.count(None)
+    read = [samples.read(key) for key in samples.all_keys()]
+    assert len(read) == len(rows)
+    assert all(isinstance(each, (Example, Fault)) for each in read)
 
 
 @FIXTURES
@@ -171,8 +172,8 @@ def test_a_damaged_tar_costs_samples_and_nothing_else(tmp_path, content):
         assert "0.tar" in str(e)
         return
     samples = Samples([source], Config(), TOKENIZER, 28, 3)
-    rows = [samples.read(key) for key in samples.keys()]
-    assert len(samples.bad) == rows.count(None)
+    rows = [samples.read(key) for key in samples.all_keys()]
+    assert all(isinstance(each, (Example, Fault)) for each in rows)
 
 
 @FIXTURES
@@ -200,13 +201,20 @@ def test_a_damaged_weight_file_is_read_or_refused(tmp_path, content):
     st.integers(0, 3),
 )
 def test_an_epoch_holds_each_sample_once(counts, seed, window, epoch):
-    order, n = SampleOrder(counts, seed, 0, window), sum(counts)
-    drawn = [order[i] for i in range(epoch * n, (epoch + 1) * n)]
+    n = sum(counts)
+    source = type("Source", (), {"counts": counts})()
+
+    def draw(first, n):
+        draws = range(first, first + n)
+        return [
+            tuple(place) for place in draw_samples(source, (seed, 0), window, draws)
+        ]
+
+    drawn = draw(epoch * n, n)
     assert sorted(drawn) == [
         (shard, row) for shard, count in enumerate(counts) for row in range(count)
     ]
-    jumped = SampleOrder(counts, seed, 0, window)
-    assert [jumped[epoch * n + i] for i in reversed(range(n))] == drawn[::-1]
+    assert [draw(epoch * n + i, 1)[0] for i in reversed(range(n))] == drawn[::-1]
 
 
 @pytest.fixture(scope="module")

@@ -4,15 +4,15 @@ import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from data import Groups, Reader
+from data import TrainingSteps
 from tests.runs import CPU, micro, run
 
 
 def read_steps(config):
-    """The model of a run, and its steps, each (source, micro-batches)."""
+    """The model of a run, and its steps, each (step, source, micro-batches)."""
     model = train.build(config, CPU)
     samples, sources, _ = train.open_data(config, model, CPU)
-    return model, list(Reader(Groups(samples, sources, config)))
+    return model, list(TrainingSteps(samples, sources, config).read())
 
 
 def test_the_log_has_the_mean_loss_per_token_of_its_interval_for_each_source(
@@ -25,7 +25,7 @@ def test_the_log_has_the_mean_loss_per_token_of_its_interval_for_each_source(
     _, steps = read_steps(micro(world, tmp_path, data=mixed))
     counts = [
         (list(mixed)[source], sum(b.n_targets for b in batches))
-        for source, batches in steps
+        for _, source, batches in steps
     ]
     assert len(total) == 1 and total[0]["losses"].keys() == mixed.keys()
     for name in (*mixed, None):
@@ -63,7 +63,7 @@ def test_flops_are_those_that_a_step_computes(world, tmp_path):
         world, tmp_path, llama=llama, tokenizer=f"{world['llama']}/tokenizer.model"
     )
     model, steps = read_steps(config)
-    (batch,) = steps[0][1]
+    (batch,) = steps[0][2]
     with FlopCounterMode(display=False) as counter:
         model(*batch).backward()
     per_picture, per_token = train.flops_per_position(model, config.trainable)

@@ -322,22 +322,15 @@ def test_llava_s_records_give_their_ids_or_count_as_bad(tmp_path, folder):
     (tmp_path / "own.json").write_text(json.dumps(records, ensure_ascii=False), "utf-8")
     config = Config(trainable=("llama",), **VICUNA)
     samples, _ = open_samples(f"{tmp_path}/own.json", config, TOKENIZER, 28, N)
-    rows = [samples.read(key) for key in samples.keys()]
-    assert (
-        len(rows) == 48
-        and [bool(row) for row in rows] == [type(e) is tuple for _, e in LLAVA] * 3
-    )
-    kinds = iter(samples.bad)
-    for row, (record, expected) in zip(rows, LLAVA * 3):
-        if row:
+    rows = [samples.read(key) for key in samples.all_keys()]
+    assert len(rows) == 48
+    for row, (_, expected) in zip(rows, LLAVA * 3):
+        if isinstance(expected, tuple):
             assert row[1:] == layout((BOS, *expected))
-            assert len(row[0]) == expected.count(IMAGE)
+            assert len(row.images) == expected.count(IMAGE)
         else:
-            kind, where = next(kinds)
-            assert (
-                kind.startswith(expected)
-                and f"{tmp_path}/own.json, annotation " in where
-            )
+            assert row.kind.startswith(expected)
+            assert f"{tmp_path}/own.json, annotation " in row.message
 
 
 def test_llava_s_single_turns_are_captions_where_there_is_no_template(tmp_path):
@@ -354,9 +347,9 @@ def test_llava_s_single_turns_are_captions_where_there_is_no_template(tmp_path):
     samples, _ = open_samples(
         f"{tmp_path}/pairs.json", Config(clean_captions=True), TOKENIZER, 28, N
     )
-    (_, *row), *bad = [samples.read(key) for key in samples.keys()]
-    assert tuple(row) == layout((BOS, IMAGE, {"a dog\n"})) and bad == [None, None]
-    assert [kind for kind, _ in samples.bad] == [
+    good, *bad = [samples.read(key) for key in samples.all_keys()]
+    assert good[1:] == layout((BOS, IMAGE, {"a dog\n"}))
+    assert [fault.kind for fault in bad] == [
         "empty caption",
         "a conversation about pictures needs a template, vicuna or llama2",
     ]
@@ -371,9 +364,9 @@ def test_a_malformed_row_is_called_so(tmp_path):
         28,
         N,
     )
-    assert [samples.read(key) for key in samples.keys()] == [None, None]
-    assert "line 1 (malformed, StopIteration" in samples.bad[0][1]
-    assert "line 2 (malformed, TypeError" in samples.bad[1][1]
+    first, second = [samples.read(key) for key in samples.all_keys()]
+    assert "line 1 (malformed, StopIteration" in first.message
+    assert "line 2 (malformed, TypeError" in second.message
 
 
 # ---- all kinds -----------------------------------------------------------------------

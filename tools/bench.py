@@ -40,7 +40,7 @@ import chat
 from configs import schema
 from configs.prompts import IMAGE
 from configs.schema import Config
-from data import Batch, Groups, Reader, Samples, collate, open_samples
+from data import Batch, Samples, TrainingSteps, collate, open_samples
 from llama import IGNORE, LlamaConfig, Tokenizer
 from model import MiniGPT4
 from plumbing.console import InputError
@@ -48,7 +48,7 @@ from plumbing.files import replacing
 from plumbing.options import option
 from plumbing.processes import peak_mib, pick_device
 from plumbing.quantized import compile_rows
-from plumbing.sources import Sample, index_tar
+from plumbing.sources import Sample, index_tar, split_files
 from plumbing.weights import DTYPES, PARTS, read_part
 from qformer import QFormerConfig
 from train import build, flops_per_position, make_optimizer, train_step
@@ -184,9 +184,8 @@ def our_batches(
 ) -> Iterator[torch.Tensor]:
     """Yield the normalized float32 pictures of each batch, on the device."""
     config = Config(data=str(folder), num_workers=workers, batch_size=DATA_BATCH)
-    for _, (batch,) in Reader(
-        Groups(*open_samples(config.data, config, TOKENIZER, SIDE, N_TOKENS), config)
-    ):
+    data = open_samples(config.data, config, TOKENIZER, SIDE, N_TOKENS)
+    for _, _, (batch,) in TrainingSteps(*data, config).read():
         yield normalize(batch.to(device).images)
 
 
@@ -218,9 +217,9 @@ def peer_batches(
 def pil_alone(folder: Path, workers: int, device: torch.device) -> Iterator[None]:
     """Decode and resize pictures that are in memory; the workers send nothing."""
     encoded = [
-        picture.read()
+        split_files(files)[0].read()
         for path in folder.glob("*.tar")
-        for _, picture, _, _ in index_tar(str(path))
+        for _, files in index_tar(str(path))
     ]
     yield from DataLoader(
         encoded * 1000,

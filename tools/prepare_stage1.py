@@ -36,7 +36,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from plumbing.console import InputError, printable, progress, run_main
 from plumbing.options import check_options, option, override, parse_args
-from plumbing.sources import index_tar
+from plumbing.sources import index_tar, split_files
 
 # characters: read at a time; of the largest entry
 CHUNK, LARGEST = 2**20, 2**24
@@ -267,7 +267,7 @@ def examine(path: Path) -> Shard:
         table = index_tar(str(path))
     except InputError as e:
         problems.append(f"unreadable ({e.__cause__ or e})")
-    odd = sum(picture is None or text is None for _, picture, text, _ in table)
+    odd = sum(None in split_files(files) for _, files in table)
     if odd:
         problems.append(f"{odd:,} samples without picture or caption")
     stats_file = path.with_name(f"{path.stem}_stats.json")

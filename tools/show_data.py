@@ -1,153 +1,180 @@
-"""The first samples of a training config as they go into the model, and what the first n of them are like.
+"""Show the first samples of a training config as token ids, and what its data are like.
 
-    python tools/show_data.py configs/stage2.py [--plain] [--show=3] [--n=1000] [--key=value of the config]
+    python tools/show_data.py configs/stage2.py [--plain] [--show=3] [--n=1000]
 
-Draws each picture with colored half-blocks (--plain: only its size), then every token: trained ones green,
-others gray, image tokens as <image x 32>. Of the first n samples it then prints what is wrong with the bad
-ones, lengths, answers cut at max_txt_len, unknown tokens, and the padding with and without length_group.
-Pictures are decoded as in training. If no sample can be used, it ends with status 2.
+Any field of the config can be given as --key=value. Draws each picture with colored
+half-blocks (--plain: only its size), then every token: trained ones green, others gray,
+image tokens as <image x 32>. Of the first n samples it then prints what is wrong with
+the bad ones, lengths, answers cut at max_txt_len, unknown tokens, and the padding with
+and without length_group. Pictures are decoded as in training. If no sample can be used,
+it exits with status 2.
 """
 
 import sys
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass, fields, replace
 from itertools import groupby, islice
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configs.prompts import IMAGE
 from configs.schema import Config, load_config
-from data import Groups, open_samples
+from data import Example, Fault, Samples, TrainingSteps, open_samples
 from llama import IGNORE, Tokenizer
 from plumbing.console import InputError, printable, run_main
-from plumbing.options import option, override, parse_args
+from plumbing.options import check_options, option, override, parse_args
 from plumbing.processes import make_missing
+from plumbing.terminal import half_blocks
 from tools.dry_run import meta_model
 
 GREEN, GRAY, PLAIN = "\033[32m", "\033[90m", "\033[0m"
+WIDTH = 32  # characters, of a picture
+N_EXAMPLES = 3  # of each kind of fault
+LEAST_GROUP = 8  # steps, to show what length_group saves
+MOST_FOR_PADDING = 1000  # samples
 
 
 @dataclass(frozen=True)
 class Options:
     plain: bool = option(False, "no colors and no pictures")
     show: int = option(3, "samples to show")
-    n: int = option(1000, "samples to read; 0: all")
+    n: int = option(1000, "samples to read; 0: all", least=0)
+
+    def __post_init__(self):
+        check_options(self)
 
 
-def half_blocks(image: np.ndarray, columns: int = 32) -> str:
-    """uint8 (3, S, S) -> lines of text, two pixels a character."""
-    step = max(1, image.shape[1] // columns)
-    pixels = image[:, ::step, ::step].transpose(1, 2, 0).tolist()
-    lines = []
-    for above, below in zip(pixels[::2], pixels[1::2]):
-        cells = (
-            "\033[38;2;{};{};{};48;2;{};{};{}m\u2580".format(*a, *b)
-            for a, b in zip(above, below)
-        )
-        lines.append("".join(cells) + PLAIN)
-    return "\n".join(lines)
+def picture_as_text(image: Tensor, plain: bool) -> str:
+    """uint8 (3, S, S) -> lines of half-blocks, or the shape."""
+    if plain:
+        return f"picture {tuple(image.shape)}"
+    step = max(1, image.shape[1] // WIDTH)
+    return half_blocks(image[:, ::step, ::step])
 
 
-def tokens_as_text(
-    ids: list[int], targets: list[int], tokenizer: Tokenizer, plain: bool
-) -> str:
-    """Every token between bars; trained ones are green, or in [[ ]] where there are no colors."""
+def tokens_as_text(sample: Example, tokenizer: Tokenizer, plain: bool) -> str:
+    """Every token between bars; trained ones green, or in [[ ]] without colors."""
+
+    def kind(token: tuple[int, int]) -> tuple[bool, bool]:
+        i, target = token
+        return i == IMAGE, target != IGNORE
+
     parts = []
-    kinds = [(i == IMAGE, target != IGNORE) for i, target in zip(ids, targets)]
-    for (is_image, trained), run in groupby(zip(kinds, ids), lambda pair: pair[0]):
-        run = [i for _, i in run]
-        pieces = (
-            f"<image x {len(run)}>" if is_image else "|".join(map(tokenizer.piece, run))
-        )
-        text = printable(pieces)
-        if plain:
-            parts.append(f"[[{text}]]" if trained else text)
+    for (is_image, is_trained), run in groupby(zip(sample.ids, sample.targets), kind):
+        ids = [i for i, _ in run]
+        if is_image:
+            text = f"<image x {len(ids)}>"
         else:
-            parts.append(f"{GREEN if trained else GRAY}{text}{PLAIN}")
+            text = printable("|".join(map(tokenizer.piece, ids)))
+        if not plain:
+            color = GREEN if is_trained else GRAY
+            text = f"{color}{text}{PLAIN}"
+        elif is_trained:
+            text = f"[[{text}]]"
+        parts.append(text)
     return " ".join(parts)
 
 
-def padding(groups: Groups) -> float:
+def show(sample: Example, tokenizer: Tokenizer, plain: bool):
+    for image in sample.images:
+        print(picture_as_text(image, plain))
+    print(tokens_as_text(sample, tokenizer, plain), end="\n\n")
+
+
+def report_faults(faults: list[Fault]):
+    """Print the kinds of faults, the most frequent first, with examples."""
+    messages = defaultdict(list)
+    for kind, message in faults:
+        messages[kind].append(" ".join(message.split()))
+    for kind, found in sorted(messages.items(), key=lambda item: -len(item[1])):
+        lines = [f"cannot be used        {len(found):,}: {kind}", *found[:N_EXAMPLES]]
+        print(printable("\n  ".join(lines)))
+
+
+def report_range(label: str, values: list[int]):
+    mean = np.mean(values)
+    print(f"{label:<22}{mean:.1f} on average, {min(values)} to {max(values)}")
+
+
+def padding(steps: TrainingSteps) -> float:
     """The share of padding among the tokens of a run."""
-    counts = [
-        (b.n_tokens, b.tokens.numel())
-        for group in range(len(groups))
-        for _, step in groups[group][0]
-        for b in step
-        if b
-    ]
-    return 1 - sum(n for n, _ in counts) / max(1, sum(size for _, size in counts))
+    n_tokens, n_places = 0, 0
+    for group in range(len(steps)):
+        batches, _, _ = steps[group]
+        for batch in sum(batches, []):
+            if batch.n_targets:
+                n_tokens += batch.n_tokens
+                n_places += batch.tokens.numel()
+    return 1 - n_tokens / max(1, n_places)
+
+
+def report_padding(samples: Samples, weights: dict, config: Config, n_samples: int):
+    """Print the padding as drawn, and where samples of similar length share a step."""
+    group = max(LEAST_GROUP, config.length_group)
+    group_size = group * config.batch_size * config.grad_accum
+    n_groups = max(1, min(n_samples, MOST_FOR_PADDING) // group_size)
+    for size in (1, group):
+        grouped = replace(config, length_group=size, max_steps=n_groups * group)
+        share = padding(TrainingSteps(samples, weights, grouped))
+        print(
+            f"padding               {share:.1%} of all tokens with length_group {size}"
+        )
+
+
+def report(good: list[Example], config: Config, unknown: int):
+    """Print lengths and what is cut or unknown."""
+    lengths = [len(sample.ids) for sample in good]
+    answers = [len(sample.ids) - sample.targets.count(IGNORE) for sample in good]
+    report_range("tokens of a sample", lengths)
+    report_range("of these, trained", answers)
+    cut = np.mean([n >= config.max_txt_len for n in answers])
+    print(
+        f"at max_txt_len        {cut:.1%} of the samples: "
+        "their answers are cut or just fit"
+    )
+    n_unknown = sum(sample.ids.count(unknown) for sample in good)
+    print(f"unknown tokens        {n_unknown}")
 
 
 def main(argv: list[str]):
     (path,), given = parse_args(argv, __doc__, "CONFIG", Options, Config)
     own = {f.name: given.pop(f.name) for f in fields(Options) if f.name in given}
     options, config = override(Options(), own), load_config(path, given)
-    if options.n < 0:
-        raise InputError(f"--n={options.n}: give at least 0")
     make_missing(config.prepare, config.data_paths())
     model, notes = meta_model(config)
     print(*notes, sep="\n")
     tokenizer = Tokenizer(config.tokenizer or f"{config.llama}/tokenizer.model")
+    n_image_tokens = model.n_image_tokens
     samples, weights = open_samples(
-        config.data, config, tokenizer, model.image_size, model.n_image_tokens
+        config.data, config, tokenizer, model.image_size, n_image_tokens
     )
-    lengths, answers, unknown, unk = [], [], 0, tokenizer.unknown
-    first = islice(samples.keys(), options.n or None)
-    for images, ids, targets in filter(None, map(samples.__getitem__, first)):
-        if len(lengths) < options.show:
-            for image in images:
-                print(
-                    f"picture {tuple(image.shape)}"
-                    if options.plain
-                    else half_blocks(image.numpy())
-                )
-            print(tokens_as_text(ids, targets, tokenizer, options.plain), end="\n\n")
-        lengths.append(len(ids))
-        answers.append(sum(t != IGNORE for t in targets))
-        unknown += ids.count(unk)
-    for kind, count in Counter(kind for kind, _ in samples.bad).most_common():
-        examples = [
-            " ".join(where.split()) for other, where in samples.bad if other == kind
-        ][:3]
-        print(
-            printable(
-                "\n  ".join([f"cannot be used        {count:,}: {kind}", *examples])
-            )
-        )
-    if not lengths:
+
+    good, faults = [], []
+    for key in islice(samples.all_keys(), options.n or None):
+        sample = samples.read(key)
+        if isinstance(sample, Fault):
+            faults.append(sample)
+            continue
+        if len(good) < options.show:
+            show(sample, tokenizer, options.plain)
+        good.append(sample._replace(images=[]))  # which would fill the memory
+
+    report_faults(faults)
+    if not good:
         raise InputError(
-            f"none of {len(samples.bad):,} samples can be used; the first: {samples.bad[0][1]}"
+            f"none of {len(faults):,} samples can be used; the first: "
+            f"{faults[0].message}"
         )
+    n_all = sum(sum(source.counts) for source in samples.sources)
     print(
-        f"{len(lengths):,} good samples and {len(samples.bad):,} bad ones, the first of "
-        f"{sum(sum(s.counts) for s in samples.sources):,}; {model.n_image_tokens} image tokens per picture"
+        f"{len(good):,} good samples and {len(faults):,} bad ones, the first of "
+        f"{n_all:,}; {n_image_tokens} image tokens per picture"
     )
-    for label, values in (
-        ("tokens of a sample", lengths),
-        ("of these, trained", answers),
-    ):
-        print(
-            f"{label:<22}{np.mean(values):.1f} on average, {min(values)} to {max(values)}"
-        )
-    cut = np.mean([n >= config.max_txt_len for n in answers])
-    print(
-        f"at max_txt_len        {cut:.1%} of the samples: their answers are cut or just fit"
-    )
-    print(f"unknown tokens        {unknown}")
-    group = max(8, config.length_group)
-    n_steps = group * max(
-        1, min(len(lengths), 1000) // (group * config.batch_size * config.grad_accum)
-    )
-    for size in (1, group):
-        groups = Groups(
-            samples, weights, replace(config, length_group=size, max_steps=n_steps)
-        )
-        print(
-            f"padding               {padding(groups):.1%} of all tokens with length_group {size}"
-        )
+    report(good, config, tokenizer.unknown)
+    report_padding(samples, weights, config, len(good))
 
 
 if __name__ == "__main__":
