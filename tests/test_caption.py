@@ -131,13 +131,13 @@ def test_folders_globs_lists_and_files(folder):
     Path("photos/notes.txt").write_text("no list")
     Path("photos/sub").mkdir()
     Path("photos/0.jpg").rename("photos/sub/[0].JPG")
-    assert caption.find_pictures("photos") == [f"photos/{i}.jpg" for i in range(1, 7)]
-    assert caption.find_pictures("photos/**")[-1] == "photos/sub/[0].JPG"
-    assert caption.find_pictures("photos/sub/[0].JPG") == caption.find_pictures(
+    assert caption.list_pictures("photos") == [f"photos/{i}.jpg" for i in range(1, 7)]
+    assert caption.list_pictures("photos/**")[-1] == "photos/sub/[0].JPG"
+    assert caption.list_pictures("photos/sub/[0].JPG") == caption.list_pictures(
         "photos/sub"
     )
     Path("list.txt").write_text("photos/1.jpg\nphotos/lost.jpg\n")
-    assert caption.find_pictures("list.txt") == ["photos/1.jpg", "photos/lost.jpg"]
+    assert caption.list_pictures("list.txt") == ["photos/1.jpg", "photos/lost.jpg"]
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,13 @@
 """Captions for many pictures, in a .jsonl that configs/finetune_own.py reads.
 
     python tools/caption.py photos --out=captions.jsonl
-    python tools/caption.py a.png "photos/**/*.jpg" more.txt --ckpt=out/stage2 --prompt="What is this?"
+    python tools/caption.py a.png "photos/**/*.jpg" more.txt --ckpt=out/stage2
 
-PICTURE is a picture, a folder (the pictures directly inside), a glob (** takes subfolders) or a .txt that
-lists pictures, one path a line. A line of --out is {"image": path from the folder of --out, "caption": ...}.
-A stopped run continues: pictures with a line are skipped. To start over, remove the file. Failures go, as
-{"image": ..., "error": ...}, to captions.errors.jsonl beside it; --retry tries these pictures again.
+PICTURE is a picture, a folder (the pictures directly inside), a glob (** includes
+subfolders) or a .txt that lists pictures, one path a line. A line of --out is {"image":
+path from the folder of --out, "caption": ...}. A stopped run continues: pictures with a
+line are skipped. To start over, remove the file. Failures go, as {"image": ...,
+"error": ...}, to captions.errors.jsonl beside it; --retry tries these pictures again.
 """
 
 import glob
@@ -18,13 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import chat
 from configs.prompts import is_end, stop_sequences, visible_answer
-from plumbing.console import InputError, printable, run_main
-from plumbing.files import SUFFIXES, append_row
+from plumbing.console import InputError, printable, progress, run_main, set_plain
+from plumbing.files import SUFFIXES, append_row, read_rows
 from plumbing.options import option, override, parse_args
 from vision import load_image
 
@@ -38,163 +39,207 @@ class Options(chat.Options):
     retry: bool = option(False, "try the pictures that failed again")
 
 
-def find_pictures(name: str) -> list[str]:
-    """The paths that an argument stands for. Raises InputError if none of them exists."""
-    paths, pattern = (
-        [name],
-        os.path.join(glob.escape(name), "*") if os.path.isdir(name) else name,
-    )
-    if not os.path.isfile(name):
-        paths = sorted(
-            p
-            for p in glob.glob(pattern, recursive=True)
-            if p.lower().endswith(SUFFIXES)
-        )
-    elif name.endswith(".txt"):
-        paths = [
-            p
-            for p in Path(name).read_text("utf-8-sig", "surrogateescape").splitlines()
-            if p.strip()
-        ]
+# ---- files ---------------------------------------------------------------------------
+
+
+def list_pictures(name: str) -> list[str]:
+    """The paths of an argument PICTURE. Raises InputError if none of them exists."""
+    if os.path.isfile(name) and name.endswith(".txt"):
+        text = Path(name).read_text("utf-8-sig", "surrogateescape")
+        paths = [line for line in text.splitlines() if line.strip()]
+    elif os.path.isfile(name):
+        paths = [name]
+    else:
+        is_folder = os.path.isdir(name)
+        pattern = os.path.join(glob.escape(name), "*") if is_folder else name
+        found = sorted(glob.glob(pattern, recursive=True))
+        paths = [path for path in found if path.lower().endswith(SUFFIXES)]
     if not any(map(os.path.isfile, paths)):
         raise InputError(
-            f"{name}: no pictures; give a picture, a folder, a glob, or a .txt that lists them"
+            f"{name}: no pictures; give a picture, a folder, a glob, or a .txt that "
+            "lists them"
         )
     return paths
 
 
 def written_path(path: str, folder: Path) -> str:
-    """A picture's path from `folder`, with slashes; absolute if it is on another drive."""
-    path = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+    """A picture's path from `folder`, with slashes; absolute if on another drive."""
+    parent, name = os.path.split(path)
+    path = os.path.join(os.path.realpath(parent), name)
     with suppress(ValueError):  # another drive
         path = os.path.relpath(path, os.path.realpath(folder))
     return Path(path).as_posix()
 
 
 def read_lines(path: Path) -> dict[str, bytes]:
-    """{picture: its line} of a .jsonl, if there is one. The last is completed, or removed if it was cut."""
+    """{picture: its line} of a .jsonl; {} if there is no file.
+
+    A last line without its newline gets it, or is removed if it was cut.
+    """
     if not path.is_file():
         return {}
-    lines, rows = path.read_bytes().split(b"\n"), {}
-    for line in lines:
-        with suppress(ValueError, KeyError, TypeError, RecursionError):
-            rows[str(json.loads(line)["image"])] = line
-    if lines[-1] in rows.values():
-        path.open("ab").write(b"\n")
-    elif lines[-1].rstrip().endswith(b"}"):
+    rows, rest = read_rows(path)
+    lines = {_picture_of(line): line for _, line in rows}
+    if _picture_of(rest):
+        lines[_picture_of(rest)] = rest
+        with path.open("ab") as file:
+            file.write(b"\n")
+    elif rest.rstrip().endswith(b"}"):
         raise InputError(f"{path}: its last line is not JSON; mend it")
-    else:
-        os.truncate(path, path.stat().st_size - len(lines[-1]))
-    return rows
+    elif rest:
+        os.truncate(path, path.stat().st_size - len(rest))
+    lines.pop("", None)
+    return lines
+
+
+def _picture_of(line: bytes) -> str:
+    """The picture that a line is about; "" for any other line."""
+    with suppress(ValueError, KeyError, TypeError, RecursionError):
+        return str(json.loads(line)["image"])
+    return ""
+
+
+def forget_failures(errors: Path, pictures: dict[str, str]):
+    """Remove the lines of these pictures; those of others stay."""
+    failed = read_lines(errors)
+    kept = [line + b"\n" for image, line in failed.items() if image not in pictures]
+    if failed:
+        errors.write_bytes(b"".join(kept))
+
+
+# ---- answers -------------------------------------------------------------------------
 
 
 def prompt_ids(talk: chat.Chat, question: str) -> list[int]:
     """The ids of a question about one picture, in a conversation of its own."""
-    question = question.encode(
-        "utf-8", "replace"
-    ).decode()  # a terminal may send what is no text
-    return talk.prompt(
-        chat.Turn(question, pictures=(chat.Picture("", 1, torch.zeros(0)),))
-    )[0]
+    question = question.encode("utf-8", "replace").decode()  # it may be no UTF-8
+    picture = chat.Picture("", 1, torch.zeros(0))
+    tokens, _ = talk.prompt(chat.Turn(question, pictures=(picture,)))
+    return tokens
 
 
 @torch.no_grad()
-def encode(talk: chat.Chat, images: list[torch.Tensor]) -> torch.Tensor:
+def encode(talk: chat.Chat, images: list[Tensor]) -> Tensor:
     """B pictures, uint8 (3, S, S) -> (B, N, d_llama)."""
     return talk.model.encode_image(torch.stack(images).to(talk.options.device))
 
 
 def answers(
-    talk: chat.Chat, prompts: list[list[int]], embeds: torch.Tensor
+    talk: chat.Chat, prompts: list[list[int]], embeds: Tensor
 ) -> list[tuple[str, bool]]:
-    """B prompts of one length and their pictures, (B, N, d_llama) -> [(answer, whether it is complete)]."""
+    """Answer B prompts of one length, each about one picture, (B, N, d_llama).
+
+    Returns [(answer, whether it is complete)].
+    """
     o, model, end = talk.options, talk.model, talk.template.end
     stop = stop_sequences(model.tokenizer, end)
-    options = {
+    common = {
         "max_new_tokens": o.max_new_tokens,
         "repetition_penalty": o.repetition_penalty,
-        "stop": stop,
         "min_length": o.min_length,
     }
     if o.num_beams > 1:
-        options |= {"num_beams": o.num_beams, "length_penalty": o.length_penalty}
-        rows = [
-            model.beam_search(ids, x.unsqueeze(0), **options)
-            for ids, x in zip(prompts, embeds)
-        ]
+        common |= {"num_beams": o.num_beams, "length_penalty": o.length_penalty}
+        rows = []
+        for ids, picture in zip(prompts, embeds.split(1)):
+            rows.append(model.beam_search(ids, picture, stop, **common))
     else:
-        options |= {"temperature": o.temperature, "top_p": o.top_p}
         rows = model.generate_batch(
-            prompts, embeds, generator=talk.generator, **options
+            prompts,
+            embeds,
+            stop,
+            **common,
+            temperature=o.temperature,
+            top_p=o.top_p,
+            generator=talk.generator,
         )
     return [
         (visible_answer(model.tokenizer, ids, end), is_end(ids, stop)) for ids in rows
     ]
 
 
+# ---- main ----------------------------------------------------------------------------
+
+
+def load_images(paths: dict, image_size: int, bad) -> dict[str, Tensor]:
+    """{name: picture} of {name: path}; unreadable ones go to the file `bad`."""
+    images = {}
+    for name, path in paths.items():
+        try:
+            images[name] = load_image(path, image_size, smallest=2)
+        except InputError as e:
+            append_row(bad, image=name, error=str(e))
+    return images
+
+
+def caption_all(talk: chat.Chat, o: Options, paths: dict, good, bad) -> int:
+    """Append the captions of {name: path} to the file `good`, failures to `bad`.
+
+    Returns the number of captions that were cut off.
+    """
+    prompt = prompt_ids(talk, o.prompt)
+    names = list(paths)
+    starts = range(0, len(names), o.batch_size)
+    n_cut = 0
+    for start in progress(starts, f"{len(names):,} pictures", unit="batch"):
+        batch = {name: paths[name] for name in names[start : start + o.batch_size]}
+        images = load_images(batch, talk.model.image_size, bad)
+        if not images:
+            continue
+        try:
+            embeds = encode(talk, [*images.values()])
+            captions = answers(talk, [prompt] * len(images), embeds)
+        except torch.OutOfMemoryError as e:
+            raise InputError(
+                f"--batch_size={o.batch_size}: too much for the GPU; lower it"
+            ) from e
+        for name, (text, ended) in zip(images, captions):
+            if text:
+                append_row(good, image=name, caption=text)
+            else:
+                append_row(bad, image=name, error="the answer is empty")
+            if not ended:
+                n_cut += 1
+    return n_cut
+
+
 def main(argv: list[str]):
     names, given = parse_args(argv, __doc__, "PICTURE ...", Options)
     o = override(Options(), given)
-    out, errors, n_cut = Path(o.out), Path(o.out).with_suffix(".errors.jsonl"), 0
-    pictures = {
-        written_path(path, out.parent): path
-        for name in names
-        for path in find_pictures(name)
-    }
+    set_plain(o.plain)
+    out = Path(o.out)
+    errors = out.with_suffix(".errors.jsonl")
+    pictures = {}
+    for name in names:
+        for path in list_pictures(name):
+            pictures[written_path(path, out.parent)] = path
     if not pictures or out.suffix != ".jsonl":
         raise InputError(
-            f"{len(pictures)} pictures, --out={o.out}: give pictures, and a .jsonl to write to"
+            f"{len(pictures)} pictures, --out={o.out}: "
+            "give pictures, and a .jsonl to write to"
         )
     if not out.parent.is_dir():
         raise InputError(f"{out.parent}: there is no such folder for --out; make it")
-    new = sorted(
-        pictures.keys()
-        - read_lines(out).keys()
-        - (set() if o.retry else read_lines(errors).keys())
-    )
+
+    failed = read_lines(errors).keys()
+    done = read_lines(out).keys()
+    new = sorted(pictures.keys() - done - (set() if o.retry else failed))
     if not new:
-        n_failed = len(pictures.keys() & read_lines(errors).keys())
-        done = f"{out}: nothing is left to do; {n_failed} have failed, --retry tries them again"
-        return print(printable(done))
+        n_failed = len(pictures.keys() & failed)
+        what = f"nothing is left to do; {n_failed} have failed"
+        print(printable(f"{out}: {what}, --retry tries them again"))
+        return
     talk = chat.Chat(*chat.load(o))
     if talk.model.vision is None:
         raise InputError(f"{o.ckpt}: this run sees no pictures; give one with vision")
-    if o.retry and (
-        failed := read_lines(errors)
-    ):  # the failures of other pictures stay
-        errors.write_bytes(
-            b"".join(
-                line + b"\n" for image, line in failed.items() if image not in pictures
-            )
-        )
+    if o.retry:
+        forget_failures(errors, pictures)
     with open(out, "a") as good, open(errors, "a") as bad:
-        tokens = prompt_ids(talk, o.prompt)
-        for start in tqdm(
-            range(0, len(new), o.batch_size), f"{len(new):,} pictures", unit="batch"
-        ):
-            loaded = {}
-            for image in new[start : start + o.batch_size]:
-                try:
-                    loaded[image] = load_image(
-                        pictures[image], talk.model.image_size, smallest=2
-                    )
-                except InputError as e:
-                    append_row(bad, image=image, error=str(e))
-            try:
-                embeds = encode(talk, [*loaded.values()]) if loaded else ()
-                captions = (
-                    answers(talk, [tokens] * len(loaded), embeds) if loaded else ()
-                )
-            except torch.OutOfMemoryError as e:
-                raise InputError(
-                    f"--batch_size={o.batch_size}: too much for the GPU; lower it"
-                ) from e
-            for image, (text, ended) in zip(loaded, captions):
-                result = {"caption": text} if text else {"error": "the answer is empty"}
-                append_row(good if text else bad, image=image, **result)
-                n_cut += not ended
+        paths = {name: pictures[name] for name in new}
+        n_cut = caption_all(talk, o, paths, good, bad)
     print(
-        f"{len(read_lines(out))} captions ({n_cut} new ones cut off), {len(read_lines(errors))} failures"
+        f"{len(read_lines(out))} captions ({n_cut} new ones cut off), "
+        f"{len(read_lines(errors))} failures"
     )
 
 

@@ -526,7 +526,7 @@ def read_questions(file: str, task: str, options: Options) -> list[tuple]:
 
 def _prompts_about(names, n):
     """{kind of text: [(Pair, kind)]} for the first n pictures."""
-    found = [path for name in names for path in caption.find_pictures(name)]
+    found = [path for name in names for path in caption.list_pictures(name)]
     pictures = [*dict.fromkeys(found)][:n]
     questions = {}
     for kind, prompt in PROMPTS.items():
