@@ -74,6 +74,7 @@ def test_a_tool_prints_its_notes_where_a_cluster_sets_the_rank(monkeypatch, caps
     assert capsys.readouterr().err == "two words and \\x1b[2J\n"
 
 
+@pytest.mark.slow
 def test_of_several_training_processes_one_prints_notes(world, tmp_path):
     data = tmp_path / "shards.txt"
     data.write_text(f"{world['data']}/00000.tar\n{tmp_path}/missing.tar\n")

@@ -38,12 +38,10 @@ def commands():
     ]
     texts += [ast.get_docstring(ast.parse(p.read_text())) or "" for p in SOURCES]
     for text in texts:
+        text = re.sub(r"\\\n\s*", " ", text)
         for line in text.splitlines():
-            if (
-                re.match(r"\s*(python|torchrun) ", line)
-                and "DST" not in line
-                and "|" not in line
-            ):
+            is_command = re.match(r"\s*(python|torchrun) ", line)
+            if is_command and "DST" not in line and "|" not in line:
                 yield re.split(r"\s{3,}|  #", line.strip())[0]
 
 
