@@ -3,16 +3,27 @@
 import io
 import os
 import zlib
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
+import model
 import vision
+from model import MiniGPT4
 from plumbing.console import InputError
 from tests.common import ROOT
-from vision import VisionConfig, VisionTransformer, load_image, to_rgb
+from vision import (
+    PatchEmbed,
+    VisionConfig,
+    VisionTransformer,
+    load_image,
+    normalize,
+    to_rgb,
+)
 
 EXAMPLE = str(ROOT / "assets/tiny/example.png")
 
@@ -93,6 +104,60 @@ def test_the_tower_normalizes_and_counts_its_patches():
     assert normal[0, 1, 0, 0].item() == pytest.approx((1 - 0.4578275) / 0.26130258)
     assert [tower.n_patches(size) for size in (16, 24)] == [4, 9]
     assert tower(normal).shape == (1, 1 + 9, 4) and tower.has_class_token
+
+
+@dataclass(frozen=True)
+class OtherConfig:
+    image_size: int = 16
+    patch_size: int = 8
+    width: int = 8
+    n_heads: int = 1
+
+
+class OtherTower(nn.Module):
+    """Without a class token, with another normalization and a final norm."""
+
+    kind = "other"
+    config_class = OtherConfig
+    has_class_token = False
+
+    def __init__(self, config: OtherConfig):
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config)
+        self.norm = nn.LayerNorm(config.width)
+
+    def n_patches(self, image_size: int) -> int:
+        return (image_size // self.config.patch_size) ** 2
+
+    def normalize(self, images):
+        return normalize(images, means=(0.5, 0.5, 0.5), stds=(0.5, 0.5, 0.5))
+
+    def forward(self, images):
+        return self.norm(self.patch_embed(images))
+
+
+@pytest.mark.parametrize("has_qformer", [True, False])
+def test_another_tower_needs_its_class_and_an_entry_in_the_table(
+    has_qformer, world, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(model.TOWERS, OtherConfig, OtherTower)
+    monkeypatch.setitem(model.KINDS["vision"], "other", OtherConfig)
+    qformer = dict(n_queries=3, width=8, n_layers=1, n_heads=1, ffn_hidden=8)
+    qformer = qformer if has_qformer else ""
+    new = MiniGPT4.from_files({"kind": "other"}, qformer, world["llama"])
+    black_and_white = torch.tensor([0, 255], dtype=torch.uint8).expand(1, 3, 1, 2)
+    assert new.vision.normalize(black_and_white)[0, 0, 0].tolist() == [-1, 1]
+    parts = [name for name in new.parts if name != "llama"]
+    for name in parts:
+        new.save_part(name, tmp_path)
+    files = {name: f"{tmp_path}/{name}.safetensors" for name in parts}
+    files = {"qformer": ""} | files
+    loaded = MiniGPT4.from_files(**files, llama=world["llama"], dtype="float32")
+    image = load_image(EXAMPLE, loaded.image_size)[None]
+    embeds = loaded.encode_image(image)
+    assert embeds.shape[1] == loaded.n_image_tokens == (3 if has_qformer else 1)
+    assert torch.equal(embeds, new.encode_image(image))
 
 
 def test_the_default_sizes_are_those_of_eva_vit_g():
