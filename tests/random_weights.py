@@ -1,12 +1,13 @@
-"""Random weights of the true shapes, in the official formats and names: rehearse conversion, chat and
-training before fetching 30 GB.
+"""Random weights of the real shapes, in the official formats and under official names.
 
     python tests/random_weights.py vision weights/random/eva_vit_g.pth
     python tests/random_weights.py qformer weights/random/blip2_pretrained_flant5xxl.pth
-    python tests/random_weights.py llama weights/random/vicuna-7b [--size=7b|1.1b|13b] [--format=bin]
-    python tests/random_weights.py proj weights/random/prerained_minigpt4_7b.pth [--size=7b]
+    python tests/random_weights.py llama weights/random/vicuna-7b [--size=7b|1.1b|13b]
+    python tests/random_weights.py proj weights/random/prerained_minigpt4_7b.pth
 
-The model talks nonsense. Without --tokenizer=FILE the LLaMA folder gets a tokenizer of 32,000 made-up pieces.
+They rehearse conversion, chat and training before 30 GB are downloaded; the model talks
+nonsense. Without --tokenizer=FILE the LLaMA folder gets a tokenizer of 32,000 made-up
+pieces.
 """
 
 import io
@@ -18,14 +19,13 @@ from pathlib import Path
 
 import sentencepiece
 import torch
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from llama import Llama, LlamaConfig
-from plumbing.console import InputError, run_main
+from plumbing.console import InputError, progress, run_main
 from plumbing.files import replacing
 from plumbing.options import option, override, parse_args
-from plumbing.weights import PARTS
+from plumbing.weights import PARTS, load_tensors
 from qformer import QFormer, QFormerConfig
 from tools import convert
 from vision import VisionConfig, VisionTransformer
@@ -64,30 +64,24 @@ class Options:
             raise InputError(f"--tokenizer={self.tokenizer}: there is no such file")
         if self.size not in LLAMA or self.format not in ("safetensors", "bin"):
             raise InputError(
-                f"--size={self.size} --format={self.format}: sizes are {', '.join(LLAMA)}, "
-                "formats safetensors and bin"
+                f"--size={self.size} --format={self.format}: "
+                f"sizes are {', '.join(LLAMA)}, formats safetensors and bin"
             )
 
 
 def random_tensor(
     name: str, shape: tuple, generator: torch.Generator, dtype=torch.float16
 ) -> torch.Tensor:
-    """Norm weights are one, biases zero, all else is normal with standard deviation 0.02."""
+    """Norm weights are one, biases zero, others normal with standard deviation 0.02."""
     if len(shape) == 1:
-        return torch.full(
-            shape,
-            float("norm" in name.lower() and name.endswith("weight")),
-            dtype=dtype,
-        )
-    return (
-        torch.empty(shape, dtype=torch.bfloat16)
-        .normal_(std=0.02, generator=generator)
-        .to(dtype)
-    )
+        is_norm = "norm" in name.lower() and name.endswith("weight")
+        return torch.full(shape, 1.0 if is_norm else 0.0, dtype=dtype)
+    tensor = torch.empty(shape, dtype=torch.bfloat16)
+    return tensor.normal_(std=0.02, generator=generator).to(dtype)
 
 
 def official_shapes(part: str, llama: LlamaConfig) -> dict[str, tuple]:
-    """{official name: shape} of the vision part, Q-Former or projection, and of some unused tensors."""
+    """{official name: shape} of a part other than LLaMA, and of some unused tensors."""
     if part == "proj":
         return {
             "llama_proj.weight": (llama.hidden_size, QFormerConfig().width),
@@ -98,56 +92,63 @@ def official_shapes(part: str, llama: LlamaConfig) -> dict[str, tuple]:
         config = VisionConfig(n_layers=40)
         unused = dict.fromkeys(("norm.weight", "norm.bias"), (config.width,))
         return convert.parameter_shapes(VisionTransformer, config) | unused
-    shapes = convert.parameter_shapes(QFormer, QFormerConfig())
-    return {
-        convert.rename(f"qformer.{k}", OFFICIAL): shape for k, shape in shapes.items()
-    } | {
+    shapes = {
         "Qformer.bert.embeddings.word_embeddings.weight": (30523, 768),
         "t5_proj.weight": (4096, 768),
     }
+    own = convert.parameter_shapes(QFormer, QFormerConfig())
+    for name, shape in own.items():
+        shapes[convert.rename(f"qformer.{name}", OFFICIAL)] = shape
+    return shapes
 
 
 def write_llama(folder: Path, options: Options, generator: torch.Generator):
+    """Write a Hugging Face folder, .bin files from the .safetensors of convert.py."""
     config = LLAMA[options.size]
     shapes = convert.parameter_shapes(Llama, config)
     layout = {
-        k: torch.empty(shape, dtype=torch.float16, device="meta")
-        for k, shape in shapes.items()
+        name: torch.empty(shape, dtype=torch.float16, device="meta")
+        for name, shape in shapes.items()
     }
-    source = convert.Source(
-        config, layout, lambda k: random_tensor(k, shapes[k], generator)
-    )
+
+    def read(name):
+        return random_tensor(name, shapes[name], generator)
+
     folder.mkdir()
-    convert.write_llama(folder, source)
+    convert.write_llama(folder, convert.Source(config, layout, read))
     if options.format == "bin":
-        index = folder / "model.safetensors.index.json"
-        names = (
-            index.read_text()
-            .replace('"model-', '"pytorch_model-')
-            .replace(".safetensors", ".bin")
-        )
-        (folder / "pytorch_model.bin.index.json").write_text(names)
-        for file in tqdm(sorted(folder.glob("*.safetensors")), desc="bin", unit="file"):
-            tensors = {k: t.clone() for k, t in convert.load_tensors(file)[0].items()}
-            torch.save(tensors, folder / f"pytorch_{file.stem}.bin")
-            file.unlink()
-        index.unlink()
+        pickle_shards(folder)
+    tokenizer = folder / "tokenizer.model"
     if options.tokenizer:
-        shutil.copyfile(options.tokenizer, folder / "tokenizer.model")
+        shutil.copyfile(options.tokenizer, tokenizer)
     else:
-        (folder / "tokenizer.model").write_bytes(
-            made_up_tokenizer(config.vocab_size, options.seed)
-        )
+        tokenizer.write_bytes(made_up_tokenizer(config.vocab_size, options.seed))
+
+
+def pickle_shards(folder: Path):
+    """Replace a folder's .safetensors files and their index by .bin files."""
+    index = folder / "model.safetensors.index.json"
+    names = index.read_text().replace('"model-', '"pytorch_model-')
+    names = names.replace(".safetensors", ".bin")
+    (folder / "pytorch_model.bin.index.json").write_text(names)
+    index.unlink()
+    shards = sorted(folder.glob("*.safetensors"))
+    for file in progress(shards, "bin", unit="file"):
+        mapped, _ = load_tensors(file)
+        tensors = {name: tensor.clone() for name, tensor in mapped.items()}
+        torch.save(tensors, folder / f"pytorch_{file.stem}.bin")
+        file.unlink()
 
 
 def made_up_tokenizer(vocab_size: int, seed: int) -> bytes:
     """A sentencepiece model of random words, with LLaMA's settings."""
     rng = random.Random(seed)
     letters = "etaoinshrdlucmfwypvbgkjqxz"
-    words = [
-        "".join(rng.choices(letters, weights=range(26, 0, -1), k=rng.randint(2, 9)))
-        for _ in range(100_000)
-    ]
+    frequencies = range(26, 0, -1)
+    words = []
+    for _ in range(100_000):
+        length = rng.randint(2, 9)
+        words.append("".join(rng.choices(letters, weights=frequencies, k=length)))
     lines = [" ".join(words[i : i + 20]) for i in range(0, len(words), 20)]
     lines += ["###Human: <Img></Img> ###Assistant: "] * 9
     model = io.BytesIO()
@@ -170,11 +171,13 @@ def made_up_tokenizer(vocab_size: int, seed: int) -> bytes:
 
 
 def main(argv: list[str]):
-    (part, target), given = parse_args(argv, __doc__, "PART DST", Options)
-    options, target = override(Options(), given), Path(target)
+    (part, path), given = parse_args(argv, __doc__, "PART DST", Options)
+    options = override(Options(), given)
+    target = Path(path)
     if part not in PARTS:
         raise InputError(
-            f"usage: python tests/random_weights.py {'|'.join(PARTS)} DST [--key=value ...]"
+            f"usage: python tests/random_weights.py {'|'.join(PARTS)} DST "
+            "[--key=value ...]"
         )
     if target.exists():
         raise InputError(
@@ -183,14 +186,16 @@ def main(argv: list[str]):
     target.parent.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(options.seed)
     if part == "llama":
-        return write_llama(target, options, generator)
+        write_llama(target, options, generator)
+        return
     dtype = torch.float16 if part == "vision" else torch.float32
-    shapes = tqdm(official_shapes(part, LLAMA[options.size]).items(), desc=part)
-    tensors = {k: random_tensor(k, shape, generator, dtype) for k, shape in shapes}
+    shapes = official_shapes(part, LLAMA[options.size])
+    tensors = {}
+    for name in progress(shapes, part):
+        tensors[name] = random_tensor(name, shapes[name], generator, dtype)
+    content = tensors if part == "vision" else {"model": tensors, "epoch": 0}
     with replacing(target) as temporary:
-        torch.save(
-            tensors if part == "vision" else {"model": tensors, "epoch": 0}, temporary
-        )
+        torch.save(content, temporary)
 
 
 if __name__ == "__main__":
