@@ -1,4 +1,4 @@
-"""Shared by several tests: the original's golden numbers, and its weights, converted."""
+"""Paths, and the original's golden numbers with its weights, converted."""
 
 import json
 import shutil
@@ -47,9 +47,11 @@ class Conversation(NamedTuple):
 
 
 class Golden:
-    """One variant ("qformer" or "noqformer") of a golden folder: its cases, inputs, results, and the model.
+    """One variant of a golden folder: its cases, inputs, results, and the model.
 
-    The small and the full set have different layouts; the methods hide this."""
+    Variants are "qformer" and "noqformer". The small and the full set have different
+    layouts; the methods hide this.
+    """
 
     def __init__(self, folder: Path, variant: str):
         noq = "_noq" if variant == "noqformer" else ""
@@ -69,7 +71,7 @@ class Golden:
         self.n_image_tokens = 8 if variant == "qformer" else 4
 
     def model(self) -> MiniGPT4:
-        """The original's model in float32, its weights converted by tools/convert.py."""
+        """The original's model in float32, converted by tools/convert.py."""
         with tempfile.TemporaryDirectory() as folder:
             files = self.convert(Path(folder))
             model = MiniGPT4.from_files(**files, dtype="float32", trainable=())
@@ -77,7 +79,7 @@ class Golden:
         return model
 
     def convert(self, folder: Path) -> dict[str, str]:
-        """Write the weights as the original's files and convert them; returns the arguments of from_files."""
+        """Write the original's files and convert them -> arguments of from_files."""
         given = {
             k: t.contiguous()
             for k, t in self.weights.items()
@@ -179,7 +181,10 @@ class Golden:
     def adamw(
         self, name: str, config: Config
     ) -> tuple[Config, list[int], list[float], list[float]]:
-        """ "adamw5" or "adamw5_biglr" -> config with that schedule; steps, rates, losses (one more)."""
+        """Name of a run -> config with its schedule; steps, rates, losses (one more).
+
+        The runs are "adamw5" and "adamw5_biglr".
+        """
         if self.full:
             optim = json.loads((self.folder / "optim.json").read_text())
             run = optim["adamw"][self.variant + name.removeprefix("adamw5")]
@@ -235,7 +240,10 @@ class Golden:
         return json.loads((self.folder / "preproc" / "preproc.json").read_text())[key]
 
     def conversation(self, template: str, kind: str = "scripted") -> Conversation:
-        """A scripted conversation; the "live" one (full set only) holds the model's own answers."""
+        """A scripted conversation, or the "live" one with the model's own answers.
+
+        Only the full set has a live one.
+        """
         chat, generated = self._chat(template), []
         if not self.full:
             segments = [chat["turn1_segment_ids"], chat["turn2_segment_ids"]]
@@ -260,7 +268,10 @@ class Golden:
         return chats["vicuna0" if template == "vicuna" else template]
 
     def generation(self, template: str, kind: str = "greedy") -> dict[str, dict]:
-        """name ("greedy_turn2_rp1.05") -> {"new_tokens": ids[, "eos_token_id", "stop_words_ids", ...]}."""
+        """Runs by name, such as "greedy_turn2_rp1.05".
+
+        Each has "new_tokens", ids; some have "eos_token_id", "stop_words_ids" and others.
+        """
         if self.full:
             runs = self._chat(template)["scripted"]["generation"]
         else:

@@ -48,7 +48,7 @@ def start():
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> dict:
-    """The paths of a micro model with random weights, and of stage-1 and stage-2 data for it."""
+    """The paths of a micro model with random weights, and of data for it."""
     root = tmp_path_factory.mktemp("world")
     torch.manual_seed(0)
     model = MiniGPT4.from_files(

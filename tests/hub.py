@@ -39,7 +39,7 @@ SIZES = dict(
 TO_HUB = {theirs: hub for hub, theirs in convert.BLIP2_NAMES.items()}
 
 
-# ---- LLaMA -----------------------------------------------------------------------
+# ---- LLaMA ---------------------------------------------------------------------------
 
 
 def random_llama(seed=0, **sizes):
@@ -79,7 +79,7 @@ def write_index(path, weight_map):
     path.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-# ---- the parts of MiniGPT-4 ------------------------------------------------------
+# ---- the parts of MiniGPT-4 ----------------------------------------------------------
 
 
 def official(part: str) -> dict[str, torch.Tensor]:
@@ -201,7 +201,7 @@ def write_repos(root: Path):
     torch.save({"model": official("proj")}, root / MIRROR / PROJ)
 
 
-# ---- the server ------------------------------------------------------------------
+# ---- the server ----------------------------------------------------------------------
 
 
 class Hub(ThreadingHTTPServer):

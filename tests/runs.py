@@ -57,7 +57,7 @@ def run(config: Config) -> list[dict]:
 
 
 def run_until_killed(config: Config, monkeypatch):
-    """Train in this process until it is killed while it writes its second checkpoint."""
+    """Train in this process, killed while it writes its second checkpoint."""
     replace_file, calls = os.replace, []
 
     def die_at_the_second_state(source, target):

@@ -45,7 +45,10 @@ def picture(mode="RGB", size=(20, 10), kind="JPEG"):
 
 
 def write_tar(path, names, **changed):
-    """One sample per name, which is also its caption. `changed`: other members, {name: content}."""
+    """One sample per name, which is also its caption.
+
+    `changed`: other members, {name: content}.
+    """
     path.parent.mkdir(exist_ok=True)
     members = {
         f"{name}.{kind}": content

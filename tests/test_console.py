@@ -126,8 +126,12 @@ def test_a_mistake_of_ours_gives_a_traceback():
 def test_ctrl_c_ends_a_script_with_130_and_a_mistake_with_2():
     code = (
         "import sys, time, model, chat, plumbing.console\n"
-        "def generate(*args, **options):\n    print('begun', flush=True); time.sleep(30); yield 5\n"
-        "model.MiniGPT4.generate = generate\nplumbing.console.run_main(chat.main)"
+        "def generate(*args, **options):\n"
+        "    print('begun', flush=True)\n"
+        "    time.sleep(30)\n"
+        "    yield 5\n"
+        "model.MiniGPT4.generate = generate\n"
+        "plumbing.console.run_main(chat.main)\n"
     )
     program = subprocess.Popen(
         [sys.executable, "-c", code, "--prompt=x"],

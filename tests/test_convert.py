@@ -64,7 +64,7 @@ def fails(*argv):
     return str(e.value)
 
 
-# ---- the formats of LLaMA --------------------------------------------------------
+# ---- the formats of LLaMA ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "bin"])
@@ -270,7 +270,7 @@ def test_dtype_casts_and_without_it_tensors_stay_as_they_are(tmp_path, options, 
         assert {tensor.dtype for tensor in load_file(file).values()} == {dtype}
 
 
-# ---- the vision side and the projection ------------------------------------------
+# ---- the vision side and the projection ----------------------------------------------
 
 
 @pytest.fixture
@@ -386,7 +386,7 @@ def test_a_file_that_was_only_cast_to_bfloat16_counts_as_the_same(
     assert "warning" not in capsys.readouterr().err
 
 
-# ---- hard cases ------------------------------------------------------------------
+# ---- hard cases ----------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -569,7 +569,7 @@ def test_converted_are_finite_weights_only(tmp_path, tensor, words):
     assert not (tmp_path / "proj.safetensors").exists()
 
 
-# ---- does the language model speak? ----------------------------------------------
+# ---- does the language model speak? --------------------------------------------------
 
 
 def test_garbage_weights_give_a_warning(hub, tmp_path, capsys):
@@ -590,7 +590,7 @@ def test_perplexity_is_that_of_transformers(hub):
     assert ours.perplexity(text) == pytest.approx(want, rel=1e-4)
 
 
-# ---- random weights of official names --------------------------------------------
+# ---- random weights of official names ------------------------------------------------
 
 
 @pytest.mark.slow
@@ -622,7 +622,7 @@ def test_random_weights_are_converted_and_make_a_model(tmp_path, monkeypatch, fo
     assert model.bridge.config.cross_attention_every == 2
 
 
-# ---- Hugging Face's BLIP-2 -------------------------------------------------------
+# ---- Hugging Face's BLIP-2 -----------------------------------------------------------
 
 BLIP2 = {
     "model_type": "blip-2",

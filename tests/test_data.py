@@ -47,7 +47,7 @@ CAPTION, TURN = Sample([""], "A Dog!"), Sample([""], turns=[("Hi", "A dog.")])
 
 TALK = Sample(turns=[("Hi", "A dog."), ("And?", "A cat.")])
 
-# ---- tokens and targets ------------------------------------------------------------------------------------
+# ---- tokens and targets --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_empty_data_and_data_of_no_weight_are_refused(tmp_path):
             open_samples(data, Config(), TOKENIZER, 28, N)
 
 
-# ---- the order of the samples ------------------------------------------------------------------------------
+# ---- the order of the samples --------------------------------------------------------
 
 
 class Talks:
@@ -360,7 +360,7 @@ def test_only_a_run_whose_order_has_changed_says_so():
         assert ("order of samples" in steps.identity) == is_new
 
 
-# ---- reading -----------------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------
 
 
 def reader(data, **settings):
@@ -432,7 +432,7 @@ def test_resuming_far_into_ten_thousand_shards_reads_only_what_comes_next(tmp_pa
     assert time.perf_counter() - start < 10
 
 
-# ---- bad samples -------------------------------------------------------------------------------------------
+# ---- bad samples ---------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -630,7 +630,7 @@ def test_control_characters_of_names_are_shown_as_codes(tmp_path, capsys):
     assert "\\x1b[2J" in message and "\x1b" not in message
 
 
-# ---- held-out samples, cached features -----------------------------------------------------------------------
+# ---- held-out samples, cached features -----------------------------------------------
 
 
 def pictures_of_colors(path, n, first=0):

@@ -73,7 +73,7 @@ def test_a_dry_run_takes_the_language_model_s_sizes_from_its_config_json_alone(
 
 
 def test_a_dry_run_counts_what_a_step_computes(config_path, capsys):
-    """Its FLOPs are those that the counter sees in a real step over sequences of that length."""
+    """PyTorch's counter sees the same in a step over sequences of that length."""
     dry_run.main([str(config_path)])
     text = capsys.readouterr().out
     model = train.build(load_config(str(config_path), {}), torch.device("cpu"))

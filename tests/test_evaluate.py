@@ -58,7 +58,7 @@ def pope_file(name="coco_pope_random.json"):
     write_lines(name, *rows)
 
 
-# ---- scenes ------------------------------------------------------------------------------------------------
+# ---- scenes --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_a_broken_list_of_scenes_is_refused(folder):
             evaluate.main(["--data=photos", "--n=1"])
 
 
-# ---- failures ----------------------------------------------------------------------------------------------
+# ---- failures ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_failures_of_pictures_beside_those_of_the_paper(folder, capsys):
     assert tuple(answer) == evaluate.KEYS and answer["ended"] is False
 
 
-# ---- pope --------------------------------------------------------------------------------------------------
+# ---- pope ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_every_line_of_pope_counts_and_every_question_is_asked_once(
     assert saved["rows"][0]["accuracy"] == round(100 * right / 21, 2)
 
 
-# ---- vqa ---------------------------------------------------------------------------------------------------
+# ---- vqa -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -348,7 +348,7 @@ def test_one_answer_has_no_soft_accuracy(folder):
     assert [row["exact match"] for row in saved["published"]] == [58.2, 32.2]
 
 
-# ---- the answers that are kept -----------------------------------------------------------------------------
+# ---- the answers that are kept -------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Random command lines, configs, damaged tars and weight files, and ids of answers: nothing breaks."""
+"""Random command lines, configs, damaged files and ids of answers: nothing breaks."""
 
 import io
 import json

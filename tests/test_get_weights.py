@@ -84,7 +84,7 @@ def local(tmp_path_factory):
     return f"--vision={folder}/eva_vit_g.pth", f"--qformer={folder}/blip2.pth"
 
 
-# ---- what it makes -----------------------------------------------------------------------------------------
+# ---- what it makes -------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -300,7 +300,7 @@ def test_every_source_can_be_given(hub, tmp_path, local):
     assert done.returncode == 0 and hub.fetched() == [f"{MIRROR}/{PROJ}"], done.stderr
 
 
-# ---- what can go wrong -------------------------------------------------------------------------------------
+# ---- what can go wrong ---------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -1,7 +1,9 @@
-"""Every number of the original MiniGPT-4 at tiny sizes (tests/golden, and GOLDEN_FULL if set), in float32.
+"""Every number of the original MiniGPT-4 at tiny sizes, in float32.
 
-The tests follow the forward pass, and each stage gets the original's own input, so a failure names the stage
-that differs. The tolerances are those of the golden folders' README; ids and texts are exact."""
+They are in tests/golden, and in the folder GOLDEN_FULL if it is set. The tests follow the
+forward pass. Each stage gets the original's own input, so a failure names the stage that
+differs. The tolerances are those of the golden folders' README; ids and texts are exact.
+"""
 
 import copy
 import functools
@@ -65,7 +67,7 @@ def close(got, want, tolerance):
     torch.testing.assert_close(got, torch.as_tensor(want), atol=tolerance, rtol=0)
 
 
-# ---- pictures ----------------------------------------------------------------------------------------------
+# ---- pictures ------------------------------------------------------------------------
 
 
 def test_pictures_are_preprocessed_as_in_the_original(texts):
@@ -73,7 +75,7 @@ def test_pictures_are_preprocessed_as_in_the_original(texts):
     assert len({path.name for path, _, _ in pictures}) == 5
     for path, size, want in pictures:
         image = Image.open(path)
-        # load_image puts transparency on white; the original drops it with a plain convert
+        # load_image puts transparency on white; the original drops it
         if image.has_transparency_data:
             pixels = preprocess(image.convert("RGB"), size)
             assert not torch.equal(pixels, load_image(str(path), size)), path
@@ -130,7 +132,7 @@ def test_llama_logits(texts):
     assert torch.equal(logits.argmax(-1), io["llama.logits_argmax"])
 
 
-# ---- texts and training sequences --------------------------------------------------------------------------
+# ---- texts and training sequences ----------------------------------------------------
 
 
 def test_token_ids_equal_the_originals(texts):
@@ -145,7 +147,7 @@ def test_token_ids_equal_the_originals(texts):
 
 
 def test_typed_control_tokens_are_plain_text(texts):
-    """Not kept: the original parses <s>, </s>, <unk> in a text, so a user could end the conversation."""
+    """The original parses <s>, </s>, <unk>, so a user could end the conversation."""
     strings = [
         (text, ids) for text, ids in texts.strings() if any(c in text for c in CONTROL)
     ]
@@ -177,7 +179,7 @@ class Drawing:
 
 
 def make_samples(golden, case):
-    """Three samples (pictures, ids, targets) of a case, tokenized by the class that training uses."""
+    """Three samples (pictures, ids, targets) of a case, tokenized as in training."""
     maker = Samples(
         [],
         case.config,
@@ -217,7 +219,7 @@ def test_all_four_instructions_equal_the_originals(golden, name):
         assert targets[len(want)] != IGNORE
 
 
-# ---- loss, gradients, optimizer ----------------------------------------------------------------------------
+# ---- loss, gradients, optimizer ------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -260,7 +262,7 @@ def test_loss_and_gradients(golden, name, switch):
 
 @pytest.mark.parametrize("schedule", ["stage1", "stage2"])
 def test_learning_rates(texts, schedule):
-    """`warmup_longer_than_epoch` is not tested: the original warms up again in every epoch."""
+    """Not `warmup_longer_than_epoch`: the original warms up again in every epoch."""
     config, rates = texts.schedules()[schedule]
     assert len(rates) >= 8
     for step, rate in rates:
@@ -270,7 +272,7 @@ def test_learning_rates(texts, schedule):
 @pytest.mark.parametrize("micro_batches", [1, 3])
 @pytest.mark.parametrize("name", ["adamw5", "adamw5_biglr"])
 def test_five_steps_of_adamw(golden, name, micro_batches):
-    """In one batch as in the original, and in three micro-batches, which must weigh each token the same."""
+    """In one batch as in the original, and in micro-batches: each token weighs the same."""
     model, case = golden.model(), golden.case("2_stage2_vicuna", "vicuna")
     config, steps, rates, losses = golden.adamw(name, case.config)
     samples = list(make_samples(golden, case))
@@ -288,8 +290,8 @@ def test_five_steps_of_adamw(golden, name, micro_batches):
     close(model(*collate(samples)).detach(), losses[-1], 1e-5)
     assert len(losses) == 6
     tolerance = 2e-6 if name == "adamw5" else 2e-5
-    # the full set's README gives none for exp_avg_sq; the tolerance of the gradients, 5e-6 for values up to
-    # 0.24, amounts to 1.2e-8 there
+    # The full set's README gives none for exp_avg_sq. The tolerance of the gradients,
+    # 5e-6 for values up to 0.24, amounts to 1.2e-8 there.
     moments = {"exp_avg": 1e-6, "exp_avg_sq": 5e-9 if golden.full else 1e-9}
     wanted = {
         k.removeprefix(name + "."): t
@@ -308,7 +310,7 @@ def test_five_steps_of_adamw(golden, name, micro_batches):
             close(p.detach(), want, tolerance)
 
 
-# ---- chat --------------------------------------------------------------------------------------------------
+# ---- chat ----------------------------------------------------------------------------
 
 
 def chat_ids(golden, template, questions, answers):
@@ -327,7 +329,7 @@ def test_chat_ids(golden, template):
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_greedy_answers(golden, template):
-    """Three penalties; in the full set also an eos, stop words, a least length, and a cut context."""
+    """Penalties; in the full set also an eos, stop words, a least length, a cut."""
     model, chat, runs = (
         golden.model(),
         golden.conversation(template),
@@ -355,7 +357,7 @@ def test_greedy_answers(golden, template):
 @pytest.mark.parametrize("folder", ["full"], indirect=True)
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_beam_search(golden, template):
-    """Two penalties of repetition, and three of length with an eos. Only in the full set."""
+    """Penalties of repetition, and of length with an eos. Only in the full set."""
     model, chat, runs = (
         golden.model(),
         golden.conversation(template),
@@ -382,7 +384,7 @@ def test_beam_search(golden, template):
 @pytest.mark.parametrize("folder", ["full"], indirect=True)
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_live_conversation(golden, template):
-    """Two turns; the history of the second holds the model's own first answer. Only in the full set."""
+    """The second turn's history holds the model's first answer. Only in the full set."""
     model, chat, answers = golden.model(), golden.conversation(template, "live"), []
     image_embeds, end = model.encode_image(golden.images[:1]), TEMPLATES[template].end
     for turn, (new_ids, text) in enumerate(chat.generated):

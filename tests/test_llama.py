@@ -78,7 +78,7 @@ def close(got, want, tolerance):
     torch.testing.assert_close(got, want, atol=tolerance, rtol=0)
 
 
-# ---- parity ------------------------------------------------------------------------------------------------
+# ---- parity --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -277,7 +277,7 @@ def test_loaded_projection_is_float32_even_when_frozen(tmp_path):
         )
 
 
-# ---- files -------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------
 
 
 def test_sharded_folder_is_read_by_its_index(tmp_path):
@@ -452,7 +452,7 @@ def test_sizes_missing_from_config_json_are_named(tmp_path, key):
         load(tmp_path)
 
 
-# ---- sampling ---------------------------------------------------------------------------------------
+# ---- sampling ------------------------------------------------------------------------
 
 
 def draw(scores, seen_ids, temperature, top_p, penalty, generator=None):

@@ -52,7 +52,7 @@ def test_the_log_tells_the_speed_and_with_peak_tflops_mfu(world, tmp_path):
 
 
 def test_flops_are_those_that_a_step_computes(world, tmp_path):
-    """Against PyTorch's counter on a real step, less padding and the logits that are computed again."""
+    """PyTorch's counter sees padding and the recomputed logits, too."""
     llama = dict(
         hidden_size=256,
         intermediate_size=1024,

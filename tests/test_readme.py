@@ -1,4 +1,4 @@
-"""The README is run: its commands, file tree and figures cannot drift from the program."""
+"""The README's commands, file tree and figures are those of the program."""
 
 import ast
 import importlib
@@ -29,7 +29,7 @@ SOURCES = [path for folder in FOLDERS for path in ROOT.glob(folder)]
 
 
 def commands():
-    """Every command of the README's code blocks and of the config files' and modules' docstrings."""
+    """Every command of the README's code blocks and of the docstrings of files."""
     pages = (README, (ROOT / "configs/tiny/README.md").read_text())
     texts = [
         block
@@ -115,7 +115,7 @@ def test_the_committed_weights_are_small():
 
 @pytest.mark.slow
 def test_twenty_photographs_and_a_jsonl_train_and_answer(tmp_path):
-    """As the README says, from the tiny weights: captions, and a conversation about two pictures."""
+    """As the README says, from the tiny weights; one conversation has two pictures."""
     lines = []
     for i in range(20):
         pixels = np.random.default_rng(i).integers(

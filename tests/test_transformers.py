@@ -1,4 +1,4 @@
-"""The vision tower, the Q-Former and the tokenizer against Hugging Face's BLIP-2 and LLaMA."""
+"""Vision tower, Q-Former and tokenizer against Hugging Face's BLIP-2 and LLaMA."""
 
 import itertools
 from pathlib import Path
