@@ -6,7 +6,7 @@ import difflib
 import json
 import os
 import sys
-from dataclasses import Field, asdict, field, fields, replace
+from dataclasses import asdict, field, fields, replace
 from math import inf
 from types import UnionType
 from typing import get_args, get_origin
@@ -14,6 +14,7 @@ from typing import get_args, get_origin
 from plumbing.console import InputError
 
 BOOLEANS = {"true": "True", "false": "False", "on": "True", "off": "False"}
+BRACKETS = {"{": dict, "[": list}
 
 
 def option(default, meaning: str, least=None, most=inf, choices: tuple = ()):
@@ -41,7 +42,7 @@ def check_options(options, *rules: tuple[str, bool, str]):
             raise InputError(f"{name} = {getattr(options, name)!r}: {advice}")
 
 
-def _check_value(f: Field, value):
+def _check_value(f, value):
     least, most = f.metadata["range"]
     choices = f.metadata["choices"]
     if least is not None and not least <= value <= most:  # NaN is in no range
@@ -80,7 +81,7 @@ def _convert(name: str, value, kind, where: str):
         item_kind = get_args(kind)[0]
         return tuple(_convert(name, x, item_kind, where) for x in _items(value))
     kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
-    literal = value if _is_text(value, kinds) else _parse_literal(value)
+    literal = _parse(value, kinds)
     for k in kinds:
         is_float = k is float and type(literal) is int
         if type(literal) is k or is_float:  # True is no int here
@@ -89,18 +90,11 @@ def _convert(name: str, value, kind, where: str):
     raise InputError(f"{where}: {name} = {literal!r} is not of type {names}")
 
 
-def _is_text(value, kinds: tuple[type, ...]) -> bool:
-    """Whether a value is a text to keep: not a number, or a dict or list if allowed."""
-    if not isinstance(value, str) or str not in kinds:
-        return False
-    is_dict = value.startswith("{") and dict in kinds
-    is_list = value.startswith("[") and list in kinds
-    return not is_dict and not is_list
-
-
-def _parse_literal(value):
-    """ "1e-3" -> 0.001, "on" -> True; anything but a Python literal is kept."""
+def _parse(value, kinds=()):
+    """ "1e-3" -> 0.001, "on" -> True; kept if it is a text, or no Python literal."""
     if not isinstance(value, str):
+        return value
+    if str in kinds and BRACKETS.get(value[:1]) not in kinds:
         return value
     try:
         return ast.literal_eval(BOOLEANS.get(value.lower(), value))
@@ -108,9 +102,9 @@ def _parse_literal(value):
         return value
 
 
-def _items(value) -> tuple | list:
+def _items(value):
     """The items of "proj,qformer" or "(0.9, 0.95)", of a tuple or list; or one item."""
-    literal = _parse_literal(value)
+    literal = _parse(value)
     if isinstance(literal, str):
         return [item.strip() for item in literal.split(",")]
     return literal if isinstance(literal, (tuple, list)) else [literal]
@@ -158,7 +152,7 @@ def parse_args(
     return arguments, options
 
 
-def _spell_out(argv: list[str], known: dict[str, Field]) -> list[str]:
+def _spell_out(argv, known):
     """["--batch-size=4", "--resume"] -> ["--batch_size=4", "--resume=True"]."""
     words = []
     for word, following in zip(argv, [*argv[1:], ""]):

@@ -170,3 +170,16 @@ def test_twenty_photographs_and_a_jsonl_train_and_answer(tmp_path):
     assert python == "python" and talked.returncode == 0 and talked.stdout.strip(), (
         talked.stderr
     )
+
+
+def test_requirements_name_the_least_versions_and_tests_run_with_one_of_torch():
+    needed = (ROOT / "requirements.txt").read_text().splitlines()
+    least = dict(line.split(">=") for line in needed if ">=" in line)
+    assert "torch" in least
+    for package, version in least.items():
+        assert f"| {package}, {version} or later |" in README
+    assert not any("==" in line for line in needed)
+    tested = (ROOT / "requirements-dev.txt").read_text().splitlines()
+    (pinned,) = (line for line in tested if line.startswith("torch=="))
+    assert torch.__version__.split("+")[0] == pinned.removeprefix("torch==")
+    assert pinned.removeprefix("torch==") in README
