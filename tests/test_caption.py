@@ -1,5 +1,6 @@
 """tools/caption.py: captions of many pictures, and a .jsonl that training reads."""
 
+import io
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from PIL import Image
 
 import chat
 import train
+from plumbing import console
 from plumbing.console import InputError
 from tools import caption, make_scenes, show_data
 
@@ -94,6 +96,20 @@ def test_bad_pictures_are_kept_out_and_tried_again_when_asked(folder, capsys):
     caption.main(["photos", "--retry"])
     assert len(lines()) == 7 and len(lines("captions.errors.jsonl")) == 2
     assert "\033" not in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("options", [[], ["--plain"]], ids=["terminal", "--plain"])
+def test_plain_text_has_no_progress_bar(folder, options, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(console, "_plain", False)  # undone at the end
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    caption.main(["photos", "--max_new_tokens=2", *options])
+    assert ("7 pictures: " in sys.stderr.getvalue()) == (not options)
 
 
 def test_training_reads_them(folder, capsys, monkeypatch):

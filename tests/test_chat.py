@@ -12,7 +12,7 @@ from PIL import Image
 
 import chat
 from chat import Chat, Options
-from configs.prompts import END, visible_answer
+from configs.prompts import END, settled_text, visible_answer
 from plumbing.console import InputError
 from tools.make_scenes import named_objects
 from vision import load_image
@@ -76,6 +76,68 @@ def test_streamed_pieces_add_up_to_the_answer_without_its_end(tiny):
     assert "".join(pieces) == talk.turns[0][1]
     ids = model.tokenizer.encode("".join(pieces) + "### Human: x")
     assert visible_answer(model.tokenizer, ids, "###") == "".join(pieces)
+
+
+SETTLED = {
+    "half an end": ("It is red ##", "###", "It is red"),
+    "the longest half": ("xaa", "aab", "x"),
+    "a half inside": ("# of C# is 2", "###", "# of C# is 2"),
+    "the end's first letter": ("It is S", "STOP", "It is"),
+    "an end of one letter": ("It is red", "\n", "It is red"),
+    "half a character": ("caf\ufffd\ufffd", "###", "caf"),
+    "half a character after a space": ("a \ufffd", "###", "a"),
+    "a control token as end": ("1 <", END, "1 <"),
+    "all of it": ("##", "###", ""),
+}
+
+
+@pytest.mark.parametrize("answer, end, settled", SETTLED.values(), ids=SETTLED)
+def test_the_settled_part_of_an_answer(answer, end, settled):
+    assert settled_text(answer, end) == settled
+
+
+@pytest.fixture
+def said_by_the_model(tiny, monkeypatch):
+    """A function: the model's answer -> its Turn; Chat.ask's pieces, one per id."""
+
+    def call(text, template="vicuna"):
+        model, options = tiny
+        talk = Chat(model, Options(**vars(options) | {"template": template}))
+        pieces = []
+
+        def generate(*args, **options):
+            for id in model.tokenizer.encode(text):
+                pieces.append("")  # of this id
+                yield id
+
+        monkeypatch.setattr(model, "generate", generate)
+        for piece in talk.ask("Hi"):
+            pieces[-1] += piece
+        return pieces, talk.turns[-1]
+
+    return call
+
+
+def test_text_that_may_begin_the_end_waits_for_the_next_id(said_by_the_model):
+    pieces, turn = said_by_the_model("A # B ## C###")
+    shown = [piece for piece in pieces if piece]
+    assert shown[0] == "A" and turn.ended
+    assert "".join(pieces) == turn.answer == "A # B ## C"
+    for i in range(len(pieces)):  # nothing shown ends in a mark that may be an end
+        assert not "".join(pieces[:i]).endswith(("#", " "))
+    assert pieces.count("") > 3
+
+
+def test_text_that_waited_is_shown_when_no_end_follows(said_by_the_model):
+    pieces, turn = said_by_the_model("In C#")
+    assert pieces[-1].endswith("#") and "".join(pieces) == turn.answer == "In C#"
+    assert not turn.ended
+
+
+def test_text_waits_only_as_long_as_it_has_to(said_by_the_model):
+    """Each id's text appears with it, but for the white space at its end."""
+    pieces, turn = said_by_the_model("The star is red")
+    assert "".join(pieces) == turn.answer and all(pieces)
 
 
 def test_an_answer_cut_at_max_new_tokens_is_not_ended(tiny):

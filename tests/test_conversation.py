@@ -1,4 +1,4 @@
-"""The conversation's cache and context: what is computed again, and what is left out when it is full."""
+"""A conversation's cache and context: what is computed again, what is left out."""
 
 from pathlib import Path
 

@@ -42,6 +42,27 @@ def test_stdin_is_the_prompt_or_stands_before_it(run):
     assert "\ufffd" in json.loads(run("--json", stdin=b"caf\xe9?").out)["prompt"]
 
 
+@pytest.mark.slow
+def test_a_prompt_is_answered_though_stdin_stays_open():
+    """As under ssh or a scheduler: a pipe that nobody writes to, nor closes."""
+    program = subprocess.Popen(
+        [sys.executable, "chat.py", EXAMPLE, f"--prompt={STAR}", "--temperature=0"],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    try:
+        program.wait(timeout=60)
+        assert program.returncode == 0 and "red" in program.stdout.read()
+        assert "nothing arrived on stdin" in program.stderr.read()
+    finally:
+        program.kill()
+        program.communicate()
+
+
 def test_a_command_on_stdin_makes_a_conversation(run):
     out = run(
         "--json", stdin=f"/image {EXAMPLE}\n{STAR}\n/clear\n{STAR}\n"

@@ -1,36 +1,66 @@
-"""chat.py in a pseudo-terminal, as a user drives it."""
+"""plumbing/terminal.py, and chat.py in a pseudo-terminal, as a user drives it."""
 
 import os
 import re
 import shutil
 import signal
+import struct
 import sys
+import threading
 import time
 from contextlib import suppress
 
 import pytest
 import torch
 
-from plumbing.terminal import find_pictures, half_blocks
+from plumbing import terminal
+from plumbing.terminal import completions, find_pictures, half_blocks
 from tests.common import EXAMPLE, ROOT
 
 pty = pytest.importorskip("pty")
-SLOW = """import sys, time, model
-fast = model.MiniGPT4.generate
+fcntl = pytest.importorskip("fcntl")
+termios = pytest.importorskip("termios")
+NAMES = ("/image", "/reset", "/regenerate", "/help")
+START = """
+from plumbing.console import run_main
+run_main(chat.main)
+"""
+SLOW = """
+import time
+import chat
+
+fast = chat.MiniGPT4.generate
+
 def generate(*args, **options):
     for token in fast(*args, **options):
         time.sleep(0.05)
         yield token
-model.MiniGPT4.generate = generate
-import chat, configs.schema
-plumbing.console.run_main(chat.main)
+
+chat.MiniGPT4.generate = generate
+"""
+WITH_BAR = """
+import chat
+from plumbing.console import progress
+
+load = chat.load
+
+def load_with_bar(options):
+    for _ in progress(range(2), "the bar"):
+        pass
+    return load(options)
+
+chat.load = load_with_bar
 """
 
 
 class Terminal:
-    """The program in a pseudo-terminal; `see` waits for words and returns what was printed up to them."""
+    """The program in a pseudo-terminal.
 
-    def __init__(self, folder, *args, slow=False, env=None, columns=80):
+    `see` waits for words and returns what was printed up to them. `before` is Python
+    code that imports chat and changes the program.
+    """
+
+    def __init__(self, folder, *args, before="import chat", env=None, columns=80):
         environment = {
             "TERM": "xterm-256color",
             "HOME": str(folder),
@@ -38,30 +68,31 @@ class Terminal:
             "PYTHONPATH": str(ROOT),
             "COLUMNS": str(columns),
         } | (env or {})
-        command = [
-            sys.executable,
-            *(["-c", SLOW] if slow else ["chat.py"]),
-            "--temperature=0",
-            *args,
-        ]
+        command = [sys.executable, "-c", before + START, "--temperature=0", *args]
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             os.chdir(ROOT)
             os.execve(sys.executable, command, {**os.environ, **environment})
+        size = struct.pack("4H", 24, columns, 0, 0)
+        fcntl.ioctl(self.fd, termios.TIOCSWINSZ, size)
         os.set_blocking(self.fd, False)
         self.all = self.unseen = b""
 
-    def type(self, text):
+    def type(self, text, seconds=20):
         text = text.encode() if isinstance(text, str) else text
+        end = time.monotonic() + seconds
         while text:
             with suppress(BlockingIOError):  # the program has not read what was typed
                 text = text[os.write(self.fd, text[:1000]) :]
-            self.read()
+            lives = self.read()
+            assert lives and time.monotonic() < end, f"{text[:99]!r} was not read"
 
     def see(self, words, seconds=20):
-        end = time.time() + seconds
-        while words.encode() not in self.unseen and time.time() < end and self.read():
-            pass
+        end = time.monotonic() + seconds
+        while words.encode() not in self.unseen:
+            lives = self.read()
+            if not lives or time.monotonic() > end:
+                break
         seen, found, rest = self.unseen.partition(words.encode())
         assert found, f"{words!r} is not in {self.unseen[-2000:]!r}"
         self.unseen = rest
@@ -85,21 +116,45 @@ class Terminal:
 
     def end(self, seconds=20):
         """The exit status."""
-        end = time.time() + seconds
-        while time.time() < end:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
+                self.pid = None
                 return os.waitstatus_to_exitcode(status)
-            self.read() or time.sleep(0.02)
-        os.kill(self.pid, signal.SIGKILL)
+            if not self.read():
+                time.sleep(0.02)
         raise AssertionError(f"the program goes on: {self.all[-500:]!r}")
+
+    def kill(self):
+        if self.pid is not None:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        os.close(self.fd)
+
+
+@pytest.fixture
+def start(tmp_path):
+    """A function that starts the program; what is left of it is killed."""
+    terminals = []
+
+    def call(*args, **options):
+        terminals.append(Terminal(tmp_path, *args, **options))
+        return terminals[-1]
+
+    yield call
+    for each in terminals:
+        each.kill()
+
+
+# ---- in a pseudo-terminal ------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_a_conversation(tmp_path):
+def test_a_conversation(start, tmp_path):
     spaced = tmp_path / "my photo (1).png"
     shutil.copy(EXAMPLE, spaced)
-    t = Terminal(tmp_path, EXAMPLE)
+    t = start(EXAMPLE)
     assert "\x1b[38;2;" in t.see("you> ")  # the picture in colors
     assert "red" in t.ask("What color is the star?", "you> ")
     t.type("\x1b[A\n")  # the last message again
@@ -125,17 +180,33 @@ def test_a_conversation(tmp_path):
         t.ask("/clear", "you> ")
     assert "red" in t.ask(f"What color is the star in {escaped}?", "red")
     t.see("you> ")
-    t.type("/regen\t\n")
-    t.see("red")
-    t.see("you> ")
-    t.type(f"/image {str(spaced)[:-9]}\x15/bye\n")
+    t.type("/bye\n")
     assert t.end() == 0
     assert "What color is the star?" in (tmp_path / ".nanominigpt4_history").read_text()
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_an_answer_and_at_the_prompt_leads_to_a_fresh_line(tmp_path):
-    t = Terminal(tmp_path, EXAMPLE, slow=True)
+def test_tab_completes_commands_and_paths(start, tmp_path):
+    (tmp_path / "folder").mkdir()
+    shutil.copy(EXAMPLE, tmp_path / "folder/star.png")
+    t = start()
+    t.see("you> ")
+    t.type(f"/ima\t {tmp_path}/fol\tsta\t\n")
+    t.see(f"{tmp_path}/folder/star.png: seen")
+    t.see("you> ")
+    t.type("What color is the star?\n")
+    t.see("red")
+    t.see("you> ")
+    t.type("/regen\t\n")
+    t.see("red")
+    t.see("you> ")
+    t.type("/bye\n")
+    assert t.end() == 0
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_an_answer_and_at_the_prompt_leads_to_a_fresh_line(start):
+    t = start(EXAMPLE, before=SLOW)
     t.see("you> ")
     t.type("Describe this image in detail.\n")
     t.see("There are")
@@ -151,24 +222,38 @@ def test_ctrl_c_stops_an_answer_and_at_the_prompt_leads_to_a_fresh_line(tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "options, env", [(["--plain"], {}), ([], {"NO_COLOR": "1"}), ([], {"TERM": "dumb"})]
-)
-def test_plain_text_alone(tmp_path, options, env):
-    t = Terminal(tmp_path, EXAMPLE, *options, env=env)
+def test_a_terminal_gets_progress_bars(start):
+    t = start(before=WITH_BAR)
+    t.see("the bar: 100%")
+    t.see("you> ")
+    t.type("\x04")
+    assert t.end() == 0
+
+
+PLAIN = {
+    "--plain": (["--plain"], {}),
+    "NO_COLOR": ([], {"NO_COLOR": "1"}),
+    "TERM=dumb": ([], {"TERM": "dumb"}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options, env", PLAIN.values(), ids=PLAIN)
+def test_plain_text_alone(start, options, env):
+    t = start(EXAMPLE, *options, env=env, before=WITH_BAR)
     t.see("you> ")
     t.ask("What color is the star?", "red")
     t.see("you> ")
     t.type("/bye\n")
     assert t.end() == 0
-    assert not re.search(
-        rb"[^\x20-\x7e\t\r\n\x80-\xff]", t.all
-    )  # the terminal itself adds "\r"
+    assert b"the bar" not in t.all
+    # the terminal itself adds "\r"
+    assert not re.search(rb"[^\x20-\x7e\t\r\n\x80-\xff]", t.all)
 
 
 @pytest.mark.slow
-def test_odd_input(tmp_path):
-    t = Terminal(tmp_path, EXAMPLE, columns=20)
+def test_odd_input(start):
+    t = start(EXAMPLE, columns=20)
     t.see("you> ")
     t.type(b"What color is the star, caf\xe9?\n")
     t.see("you> ")
@@ -181,8 +266,122 @@ def test_odd_input(tmp_path):
     assert t.end() == 0 and b"Traceback" not in t.all
 
 
+# ---- Tab -----------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
-    "spelling", ["'{}'", '"{}"', "{}", "file://localhost{}", "({})", "`{}`,", "<{}>?"]
+    "text, found",
+    [
+        ("/re", ["/reset", "/regenerate"]),
+        ("/image", ["/image"]),
+        ("/x", []),
+        ("re", []),
+    ],
+    ids=["two commands", "one command", "unknown", "no slash"],
+)
+def test_completions_of_commands(text, found, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert completions(text, NAMES) == found
+
+
+def test_completions_of_paths(tmp_path, monkeypatch):
+    (tmp_path / "[a]").mkdir()
+    (tmp_path / "[a]/b.png").touch()
+    (tmp_path / "ab.png").touch()
+    (tmp_path / ".hidden").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert completions("a", ()) == ["ab.png"]
+    assert completions("[", ()) == ["[a]/"]
+    assert completions("[a]/", ()) == ["[a]/b.png"]
+    assert sorted(completions("", NAMES)) == ["[a]/", "ab.png"]
+    assert completions("~/ab", ()) == [f"{tmp_path}/ab.png"]
+    assert completions(f"{tmp_path}/[", NAMES) == [f"{tmp_path}/[a]/"]
+    assert completions("nowhere/", NAMES) == []
+
+
+@pytest.fixture
+def completer(tmp_path, monkeypatch):
+    """What readline calls at Tab, with the column where the word begins to be set."""
+    readline = pytest.importorskip("readline")
+    monkeypatch.setattr(terminal.atexit, "register", lambda *_: None)
+    terminal.set_up_readline(NAMES, str(tmp_path / "history"))
+    assert (tmp_path / "history").exists()
+
+    def complete(text, column):
+        monkeypatch.setattr(readline, "get_begidx", lambda: column)
+        found = []
+        while (match := readline.get_completer()(text, len(found))) is not None:
+            found.append(match)
+        return found
+
+    yield complete
+    readline.set_completer(None)
+    readline.clear_history()
+
+
+def test_tab_offers_commands_at_the_start_of_a_line_alone(completer):
+    assert completer("/re", 0) == ["/reset", "/regenerate"]
+    assert completer("/re", 5) == []
+    assert completer(EXAMPLE[:-2], 7) == [EXAMPLE]
+
+
+def test_a_folder_without_permission_leaves_the_history_out(monkeypatch):
+    readline = pytest.importorskip("readline")
+    registered = []
+    monkeypatch.setattr(terminal.atexit, "register", registered.append)
+    terminal.set_up_readline(NAMES, "/nowhere/history")
+    assert not registered and readline.get_completer()("/he", 0) is not None
+    readline.set_completer(None)
+
+
+# ---- messages ------------------------------------------------------------------------
+
+
+MESSAGES = {
+    "a message": ("  What is it? \n", ("", "What is it?")),
+    "a command": ("/set top_p 0.5\n", ("/set", "top_p 0.5")),
+    "a tab": ("/image\ta b.png \n", ("/image", "a b.png")),
+    "no argument": ("/reset\n", ("/reset", "")),
+    "nothing": (" \n", ("", "")),
+    "unknown": ("/dance now\n", ("/dance", "now")),
+    "a picture": (f"{EXAMPLE} this?\n", ("", f"{EXAMPLE} this?")),
+    "several lines": ('"""/reset\nthis?""" now\n', ("", "/reset\nthis?  now")),
+    "lines to the end": ('"""/a\nb', ("", "/a\nb")),
+    "a quote inside": ('a """b"""\n', ("", 'a """b"""')),
+    "zeros": ("a\0b\n", ("", "ab")),
+}
+
+
+@pytest.mark.parametrize("typed, read", MESSAGES.values(), ids=MESSAGES)
+def test_messages_and_commands(typed, read, monkeypatch):
+    lines = iter(typed.splitlines())
+
+    def input_line(prompt):
+        assert prompt == ""  # stdin is no terminal
+        line = next(lines, None)
+        if line is None:
+            raise EOFError
+        return line
+
+    monkeypatch.setattr("builtins.input", input_line)
+    with open(os.devnull) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert terminal.read_message(NAMES) == read
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    ["'{}'", '"{}"', "{}", "file://localhost{}", "({})", "`{}`,", "<{}>?"],
+    ids=[
+        "single quotes",
+        "double quotes",
+        "escapes",
+        "file URL",
+        "parentheses",
+        "backticks",
+        "angle brackets",
+    ],
 )
 def test_pictures_are_found_in_messages(tmp_path, spelling):
     path = tmp_path / "it's (a) b.PNG"
@@ -202,11 +401,96 @@ def test_pictures_are_found_in_messages(tmp_path, spelling):
     )
 
 
+def test_spaces_stay_in_a_message_without_pictures():
+    assert find_pictures("a  b  'c d.png'") == ("a  b  'c d.png'", [])
+
+
+# ---- text on stdin -------------------------------------------------------------------
+
+
+@pytest.fixture
+def pipe(monkeypatch):
+    """A pipe as stdin; the function that writes to it, and with None closes it."""
+    reader, writer = os.pipe()
+    stdin = os.fdopen(reader)
+    monkeypatch.setattr(sys, "stdin", stdin)
+    is_open = True
+
+    def write(text):
+        nonlocal is_open
+        if text is None and is_open:
+            is_open = False
+            os.close(writer)
+        elif is_open:
+            os.write(writer, text.encode())
+
+    yield write
+    write(None)
+    stdin.close()
+
+
+def test_optional_text_is_read_from_a_pipe(pipe, capsys):
+    pipe(" a\nb\n")
+    pipe(None)
+    assert terminal.read_piped_text(is_optional=True) == "a\nb"
+    assert capsys.readouterr().err == ""
+
+
+def test_a_pipe_that_was_closed_empty_is_not_waited_for(pipe, capsys):
+    pipe(None)
+    start = time.monotonic()
+    assert terminal.read_piped_text(is_optional=True) == ""
+    assert time.monotonic() - start < 2 and capsys.readouterr().err == ""
+
+
+def test_optional_text_is_not_waited_for_without_end(pipe, capsys, monkeypatch):
+    monkeypatch.setattr(terminal, "PIPE_SECONDS", 0.1)
+    assert terminal.read_piped_text(is_optional=True) == ""
+    assert "nothing arrived on stdin" in capsys.readouterr().err
+
+
+def test_text_that_comes_late_is_read(pipe):
+    """Also its end, which comes later still."""
+    late = threading.Thread(
+        target=lambda: (
+            [time.sleep(0.2), pipe("a "), time.sleep(0.2), pipe("b")] and pipe(None)
+        )
+    )
+    late.start()
+    assert terminal.read_piped_text(is_optional=True) == "a b"
+    late.join(timeout=5)
+
+
+def test_text_that_is_not_optional_is_waited_for(pipe, monkeypatch):
+    monkeypatch.setattr(terminal, "PIPE_SECONDS", 0.1)
+    late = threading.Timer(0.5, lambda: [pipe("late"), pipe(None)])
+    late.start()
+    assert terminal.read_piped_text(is_optional=False) == "late"
+    late.join(timeout=5)
+
+
+@pytest.mark.parametrize("content", ["a text\n", ""], ids=["a text", "empty"])
+def test_a_file_on_stdin_is_read_at_once(tmp_path, content, monkeypatch, capsys):
+    (tmp_path / "text").write_text(content)
+    with open(tmp_path / "text") as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert terminal.read_piped_text(is_optional=True) == content.strip()
+    assert capsys.readouterr().err == ""
+
+
+# ---- pictures as text ----------------------------------------------------------------
+
+
 def test_half_blocks_hold_two_pixels_each():
-    image = torch.arange(12, dtype=torch.uint8).view(
-        3, 2, 2
-    )  # red, green, blue: 0-3, 4-7, 8-11
+    # red, green, blue: 0-3, 4-7, 8-11
+    image = torch.arange(12, dtype=torch.uint8).view(3, 2, 2)
     assert half_blocks(image) == (
         "\x1b[38;2;0;4;8;48;2;2;6;10m\u2580\x1b[38;2;1;5;9;48;2;3;7;11m\u2580\x1b[0m"
     )
     assert len(half_blocks(torch.zeros(3, 6, 6, dtype=torch.uint8)).splitlines()) == 3
+
+
+@pytest.mark.parametrize("columns, width", [(1, 2), (21, 20), (80, 40)])
+def test_a_picture_fits_the_terminal(columns, width, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert terminal.picture_width() == width

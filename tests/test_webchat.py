@@ -1,21 +1,21 @@
-"""tools/webchat.py, in a real browser: needs gradio, playwright, and Chromium on the PATH."""
+"""tools/webchat.py, in a browser if gradio, playwright and Chromium are there."""
 
 import importlib.util
-import os
 import re
 import shutil
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 import chat
+from plumbing import console
 from plumbing.console import InputError
+from tests.common import EXAMPLE, ROOT
+from tests.runs import ENV, wait_until
 from tools import webchat
 
-ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
     None,
@@ -27,32 +27,32 @@ needs_browser = pytest.mark.skipif(
 
 
 @pytest.fixture
-def address():
+def address(tmp_path):
     """The address of a page with the tiny model."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = [
-        sys.executable,
-        str(ROOT / "tools/webchat.py"),
-        f"--port={port}",
-        "--temperature=0",
-    ]
-    server = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
-    )
-    assert any("Running on" in line for line in server.stdout)  # read until then
-    yield f"http://127.0.0.1:{port}"
-    server.terminate()
-    server.wait()
+    command = [sys.executable, "tools/webchat.py", f"--port={port}", "--temperature=0"]
+    messages = tmp_path / "messages"
+    with messages.open("w") as file:
+        server = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=file,
+            stderr=file,
+            env=ENV | {"PYTHONUNBUFFERED": "1"},
+        )
+    try:
+        wait_until(server, lambda: "Running on" in messages.read_text())
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.kill()
+        server.wait()
 
 
 @needs_browser
 def test_a_conversation_in_a_browser(address, tmp_path):
-    """Picture in, answers out, markup is text, a broken picture is named, a new conversation is empty."""
+    """A picture, answers, markup as text, a broken picture, a new conversation."""
     from playwright.sync_api import expect, sync_playwright
 
     expect.set_options(timeout=30_000)
@@ -109,10 +109,55 @@ def test_without_gradio_one_line_says_how_to_get_it(monkeypatch):
 @pytest.mark.parametrize(
     "argv, words",
     [(["--port=0"], "port"), (["--prt=1"], "did you mean port"), (["x.png"], "usage")],
+    ids=["no port", "unknown option", "an argument"],
 )
 def test_wrong_options_raise(argv, words):
     with pytest.raises(InputError, match=words):
         webchat.main(argv)
+
+
+def test_plain_switches_progress_bars_off(monkeypatch):
+    monkeypatch.setattr(console, "_plain", False)  # undone at the end
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(InputError):
+        webchat.main(["--plain"])
+    assert console._plain
+
+
+class Gradio:
+    """What Page.answer needs of gradio."""
+
+    def __init__(self):
+        self.warnings = []
+
+    def skip(self):
+        return "as it was"
+
+    def Warning(self, text):
+        self.warnings.append(text)
+
+
+def test_the_page_answers_with_the_sliders_values(tmp_path):
+    gradio, broken = Gradio(), tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    page = webchat.Page(gradio, *chat.load(webchat.Options(device="cpu")))
+    values = (0, 1, 1.05, 12)  # ints too, as a slider sends them
+    message = {"text": "", "files": [EXAMPLE]}
+    first, *_, (box, talk, log) = page.answer(message, None, *values)
+    assert first[0] is None and first[2][-1]["content"] == "..."
+    assert box == "as it was" and log[0]["content"] == {"path": EXAMPLE}
+    assert log[1]["content"] == "Describe this image in detail."
+    assert log[2]["content"] == talk.turns[0].answer
+    assert talk.stats["answer_tokens"] == 12 and not gradio.warnings
+    assert [getattr(talk.options, name) for name in webchat.SLIDERS] == [*values]
+    assert isinstance(talk.options.temperature, float)
+
+    message = {"text": "And?", "files": [EXAMPLE, str(broken)]}
+    ((box, same, log),) = page.answer(message, talk, *values)
+    assert box == message and same is talk and len(log) == 3
+    assert not talk.new_pictures
+    (warning,) = gradio.warnings
+    assert warning.startswith("broken.png: cannot be read") and "/" not in warning
 
 
 def test_turns_are_shown_as_text_with_their_pictures():

@@ -1,29 +1,37 @@
 """The chat of chat.py as a page in this computer's browser.
 
-    python tools/webchat.py --ckpt=out/stage2          at http://127.0.0.1:7860; without --ckpt the tiny model
+    python tools/webchat.py --ckpt=out/stage2
 
-It needs gradio (pip install gradio). Only this computer can open the page, each browser tab is a conversation
-of its own, and the model answers one question at a time. chat.py's options are where the sliders start.
+The page is at http://127.0.0.1:7860; without --ckpt it shows the tiny model. It needs
+gradio (pip install gradio). Only this computer can open it, each browser tab is a
+conversation of its own, and the model answers one question at a time. chat.py's options
+are where the sliders start.
 """
 
 import html
 import os
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import chat
-from plumbing.console import InputError, run_main
+from model import MiniGPT4
+from plumbing.console import InputError, run_main, set_plain
 from plumbing.options import option, override, parse_args
 
+# least, most, step
 SLIDERS = {
     "temperature": (0, 2, 0.05),
     "top_p": (0.05, 1, 0.05),
     "repetition_penalty": (0.5, 2, 0.05),
     "max_new_tokens": (1, 1000, 1),
-}  # from, to, step
+}
+CLEANING = (3600, 86400)  # seconds between two, and that pictures are kept
+# the button would send a picture to another server
+NO_SHARING = "button[aria-label=Share] {display: none}"
 
 
 @dataclass(frozen=True)
@@ -36,107 +44,117 @@ class Options(chat.Options):
 
 
 def as_messages(turns: list[chat.Turn]) -> list[dict]:
-    """Turns -> what gradio shows, which takes a text for HTML; a picture is a message of its own."""
-    return [
-        {"role": role, "content": content}
-        for turn in turns
-        for role, content in (
-            *(("user", {"path": picture.path}) for picture in turn.pictures),
-            ("user", html.escape(turn.question)),
-            ("assistant", html.escape(turn.answer or "...")),
-        )
-    ]
+    """What gradio shows of turns: each picture is a message; texts are HTML."""
+    messages = []
+    for turn in turns:
+        for picture in turn.pictures:
+            messages.append({"role": "user", "content": {"path": picture.path}})
+        question = html.escape(turn.question)
+        answer = html.escape(turn.answer or "...")
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": answer})
+    return messages
 
 
-def serve(gr, model, options: Options):
-    """Show the page, made with the module gradio, until Ctrl-C."""
+def with_sliders(options: Options, values: tuple[float, ...]) -> Options:
+    """The options with the sliders' values, each as its option's type."""
+    changes = {}
+    for name, value in zip(SLIDERS, values):
+        kind = type(getattr(options, name))
+        changes[name] = kind(value)
+    return replace(options, **changes)
+
+
+class Page:
+    """The page, made with the module gradio."""
+
+    def __init__(self, gr, model: MiniGPT4, options: Options):
+        self.gr = gr
+        self.model = model
+        self.options = options
 
     def answer(
-        message: dict, talk: chat.Chat | None, *values: float
-    ):  # yields what box, talk, log become
-        talk, question = (
-            talk or chat.Chat(model, options),
-            message["text"].strip() or options.prompt,
-        )
+        self, message: dict, talk: chat.Chat | None, *values: float
+    ) -> Iterator[tuple]:
+        """Yield what box, talk and log become: first the question, then the answer."""
+        if talk is None:
+            talk = chat.Chat(self.model, self.options)
+        question = message["text"].strip() or self.options.prompt
         try:
-            talk.options = replace(
-                options,
-                **{k: type(vars(options)[k])(v) for k, v in zip(SLIDERS, values)},
-            )
+            talk.options = with_sliders(self.options, values)
             for path in message["files"]:
                 talk.add_image(path)
-            yield (
-                None,
-                talk,
-                as_messages(
-                    [*talk.turns, chat.Turn(question, pictures=talk.new_pictures)]
-                ),
-            )
+            asked = chat.Turn(question, pictures=talk.new_pictures)
+            yield None, talk, as_messages([*talk.turns, asked])
             for _ in talk.ask(question):
-                yield (
-                    gr.skip(),
-                    talk,
-                    as_messages(talk.turns),
-                )  # the box may hold the next question by now
+                # the box may hold the next question by now
+                yield self.gr.skip(), talk, as_messages(talk.turns)
             talk.remember()
         except InputError as e:
-            gr.Warning(re.sub(r"/\S*/", "", str(e)))  # without gradio's folders
+            self.gr.Warning(re.sub(r"/\S*/", "", str(e)))  # without gradio's folders
             talk.new_pictures = ()
             yield message, talk, as_messages(talk.turns)
 
-    with gr.Blocks(
-        title="nanoMiniGPT-4", delete_cache=(3600, 86400)
-    ) as page:  # seconds; pictures of a day
-        talk, log = (
-            gr.State(),
-            gr.Chatbot(
+    def build(self):
+        """Place the parts of the page and connect them."""
+        gr = self.gr
+        with gr.Blocks(title="nanoMiniGPT-4", delete_cache=CLEANING) as page:
+            talk = gr.State()
+            log = gr.Chatbot(
                 show_label=False, render_markdown=False, height="75vh", buttons=[]
-            ),
+            )
+            box = gr.MultimodalTextbox(
+                file_count="multiple",
+                file_types=["image"],
+                show_label=False,
+                placeholder="Drop or paste a picture; ask about it",
+            )
+            with gr.Sidebar(position="right"):
+                stop = gr.Button("Stop")
+                clear = gr.Button("New conversation")
+                sliders = [self.slider(name) for name in SLIDERS]
+            inputs, outputs = [box, talk, *sliders], [box, talk, log]
+            asked = box.submit(self.answer, inputs, outputs, concurrency_limit=1)
+            stop.click(None, cancels=[asked])
+            gr.on(
+                [clear.click, log.clear],
+                lambda: (None, None, []),
+                None,
+                outputs,
+                cancels=[asked],
+            )
+        return page
+
+    def slider(self, name: str):
+        """A slider that starts at the option's value, which may widen its range."""
+        least, most, step = SLIDERS[name]
+        value = getattr(self.options, name)
+        return self.gr.Slider(
+            min(least, value), max(most, value), value, step=step, label=name
         )
-        box = gr.MultimodalTextbox(
-            file_count="multiple",
-            file_types=["image"],
-            show_label=False,
-            placeholder="Drop or paste a picture; ask about it",
-        )
-        with gr.Sidebar(position="right"):
-            stop, clear = gr.Button("Stop"), gr.Button("New conversation")
-            sliders = [
-                gr.Slider(min(least, v), max(most, v), v, step=step, label=name)
-                for name, (least, most, step) in SLIDERS.items()
-                for v in [getattr(options, name)]
-            ]
-        asked = box.submit(
-            answer, [box, talk, *sliders], [box, talk, log], concurrency_limit=1
-        )
-        stop.click(None, cancels=[asked])
-        gr.on(
-            [clear.click, log.clear],
-            lambda: (None, None, []),
-            None,
-            [box, talk, log],
-            cancels=[asked],
-        )
+
+
+def main(argv: list[str]):
+    _, given = parse_args(argv, __doc__, "", Options)
+    options = override(Options(), given)
+    set_plain(options.plain)
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False"}
+    try:
+        import gradio
+    except ImportError as e:
+        raise InputError("the page needs the package gradio: pip install gradio") from e
+    model, options = chat.load(options)
+    page = Page(gradio, model, options).build()
     try:
         page.launch(
             server_name="127.0.0.1",
             server_port=options.port,
             share=False,
             footer_links=[],
-            css="button[aria-label=Share] {display: none}",
-        )  # which would send a picture elsewhere
+            css=NO_SHARING,
+        )
     except OSError as e:
         raise InputError(f"port {options.port} is not free; give another --port") from e
-
-
-def main(argv: list[str]):
-    options = override(Options(), parse_args(argv, __doc__, "", Options)[1])
-    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False"}
-    try:
-        import gradio
-    except ImportError as e:
-        raise InputError("the page needs the package gradio: pip install gradio") from e
-    serve(gradio, *chat.load(options))
 
 
 if __name__ == "__main__":
