@@ -270,7 +270,7 @@ class Golden:
     def generation(self, template: str, kind: str = "greedy") -> dict[str, dict]:
         """Runs by name, such as "greedy_turn2_rp1.05".
 
-        Each has "new_tokens", ids; some have "eos_token_id", "stop_words_ids" and others.
+        Each has "new_tokens", ids; some have "eos_token_id" or "stop_words_ids".
         """
         if self.full:
             runs = self._chat(template)["scripted"]["generation"]

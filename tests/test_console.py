@@ -20,7 +20,7 @@ from plumbing.console import (
     set_quiet,
 )
 from tests.common import ROOT
-from tests.runs import ENV, command, micro
+from tests.runs import ENV, command, micro, wait_until
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_a_mistake_of_ours_gives_a_traceback():
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_a_script_with_130_and_a_mistake_with_2():
+def test_ctrl_c_ends_a_script_with_130_and_a_mistake_with_2(tmp_path):
     code = (
         "import sys, time, model, chat, plumbing.console\n"
         "def generate(*args, **options):\n"
@@ -133,21 +133,20 @@ def test_ctrl_c_ends_a_script_with_130_and_a_mistake_with_2():
         "model.MiniGPT4.generate = generate\n"
         "plumbing.console.run_main(chat.main)\n"
     )
-    program = subprocess.Popen(
-        [sys.executable, "-c", code, "--prompt=x"],
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert program.stdout.readline() == "begun\n"
+    out, err = tmp_path / "out", tmp_path / "err"
+    with out.open("w") as stdout, err.open("w") as stderr:
+        program = subprocess.Popen(
+            [sys.executable, "-c", code, "--prompt=x"],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+        )
+    wait_until(program, lambda: out.read_text() == "begun\n")
     time.sleep(0.2)
     program.send_signal(signal.SIGINT)
-    assert (
-        "Traceback" not in program.communicate(timeout=20)[1]
-        and program.returncode == 130
-    )
+    assert program.wait(20) == 130
+    assert "Traceback" not in err.read_text()
     done = subprocess.run(
         [sys.executable, "chat.py", "nowhere.png"],
         cwd=ROOT,

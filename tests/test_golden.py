@@ -1,8 +1,8 @@
 """Every number of the original MiniGPT-4 at tiny sizes, in float32.
 
-They are in tests/golden, and in the folder GOLDEN_FULL if it is set. The tests follow the
-forward pass. Each stage gets the original's own input, so a failure names the stage that
-differs. The tolerances are those of the golden folders' README; ids and texts are exact.
+They are in tests/golden, and in the folder GOLDEN_FULL if it is set. The tests follow
+the forward pass. Each stage gets the original's own input, so a failure names the stage
+that differs. Tolerances are from the golden folders' README; ids and texts are exact.
 """
 
 import copy
@@ -272,7 +272,7 @@ def test_learning_rates(texts, schedule):
 @pytest.mark.parametrize("micro_batches", [1, 3])
 @pytest.mark.parametrize("name", ["adamw5", "adamw5_biglr"])
 def test_five_steps_of_adamw(golden, name, micro_batches):
-    """In one batch as in the original, and in micro-batches: each token weighs the same."""
+    """In one batch as in the original, and in micro-batches: tokens weigh the same."""
     model, case = golden.model(), golden.case("2_stage2_vicuna", "vicuna")
     config, steps, rates, losses = golden.adamw(name, case.config)
     samples = list(make_samples(golden, case))
@@ -384,7 +384,7 @@ def test_beam_search(golden, template):
 @pytest.mark.parametrize("folder", ["full"], indirect=True)
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_live_conversation(golden, template):
-    """The second turn's history holds the model's first answer. Only in the full set."""
+    """The second turn follows the model's first answer. Only in the full set."""
     model, chat, answers = golden.model(), golden.conversation(template, "live"), []
     image_embeds, end = model.encode_image(golden.images[:1]), TEMPLATES[template].end
     for turn, (new_ids, text) in enumerate(chat.generated):

@@ -1,6 +1,6 @@
 """The shape of the repository: how dense its lines are, and what imports what.
 
-A token is one of Python's, without docstrings and comments; a code line has one at least.
+Tokens are Python's, without docstrings and comments; a code line has one at least.
 """
 
 import ast

@@ -1,4 +1,4 @@
-"""Files of samples -> samples: tar shards, folders of captions, JSON rows; whatever is wrong is named in one line."""
+"""Tar shards, folders of captions and JSON rows -> samples; faults are named."""
 
 import gzip
 import json
