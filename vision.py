@@ -55,12 +55,9 @@ def load_image(source: str | bytes, image_size: int, smallest: int = 1) -> torch
 
 def decode(source: str | bytes) -> Image.Image:
     """A picture in any mode, turned upright. Raises any exception for a broken one."""
-    if isinstance(source, bytes):
-        file = io.BytesIO(source)
-    elif os.path.exists(source) and not os.path.isfile(source):
+    file = source if isinstance(source, str) else io.BytesIO(source)
+    if file is source and os.path.exists(file) and not os.path.isfile(file):
         raise ValueError("no regular file")  # reading a pipe could wait forever
-    else:
-        file = source
     with Image.open(file, formats=FORMATS) as image:
         # before anything is decoded; the copies made by to_rgb count as well
         is_plain = image.mode in PLAIN_MODES and "transparency" not in image.info
