@@ -1,4 +1,4 @@
-"""tools/get_weights.py from start to end, against a server on the loopback that answers as the hub does."""
+"""tools/get_weights.py from start to end, against a server that answers as the hub."""
 
 import importlib.util
 import json
@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,17 +18,51 @@ import chat
 from model import MiniGPT4
 from plumbing.console import InputError
 from tests import hub as fake
+from tests.common import EXAMPLE, ROOT, TINY
 from tests.hub import BLIP2, LLAMA2, MIRROR, PROJ, TINYLLAMA, VICUNA
 from tools import get_weights
 
 pytestmark = pytest.mark.skipif(
     not importlib.util.find_spec("huggingface_hub"), reason="needs huggingface_hub"
 )
-ROOT = Path(__file__).resolve().parent.parent
+DEADLINE = 300  # seconds for a start; it takes 10
 PROGRAM = """
 import shutil, sys
 from tools import get_weights
 get_weights.run_main(get_weights.main)
+"""
+WITHOUT_THE_PACKAGE = """
+import sys
+sys.modules['huggingface_hub'] = None
+"""
+SMALL_CHUNKS = """
+import huggingface_hub.constants
+huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 1000
+"""
+FULL_DISK = """
+import huggingface_hub.file_download
+def http_get(*_, **__):
+    raise OSError(28, 'No space left on device')
+huggingface_hub.file_download.http_get = http_get
+"""
+# All folders are on one disk.
+SMALL_DISK = """
+import collections, shutil
+Usage = collections.namedtuple('Usage', 'free')
+shutil.disk_usage = lambda path: Usage(300_000)
+"""
+# The cache's folders say that they are on another disk, a smaller one.
+SMALL_CACHE = """
+import collections, os, pathlib, shutil
+Usage = collections.namedtuple('Usage', 'free')
+shutil.disk_usage = lambda path: Usage(10_000 if 'hf' in str(path) else 10**12)
+stat = pathlib.Path.stat
+def other(path, **more):
+    fields = list(stat(path, **more))
+    if path.name in ('hf', 'hub'):
+        fields[2] += 1
+    return os.stat_result(fields)
+pathlib.Path.stat = other
 """
 
 
@@ -44,35 +79,34 @@ def hub(repos):
         yield server
 
 
-def start(hub, folder, *argv, program=PROGRAM, **env):
-    """Run the tool in `folder`, with a cache of its own there."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    env = (
-        clean
-        | {
-            "HF_ENDPOINT": hub.address,
-            "HF_HOME": f"{folder}/hf",
-            "HF_HUB_DISABLE_XET": "1",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-            "TQDM_DISABLE": "1",
-        }
-        | env
-    )
+def start(hub, folder, *argv, before="", **env):
+    """Run the tool in `folder`, with a cache of its own there, after `before`."""
+    clean = {name: v for name, v in os.environ.items() if not name.startswith("HF_")}
+    own = {
+        "HF_ENDPOINT": hub.address,
+        "HF_HOME": f"{folder}/hf",
+        "HF_HUB_DISABLE_XET": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "TQDM_DISABLE": "1",
+    }
     return subprocess.run(
-        [sys.executable, "-c", program, *argv],
+        [sys.executable, "-c", before + PROGRAM, *argv],
         cwd=folder,
-        env=env,
+        env=clean | own | env,
         capture_output=True,
         text=True,
+        timeout=DEADLINE,
     )
 
 
 def fails(*args, **options):
     """The one-line error of a start."""
     done = start(*args, **options)
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    return [line for line in done.stderr.splitlines() if line.startswith("error: ")][-1]
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    lines = done.stderr.splitlines()
+    return [line for line in lines if line.startswith("error: ")][-1]
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +118,13 @@ def local(tmp_path_factory):
     return f"--vision={folder}/eva_vit_g.pth", f"--qformer={folder}/blip2.pth"
 
 
-# ---- what it makes -------------------------------------------------------------------
+def megabytes(hub, repo, *names):
+    """The size of files in a repo, as the tool writes it."""
+    size = sum((hub.root / repo / name).stat().st_size for name in names)
+    return f"{size / 1e6:.2f} MB"
+
+
+# ---- what it makes ---------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -92,338 +132,266 @@ def test_vicuna_7b_from_nothing_then_again_then_offline_then_chat(hub, tmp_path)
     """With BLIP-2 from the hub."""
     done = start(hub, tmp_path, "vicuna-7b")
     assert done.returncode == 0, done.stderr
-    index, shard = "model.safetensors.index.json", "model-0000{}-of-00003.safetensors"
-    wanted = [
-        f"{BLIP2}/{name}"
-        for name in ("config.json", index, shard.format(1), shard.format(2))
-    ]
-    wanted += [
-        f"{VICUNA}/{name}"
-        for name in (
-            "config.json",
-            "tokenizer.model",
-            "pytorch_model.bin.index.json",
-            "pytorch_model-00001-of-00002.bin",
-            "pytorch_model-00002-of-00002.bin",
-        )
-    ]
-    assert sorted(hub.fetched()) == sorted(
-        [*wanted, f"{MIRROR}/{PROJ}"]
-    )  # each once, and no third shard
-    size = sum(
-        (hub.root / BLIP2 / name).stat().st_size
-        for name in ("config.json", index, shard.format(1))
+    small = ("config.json", "model.safetensors.index.json")
+    first, second = (f"model-0000{i}-of-00003.safetensors" for i in (1, 2))
+    llama = (
+        "config.json",
+        "tokenizer.model",
+        "pytorch_model.bin.index.json",
+        "pytorch_model-00001-of-00002.bin",
+        "pytorch_model-00002-of-00002.bin",
     )
-    said = f"weights/eva_vit_g.safetensors <- 3 files, {{:.2f}} MB: {{}}/{BLIP2}, {{:.2f}} MB cached"
-    cached = sum(
-        (hub.root / BLIP2 / name).stat().st_size for name in ("config.json", index)
-    )
-    assert said.format(size / 1e6, hub.address, cached / 1e6) in done.stdout
-    assert (
-        "in weights and at most" in done.stdout
-        and f"in {tmp_path}/hf/hub; free: " in done.stdout
-    )
-    assert (
-        f"from {MIRROR}, a mirror that is not official; official: https://drive.google.com/file/d/1RY9"
-        in done.stdout
-    )
+    wanted = [f"{BLIP2}/{name}" for name in (*small, first, second)]
+    wanted += [f"{VICUNA}/{name}" for name in llama]
+    # Each once, and no third shard
+    assert sorted(hub.fetched()) == sorted([*wanted, f"{MIRROR}/{PROJ}"])
+    size = megabytes(hub, BLIP2, *small, first)
+    cached = megabytes(hub, BLIP2, *small)
+    vision = f"weights/eva_vit_g.safetensors <- 3 files, {size}: {hub.address}/{BLIP2}"
+    assert f"{vision}, {cached} cached" in done.stdout
+    assert "in weights and at most" in done.stdout
+    assert f"in {tmp_path}/hf/hub; free: " in done.stdout
+    assert f"from {MIRROR}, a mirror that is not official" in done.stdout
+    assert "official: https://drive.google.com/file/d/1RY9" in done.stdout
     assert done.stdout.splitlines()[-1].endswith("chat.py PICTURE --ckpt=out/vicuna-7b")
     assert "perplexity on a paragraph of English" in done.stderr
-    assert (
-        "likely broken LLaMA weights; remove weights/vicuna-7b" in done.stderr
-    )  # they are random
-    vision = load_file(tmp_path / "weights/eva_vit_g.safetensors")
-    assert (
-        "ln_vision.weight" not in vision
-    )  # else llama2-7b, without Q-Former, would use BLIP-2's
-    assert {
-        t.dtype
-        for file in (tmp_path / "weights/vicuna-7b").glob("*.safetensors")
-        for t in load_file(file).values()
-    } == {torch.bfloat16}
+    # They are random.
+    assert "likely broken LLaMA weights; remove weights/vicuna-7b" in done.stderr
+    made = load_file(tmp_path / "weights/eva_vit_g.safetensors")
+    # Otherwise llama2-7b, which has no Q-Former, would use BLIP-2's.
+    assert "ln_vision.weight" not in made
+    for file in (tmp_path / "weights/vicuna-7b").glob("*.safetensors"):
+        dtypes = {tensor.dtype for tensor in load_file(file).values()}
+        assert dtypes == {torch.bfloat16}
 
     hub.requests.clear()
     again = start(hub, tmp_path, "vicuna-7b")
-    assert (
-        again.returncode == 0 and again.stdout.count("kept") == 4 and not hub.requests
-    )
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("kept") == 4
+    assert not hub.requests
 
     for name in ("weights", "out"):
         shutil.rmtree(tmp_path / name)
     hub.__exit__()
     offline = start(hub, tmp_path, "vicuna-7b", HF_HUB_OFFLINE="1")
     assert offline.returncode == 0, offline.stderr
-    assert said.format(size / 1e6, hub.address, size / 1e6) in offline.stdout
+    assert f"{vision}, {size} cached" in offline.stdout
     assert "hf/hub" not in offline.stdout  # nothing is to be downloaded
     new = load_file(tmp_path / "weights/eva_vit_g.safetensors")
-    assert all(torch.equal(t, vision[k]) for k, t in new.items())
+    assert all(torch.equal(tensor, made[name]) for name, tensor in new.items())
 
+    options = ["--ckpt=out/vicuna-7b", "--prompt=Hm?", "--json"]
     done = subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "chat.py"),
-            str(ROOT / "assets/tiny/example.png"),
-            "--ckpt=out/vicuna-7b",
-            "--prompt=Hm?",
-            "--json",
-        ],
+        [sys.executable, str(ROOT / "chat.py"), EXAMPLE, *options],
         cwd=tmp_path,
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
+        timeout=DEADLINE,
     )
-    assert done.returncode == 0 and "answer" in json.loads(done.stdout), done.stderr
+    assert done.returncode == 0, done.stderr
+    assert "answer" in json.loads(done.stdout)
 
 
 @pytest.mark.slow
 def test_llama2_needs_a_licence_then_a_projection_that_is_fetched_by_hand(
     hub, tmp_path, local
 ):
+    vision = local[0]
     hub.gated.add(LLAMA2)
+    address = f"https://huggingface.co/{LLAMA2}"
     for token in ({}, {"HF_TOKEN": "hf_other"}):
-        message = fails(hub, tmp_path, "llama2-7b", local[0], **token)
-        assert (
-            f"{LLAMA2}/config.json: gated: accept the licence at https://huggingface.co/{LLAMA2},"
-            in message
-        )
-        assert (
-            "HF_TOKEN" in message
-            and "hf auth login" in message
-            and "--llama=" in message
-        )
-    assert not hub.fetched() and not (tmp_path / "weights").exists()
-    done = start(hub, tmp_path, "llama2-7b", local[0], HF_TOKEN="hf_good")
-    by_hand = "weights/pretrained_minigpt4_llama2_7b.pth"
-    assert done.returncode == 2 and "perplexity" in done.stderr
+        message = fails(hub, tmp_path, "llama2-7b", vision, **token)
+        gated = f"{LLAMA2}/config.json: gated: accept the licence at {address},"
+        assert gated in message
+        for word in ("HF_TOKEN", "hf auth login", "--llama="):
+            assert word in message
+    assert not hub.fetched()
+    assert not (tmp_path / "weights").exists()
+
+    done = start(hub, tmp_path, "llama2-7b", vision, HF_TOKEN="hf_good")
+    assert done.returncode == 2, done.stderr
+    assert "perplexity" in done.stderr
     last = done.stderr.splitlines()[-1]
-    assert (
-        last.startswith("error: the projection is missing")
-        and "the same command then continues" in last
-    )
-    assert (
-        "drive.google.com/file/d/11nAPjEok8eAGGEG1N2vXo3kBLCg0WgUk, to be saved as "
-        + by_hand
-        in last
-    )
-    assert {path.name for path in (tmp_path / "weights").iterdir()} == {
-        "eva_vit_g.safetensors",
-        "llama-2-7b-chat",
-    }
-    (tmp_path / by_hand).write_text(
-        "<!DOCTYPE html><html>Google Drive cannot scan this file"
-    )
+    by_hand = "weights/pretrained_minigpt4_llama2_7b.pth"
+    drive = "drive.google.com/file/d/11nAPjEok8eAGGEG1N2vXo3kBLCg0WgUk"
+    assert last.startswith("error: the projection is missing")
+    assert f"{drive}, to be saved as {by_hand}" in last
+    made = {path.name for path in (tmp_path / "weights").iterdir()}
+    assert made == {"eva_vit_g.safetensors", "llama-2-7b-chat"}
+
+    page = "<!DOCTYPE html><html>Google Drive cannot scan this file"
+    (tmp_path / by_hand).write_text(page)
     assert f"{by_hand}: a saved web page" in fails(hub, tmp_path, "llama2-7b")
-    torch.save(
-        {
-            "model": {
-                "llama_proj.weight": torch.randn(32, 64),
-                "llama_proj.bias": torch.zeros(32),
-            }
-        },
-        tmp_path / by_hand,
-    )
+
+    proj = {
+        "llama_proj.weight": torch.randn(32, 64),
+        "llama_proj.bias": torch.zeros(32),
+    }
+    torch.save({"model": proj}, tmp_path / by_hand)
     hub.requests.clear()
     done = start(hub, tmp_path, "llama2-7b")
-    assert done.returncode == 0 and not hub.requests, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert not hub.requests
     config = json.loads((tmp_path / "out/llama2-7b/config.json").read_text())
-    assert config["template"] == "llama2" and not config["qformer"]
+    assert config["template"] == "llama2"
+    assert not config["qformer"]
     assert config["llama"] == "../../weights/llama-2-7b-chat"
 
 
 @pytest.mark.slow
-def test_a_download_that_breaks_off_goes_on_where_it_stopped(hub, tmp_path, local):
+def test_an_interrupted_download_continues_where_it_stopped(hub, tmp_path, local):
     """The server breaks off, then is down; the second start asks for the rest alone."""
     file = f"{TINYLLAMA}/model.safetensors"
-    size = (hub.root / file).stat().st_size
-    hub.cut[file] = size // 2
-    small_chunks = (
-        "import huggingface_hub.constants as c\nc.DOWNLOAD_CHUNK_SIZE = 1000\n"
-        + PROGRAM
-    )
-    message = fails(hub, tmp_path, "tinyllama", *local, program=small_chunks)
-    assert (
-        f"{file}: interrupted, the same command continues" in message
-        and "503" in message
-    )
+    half = (hub.root / file).stat().st_size // 2
+    hub.cut[file] = half
+    message = fails(hub, tmp_path, "tinyllama", *local, before=SMALL_CHUNKS)
+    assert f"{file}: interrupted, the same command continues" in message
+    assert "503" in message
     assert not (tmp_path / "weights/tinyllama-1.1b-chat").exists()
+
     hub.cut.clear()
     hub.requests.clear()
     done = start(hub, tmp_path, "tinyllama")
     assert done.returncode == 0, done.stderr
     got = [request[:3] for request in hub.requests if request[0] == "GET"]
-    first = size // 2 // 1000 * 1000
+    first = half // 1000 * 1000
     assert got == [("GET", file, first), ("GET", f"{TINYLLAMA}/tokenizer.model", 0)]
     assert done.stdout.count("kept") == 2
-    cached = (
-        tmp_path
-        / "hf/hub"
-        / f"models--{TINYLLAMA.replace('/', '--')}"
-        / "snapshots"
-        / fake.COMMIT
-    )
+    folder = f"models--{TINYLLAMA.replace('/', '--')}/snapshots/{fake.COMMIT}"
+    cached = tmp_path / "hf/hub" / folder
     assert (cached / "model.safetensors").read_bytes() == (hub.root / file).read_bytes()
     assert not list(cached.glob("*.incomplete"))
     assert re.search(r"train\.py \S*configs/stage1_tinyllama\.py$", done.stdout.strip())
-    assert not (tmp_path / "out").exists()  # there is no projection, so there is no run
+    assert not (tmp_path / "out").exists()  # no projection, so no run
 
 
 @pytest.mark.slow
 def test_every_source_can_be_given(hub, tmp_path, local):
-    """Paths: converted files and a folder, which need neither hub nor package; a repo for the projection."""
-    (tmp_path / "own").mkdir()
-    torch.save({"model": fake.official("proj")}, tmp_path / "own/proj.pth")
-    given = [*local, f"--llama={hub.root / VICUNA}", "--proj=own/proj.pth"]
-    without = "import sys\nsys.modules['huggingface_hub'] = None\n" + PROGRAM
-    done = start(hub, tmp_path, "vicuna-13b", *given, program=without)
-    assert done.returncode == 0 and not hub.requests, done.stderr
+    """Paths need neither the hub nor its package; the projection can be in a repo."""
+    own, run = tmp_path / "own", tmp_path / "out/vicuna-13b"
+    own.mkdir()
+    torch.save({"model": fake.official("proj")}, own / "proj.pth")
+    llama = f"--llama={hub.root / VICUNA}"
+    given = [*local, llama, "--proj=own/proj.pth"]
+    done = start(hub, tmp_path, "vicuna-13b", *given, before=WITHOUT_THE_PACKAGE)
+    assert done.returncode == 0, done.stderr
+    assert not hub.requests
     assert (tmp_path / "weights/vicuna-13b/config.json").is_file()
-    for name in ("eva_vit_g", "qformer"):
-        shutil.move(tmp_path / f"weights/{name}.safetensors", tmp_path / "own")
-    shutil.move(tmp_path / "out/vicuna-13b/proj.safetensors", tmp_path / "own")
-    given = [
-        f"--{part}=own/{file}.safetensors"
-        for part, file in (
-            ("vision", "eva_vit_g"),
-            ("qformer", "qformer"),
-            ("proj", "proj"),
-        )
-    ]
+
+    made = {
+        "vision": tmp_path / "weights/eva_vit_g.safetensors",
+        "qformer": tmp_path / "weights/qformer.safetensors",
+        "proj": run / "proj.safetensors",
+    }
+    for path in made.values():
+        shutil.move(path, own)
+    given = [f"--{part}=own/{path.name}" for part, path in made.items()]
     done = start(hub, tmp_path, "vicuna-13b", *given)
-    assert done.returncode == 0 and not hub.requests, done.stderr
-    for path in (tmp_path / "own").glob("*.safetensors"):
-        folder = "out/vicuna-13b" if path.stem == "proj" else "weights"
-        assert (tmp_path / folder / path.name).read_bytes() == path.read_bytes()
-    (tmp_path / "out/vicuna-13b/proj.safetensors").unlink()
-    done = start(
-        hub, tmp_path, "vicuna-13b", f"--proj={MIRROR}"
-    )  # its only .pth, of another name
-    assert done.returncode == 0 and hub.fetched() == [f"{MIRROR}/{PROJ}"], done.stderr
+    assert done.returncode == 0, done.stderr
+    assert not hub.requests
+    for path in made.values():
+        assert path.read_bytes() == (own / path.name).read_bytes()
+
+    made["proj"].unlink()
+    # The repo's only .pth has another name.
+    done = start(hub, tmp_path, "vicuna-13b", f"--proj={MIRROR}")
+    assert done.returncode == 0, done.stderr
+    assert hub.fetched() == [f"{MIRROR}/{PROJ}"]
 
 
-# ---- what can go wrong ---------------------------------------------------------------
+# ---- what can go wrong -----------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_a_file_or_repo_that_is_missing_is_named_with_the_option_that_replaces_it(
+def test_a_missing_file_or_repo_is_named_with_the_option_that_replaces_it(
     hub, tmp_path, local
 ):
     hub.missing.add(f"{VICUNA}/tokenizer.model")
-    assert fails(hub, tmp_path, "vicuna-7b", *local) == (
-        f"error: {VICUNA}/tokenizer.model: the repo has no such file; another source can be given, --llama="
-    )
-    assert (
-        "nobody/nothing/config.json: there is no such repo, or it is private; another source can be "
-        "given, --llama="
-        in fails(hub, tmp_path, "vicuna-7b", *local, "--llama=nobody/nothing")
-    )
-    assert f"{BLIP2}: 0 .pth files, none named {PROJ}" in fails(
-        hub,
-        tmp_path,
-        "vicuna-7b",
-        *local,
-        f"--llama={hub.root / VICUNA}",
-        f"--proj={BLIP2}",
-    )
+    what = f"{VICUNA}/tokenizer.model: the repo has no such file"
+    message = fails(hub, tmp_path, "vicuna-7b", *local)
+    assert message == f"error: {what}; another source can be given, --llama="
+    message = fails(hub, tmp_path, "vicuna-7b", *local, "--llama=nobody/nothing")
+    what = "nobody/nothing/config.json: there is no such repo, or it is private"
+    assert message == f"error: {what}; another source can be given, --llama="
+    given = (f"--llama={hub.root / VICUNA}", f"--proj={BLIP2}")
+    message = fails(hub, tmp_path, "vicuna-7b", *local, *given)
+    assert f"{BLIP2}: 0 .pth files, none named {PROJ}" in message
     assert not (tmp_path / "weights").exists()
 
 
 @pytest.mark.slow
 def test_without_connection_and_without_cache(hub, tmp_path, local):
     message = fails(hub, tmp_path, "vicuna-7b", *local, HF_HUB_OFFLINE="1")
-    assert (
-        f"{VICUNA}/config.json: not in the cache, and the hub is out of reach"
-        in message
-    )
-    assert "HF_HUB_OFFLINE" in message and "--llama=" in message and not hub.requests
+    what = f"{VICUNA}/config.json: not in the cache, and the hub is out of reach"
+    for words in (what, "HF_HUB_OFFLINE", "--llama="):
+        assert words in message
+    assert not hub.requests
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("free, folder", [(300_000, "weights"), (10_000, "hub")])
+@pytest.mark.parametrize("disk", ["one", "cache"])
 def test_too_small_a_disk_is_found_before_anything_large_is_downloaded(
-    hub, tmp_path, local, free, folder
+    hub, tmp_path, local, disk
 ):
     """One disk for both; or the cache on another one, which is too small."""
-    fake_disks = (
-        f"import shutil, pathlib, os\nfrom collections import namedtuple\n"
-        f"shutil.disk_usage = lambda path: namedtuple('U', 'free')({free} if {folder == 'weights'} "
-        f"or 'hf' in str(path) else 10**12)\n"
-    )
-    if folder == "hub":  # the cache's folder says that it is on another disk
-        (tmp_path / "hf").mkdir()
-        fake_disks += (
-            "stat = pathlib.Path.stat\n"
-            "def other(p, **k):\n    s = list(stat(p, **k)); s[2] += p.name in ('hf', 'hub')\n"
-            "    return os.stat_result(s)\npathlib.Path.stat = other\n"
-        )
-    message = fails(hub, tmp_path, "vicuna-7b", *local, program=fake_disks + PROGRAM)
-    assert (
-        message.startswith("error: needed: at most ")
-        and f"free: {free / 1e6:.2f} MB" in message
-    )
-    assert ("in weights and at most" in message) == (
-        folder == "weights"
-    ) and "HF_HOME" in message
+    (tmp_path / "hf").mkdir()
+    before = SMALL_DISK if disk == "one" else SMALL_CACHE
+    message = fails(hub, tmp_path, "vicuna-7b", *local, before=before)
+    assert message.startswith("error: needed: at most ")
+    assert ("free: 0.30 MB" if disk == "one" else "free: 0.01 MB") in message
+    assert ("in weights and at most" in message) == (disk == "one")
+    assert "HF_HOME" in message
     assert not any(name.endswith((".bin", ".pth")) for name in hub.fetched())
 
 
 @pytest.mark.slow
 def test_a_full_disk_in_the_middle_is_one_line(hub, tmp_path, local):
-    full = PROGRAM.replace(
-        "from tools",
-        "import huggingface_hub.file_download as d\n"
-        "def http_get(*_, **__): raise OSError(28, 'No space left on device')\n"
-        "d.http_get = http_get\nfrom tools",
-        1,
-    )
-    assert "No space left on device" in fails(
-        hub, tmp_path, "tinyllama", *local, program=full
-    )
+    message = fails(hub, tmp_path, "tinyllama", *local, before=FULL_DISK)
+    assert "No space left on device" in message
 
 
 def test_what_is_no_weight_file_is_named(repos, tmp_path, local, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    page, pointer = (
-        "<!DOCTYPE html>\n<html>",
-        "version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
-    )
-    for name, text in (("page.pth", page), ("pointer.pth", pointer)):
-        Path(name).write_text(text)
-        for part in ("proj", "vision"):
-            argv = [
-                "vicuna-7b",
-                *local,
-                f"--llama={repos / VICUNA}",
-                f"--{part}={name}",
-            ]
-            with pytest.raises(
-                InputError, match=f"^{name}: a (saved web page|Git LFS pointer)"
-            ):
-                get_weights.main(argv)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
+    Path("page.pth").write_text("<!DOCTYPE html>\n<html>")
+    Path("pointer.pth").write_text(pointer)
+    vicuna = repos / VICUNA
+    for part in ("proj", "vision"):
+        for name, what in (
+            ("page.pth", "a saved web page"),
+            ("pointer.pth", "a Git LFS pointer"),
+        ):
+            given = [*local, f"--llama={vicuna}", f"--{part}={name}"]
+            with pytest.raises(InputError, match=f"^{name}: {what}"):
+                get_weights.main(["vicuna-7b", *given])
     for name in ("config.json", "tokenizer.model", "pytorch_model-00001-of-00002.bin"):
-        shutil.copytree(repos / VICUNA, tmp_path / name)
+        shutil.copytree(vicuna, tmp_path / name)
         Path(name, name).write_text(pointer)
         with pytest.raises(InputError, match=f"^{name}/{name}: a Git LFS pointer"):
             get_weights.main(["vicuna-7b", *local, f"--llama={name}"])
-    folder = repos / VICUNA
-    with pytest.raises(
-        InputError, match=f"^--proj={folder}: a folder; give the projection's file"
-    ):
-        get_weights.main(["vicuna-7b", *local, f"--llama={folder}", f"--proj={folder}"])
+    given = [*local, f"--llama={vicuna}", f"--proj={vicuna}"]
+    what = f"--proj={vicuna}: a folder; give the projection's file"
+    with pytest.raises(InputError, match=f"^{re.escape(what)}"):
+        get_weights.main(["vicuna-7b", *given])
     assert not Path("weights").exists()
 
 
 @pytest.mark.parametrize(
     "argv, words",
     [
-        ([], "usage: "),
-        (["vicuna-7"], "did you mean vicuna-7b"),
-        (["vicuna-7b", "--lama=x"], "did you mean llama"),
-        (
+        pytest.param([], "usage: ", id="nothing"),
+        pytest.param(["vicuna-7"], "did you mean vicuna-7b", id="model"),
+        pytest.param(["vicuna-7b", "--lama=x"], "did you mean llama", id="option"),
+        pytest.param(
             ["vicuna-7b", "--vision=no_such.pth"],
             "--vision=no_such.pth: there is no such path, and it is no repo",
+            id="path",
         ),
-        (["llama2-7b", "--qformer=x.pth"], "llama2-7b has no qformer"),
-        (["tinyllama", "--proj=x.pth"], "tinyllama has no proj"),
+        pytest.param(
+            ["llama2-7b", "--qformer=x.pth"], "llama2-7b has no qformer", id="qformer"
+        ),
+        pytest.param(["tinyllama", "--proj=x.pth"], "tinyllama has no proj", id="proj"),
     ],
 )
 def test_wrong_names_raise(argv, words, tmp_path, monkeypatch):
@@ -447,22 +415,42 @@ def test_a_run_of_the_same_name_is_not_overwritten(tmp_path, monkeypatch, local)
         get_weights.main(["vicuna-7b", *local])
 
 
+def test_only_what_the_hub_s_library_raises_becomes_a_message(monkeypatch, tmp_path):
+    """A mistake of somebody who edits the code shows its traceback."""
+
+    def raise_name_error(*_):
+        raise NameError("typo")
+
+    info = SimpleNamespace(
+        local_path=tmp_path / "x", will_download=True, commit_hash="0", file_size=1
+    )
+    monkeypatch.setattr(get_weights, "look_up", lambda *_: info)
+    monkeypatch.setattr(get_weights, "incomplete", raise_name_error)
+    with pytest.raises(NameError):
+        get_weights.fetch("llama", VICUNA, "config.json")
+
+
 @pytest.mark.parametrize(
-    "perplexity, said",
+    "perplexity, answer_is_bad, cause",
     [
-        (10, ""),
-        (10, "likely a projection of another LLaMA (Vicuna v1.1"),
-        (101, "likely broken LLaMA weights; remove LLAMA and its download"),
+        pytest.param(10, False, "", id="good"),
+        pytest.param(10, True, "a projection of another LLaMA (Vicuna v1.1", id="proj"),
+        pytest.param(
+            101, True, "broken LLaMA weights; remove LLAMA and its download", id="llama"
+        ),
     ],
 )
-def test_a_bad_answer_gets_its_likeliest_cause(perplexity, said, monkeypatch, capsys):
+def test_a_bad_answer_gets_its_likeliest_cause(
+    perplexity, answer_is_bad, cause, monkeypatch, capsys
+):
     monkeypatch.setattr(MiniGPT4, "perplexity", lambda *_: perplexity)
-    if said:
+    if answer_is_bad:
         monkeypatch.setattr(chat.Chat, "ask", stammer)
-    get_weights.try_out(str(ROOT / "assets/tiny"), "LLAMA")
+    get_weights.try_out(str(TINY), "LLAMA")
     out, err = capsys.readouterr()
-    assert "Describe this image in detail." in out and said in err
-    assert ("a fragment or repeats itself" in err) == bool(said)
+    assert "Describe this image in detail." in out
+    warning = f"a fragment or repeats itself: likely {cause}"
+    assert (warning in err) == answer_is_bad
 
 
 def stammer(talk, question):

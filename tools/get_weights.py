@@ -169,6 +169,7 @@ def fetch(part: str, repo: str, name: str) -> Path:
     """
     info = look_up(part, repo, name)
     path = Path(info.local_path)
+    begun = incomplete(path)
     if info.will_download:
         from huggingface_hub.file_download import http_get
 
@@ -177,7 +178,7 @@ def fetch(part: str, repo: str, name: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with hub().utils.WeakFileLock(f"{path}.lock"), explained(part, repo, name):
             if not path.exists():  # else another process was faster
-                with open(incomplete(path), "ab") as file:
+                with open(begun, "ab") as file:
                     http_get(
                         url,
                         file,
@@ -186,7 +187,7 @@ def fetch(part: str, repo: str, name: str) -> Path:
                         expected_size=info.file_size,
                         displayed_filename=name,
                     )
-                incomplete(path).rename(path)
+                begun.rename(path)
     with explained(part, repo, name):
         return Path(hub().hf_hub_download(repo, name))
 
@@ -292,8 +293,9 @@ def find_in_repo(part: str, repo: str, target: str, proj: str) -> Source:
         info = look_up(part, repo, name)
         path = Path(info.local_path)
         size = missing = info.file_size or 0
-        if incomplete(path).exists():
-            missing -= incomplete(path).stat().st_size
+        begun = incomplete(path)
+        if begun.exists():
+            missing -= begun.stat().st_size
         sizes[path] = Size(size, missing if info.will_download else 0)
     return Source(part, repo, target, names, sizes)
 
