@@ -1,27 +1,19 @@
-"""Train MiniGPT-4: both stages, and every part of the tiny world, from one config file.
+"""Train MiniGPT-4: both stages, and every part of the tiny world, from a config file.
 
-    python train.py configs/tiny_stage1.py                            one process, a laptop
-    torchrun --nproc-per-node 4 train.py configs/stage1.py            the paper's stage 1
-    python train.py configs/stage2.py --max_steps=400 --resume        any config field can be overridden
+    python train.py configs/tiny_stage1.py                    one process, a laptop
+    torchrun --nproc-per-node 4 train.py configs/stage1.py    the paper's stage 1
+    python train.py configs/stage2.py --max_steps=400 --resume
 
-out_dir then holds proj.safetensors, config.json, log.jsonl, and state.pt, from which a killed run continues.
+The command line overrides any field of the config. out_dir then holds proj.safetensors,
+config.json, log.jsonl, and state.pt, from which --resume continues a killed run.
 """
 
-import gc
-import multiprocessing
+import math
 import os
-import re
 import shlex
 import shutil
-import signal
 import sys
-import time
-from contextlib import suppress
 from dataclasses import asdict, replace
-from datetime import timedelta
-from math import cos, isfinite, log, pi
-from pathlib import Path
-from zipfile import ZipFile
 
 import torch
 import torch.distributed as dist
@@ -29,10 +21,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from configs.prompts import stop_sequences
+from configs.prompts import IMAGE, stop_sequences
 from configs.schema import Config, load_config, read_saved_config
 from data import (
     Batch,
+    Example,
     Samples,
     TrainingSteps,
     cache_features,
@@ -42,385 +35,141 @@ from data import (
 from llama import IGNORE
 from model import MiniGPT4
 from plumbing.console import InputError, note, outlive_reader, run_main, set_quiet
-from plumbing.files import append_row, replacing
+from plumbing.files import append_row
+from plumbing.meter import Meter
 from plumbing.options import parse_args, to_json
-from plumbing.processes import SIGNALS, make_missing, pick_device
+from plumbing.processes import (
+    StopSignals,
+    all_sum,
+    make_missing,
+    n_processes,
+    process_group,
+)
+from plumbing.run import ADVICE, Checkpoint, RunFolder
 from plumbing.weights import PARTS, fingerprint
 
-ADVICE = "the last checkpoint is kept; start again with a lower --lr, or with --grad_clip=1.0"
-LAUNCHER = os.getppid()  # torchrun, or a shell
 MOST_FAILED = 20  # steps in a row whose loss or gradient is not finite
 
 
 def learning_rate(step: int, config: Config) -> float:
-    """Linear from warmup_lr to lr, then a cosine to min_lr. Quirk kept: the cosine counts the warm-up too."""
+    """Linear from warmup_lr to lr, then a cosine to min_lr; steps count from 0.
+
+    Quirk kept: the cosine counts the warm-up steps too.
+    """
     if step < config.warmup_steps:
-        return (
-            config.warmup_lr
-            + (config.lr - config.warmup_lr) * step / config.warmup_steps
-        )
-    return (
-        config.min_lr
-        + (config.lr - config.min_lr) * (1 + cos(pi * step / config.max_steps)) / 2
-    )
+        share = step / config.warmup_steps
+        return config.warmup_lr + (config.lr - config.warmup_lr) * share
+    share = (1 + math.cos(math.pi * step / config.max_steps)) / 2
+    return config.min_lr + (config.lr - config.min_lr) * share
 
 
 def make_optimizer(
-    parameters: dict[str, torch.nn.Parameter], config: Config
+    parameters: list[torch.nn.Parameter], config: Config
 ) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices, none on biases and norms."""
-    groups = [
-        {"params": [p for p in parameters.values() if p.dim() > 1]},
-        {
-            "params": [p for p in parameters.values() if p.dim() <= 1],
-            "weight_decay": 0.0,
-        },
-    ]
+    matrices = [p for p in parameters if p.dim() > 1]
+    vectors = [p for p in parameters if p.dim() <= 1]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    decay = config.weight_decay
     return torch.optim.AdamW(
-        [g for g in groups if g["params"]],
-        config.lr,
-        config.betas,
-        eps=1e-8,
-        weight_decay=config.weight_decay,
+        groups, config.lr, config.betas, eps=1e-8, weight_decay=decay
     )
 
 
 def train_step(
-    model, batches: list[Batch], optimizer, scaler, lr: float, grad_clip=0.0
-) -> torch.Tensor:
-    """One step of AdamW along the gradient of the mean loss over all answer tokens, of all micro-batches and
-    ranks; none if one is not finite. Returns the sum of the loss over this rank's answer tokens, or NaN."""
-    world = dist.get_world_size() if dist.is_initialized() else 1
+    model, batches: list[Batch], optimizer, scaler, lr: float, grad_clip: float = 0.0
+) -> tuple[torch.Tensor, bool]:
+    """A step along the gradient of the mean loss over all answer tokens.
+
+    They are those of all micro-batches and ranks. Returns this loss, and whether it and
+    its gradient are finite: if not, nothing is learned. Both are the same on all ranks.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    total = torch.tensor(
-        float(sum(batch.n_targets for batch in batches)), device=parameters[0].device
-    )
-    loss_sum = torch.zeros_like(total)
-    if world > 1:
-        dist.all_reduce(total)
-    total.clamp_(min=1)  # no rank may have a good sample
+    device = parameters[0].device
+    n_targets = float(sum(batch.n_targets for batch in batches))
+    n_targets = all_sum(torch.tensor(n_targets, device=device)).clamp(min=1)
+    loss_sum = torch.zeros_like(n_targets)
     for i, batch in enumerate(batches, 1):
-        model.require_backward_grad_sync = i == len(
-            batches
-        )  # for DistributedDataParallel
-        loss = model(*batch.to(total.device)) * batch.n_targets
-        loss_sum += loss.detach()
-        if (
-            batch.images is None
-        ):  # DistributedDataParallel waits for every gradient, also the projection's
-            loss = loss + 0 * sum(p.sum() for p in parameters)
-        scaler.scale(
-            loss * (world / total + 0 * loss.detach())
-        ).backward()  # DDP averages; NaN if infinite
+        model.require_backward_grad_sync = i == len(batches)  # for DDP
+        batch_loss = model(*batch.to(device)) * batch.n_targets
+        loss_sum += batch_loss.detach()
+        if batch.images is None:
+            # DDP waits for all gradients, also of a projection without pictures.
+            batch_loss = batch_loss + 0 * sum(p.sum() for p in parameters)
+        # DDP averages gradients over the ranks; here they add up.
+        scaler.scale(batch_loss * (n_processes() / n_targets)).backward()
+
     for group in optimizer.param_groups:
         group["lr"] = lr
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(
-        parameters, grad_clip or torch.inf
-    )  # of all ranks' gradients
-    is_finite = (
-        norm.isfinite() | scaler.is_enabled()
-    )  # a scaler tries infinite ones, and skips the step
+    norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
+    loss = all_sum(loss_sum) / n_targets
+    # A scaler expects infinite gradients now and then, and skips their step itself.
+    gradient_is_finite = norm.isfinite() | scaler.is_enabled()
+    is_finite = bool(loss.isfinite() & gradient_is_finite)  # waits for the device
     if is_finite:
         scaler.step(optimizer)
-        scaler.update()
+    scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return loss_sum if is_finite else loss_sum * torch.nan
+    return loss, is_finite
 
 
 @torch.no_grad()
 def evaluate(
-    model: MiniGPT4, samples: Samples, config: Config, device
-) -> tuple[float, list[dict]]:
-    """The mean loss per answer token, and the greedy answers to some first prompts beside the data's."""
-    good, bad = samples.first(config.eval_samples)
-    batches = list(DataLoader(good, config.batch_size, collate_fn=collate))
-    if bad:
+    model: MiniGPT4, samples: Samples, config: Config, device, interrupted=None
+) -> tuple[float, list[dict]] | None:
+    """The mean loss per answer token, and greedy answers beside the data's.
+
+    None if interrupted() says so in between.
+    """
+    examples, faults = samples.first(config.eval_samples)
+    if faults:
         note(
-            f"warning: {len(bad)} held-out samples cannot be used, such as {min(bad)[1]}"
+            f"warning: {len(faults)} held-out samples cannot be used, "
+            f"such as {min(faults).message}"
         )
-    loss_sum = sum(
-        model(*batch.to(device)).item() * batch.n_targets for batch in batches
+    loss_sum = 0.0
+    n_targets = 0
+    for batch in DataLoader(examples, config.batch_size, collate_fn=collate):
+        if interrupted and interrupted():
+            return None
+        loss_sum += model(*batch.to(device)).item() * batch.n_targets
+        n_targets += batch.n_targets
+    shown, _ = samples.first(config.show_samples)
+    answers = [answer_example(model, example, config, device) for example in shown]
+    return loss_sum / n_targets, answers
+
+
+def answer_example(
+    model: MiniGPT4, example: Example, config: Config, device
+) -> dict[str, str]:
+    """The greedy answer to a sample's first question, beside the data's answer."""
+    images, ids, targets = example
+    is_target = [target != IGNORE for target in targets]
+    start = is_target.index(True)
+    end = [*is_target, False].index(False, start)
+    image_embeds = None
+    if IMAGE in ids[:start]:  # later turns may have pictures of their own
+        n_images = ids[:start].count(IMAGE) // model.n_image_tokens
+        image_embeds = model.encode_image(torch.stack(images[:n_images]).to(device))
+    answer = model.generate(
+        ids[:start],
+        image_embeds,
+        stop=stop_sequences(model.tokenizer, config.answer_end),
+        max_new_tokens=config.max_txt_len,
+        temperature=0,
+        context=start + config.max_txt_len,
     )
-    shown, stop = [], stop_sequences(model.tokenizer, config.answer_end)
-    for images, ids, targets in samples.first(config.show_samples)[0]:
-        start = next(i for i, target in enumerate(targets) if target != IGNORE)
-        embeds = model.encode_image(torch.stack(images).to(device)) if images else None
-        answer = model.generate(
-            ids[:start],
-            embeds,
-            max_new_tokens=config.max_txt_len,
-            temperature=0,
-            stop=stop,
-            context=start + config.max_txt_len,
-        )
-        end = [*targets, IGNORE].index(IGNORE, start)
-        shown.append(
-            {
-                "answer": model.tokenizer.decode(list(answer)),
-                "data": model.tokenizer.decode(targets[start:end]),
-            }
-        )
-    return loss_sum / sum(batch.n_targets for batch in batches), shown
-
-
-def saved_parts(config: Config) -> dict[str, str]:
-    """{part: its file in out_dir}: the trained ones, and the projection, which identifies them."""
-    names = (*config.trainable, "proj") if config.vision else config.trainable
     return {
-        k: f"{config.out_dir}/{k}" + ("" if k == "llama" else ".safetensors")
-        for k in names
+        "answer": model.tokenizer.decode(list(answer)),
+        "data": model.tokenizer.decode(targets[start:end]),
     }
 
 
-def refuse_to_overwrite(config: Config):
-    """Raise InputError when out_dir holds a run that this one does not resume, or is no run's folder."""
-    rows = Path(config.out_dir, "log.jsonl")
-    files = [
-        f"{config.out_dir}/state.pt",
-        f"{config.out_dir}/state.old.pt",
-        *saved_parts(config).values(),
-    ]
-    files += [rows] * (rows.is_file() and rows.stat().st_size > 0)
-    if not config.resume and (held := list(filter(os.path.exists, files))):
-        raise InputError(
-            f"{held[0]}: already holds a run; continue it with --resume, or change --out_dir"
-        )
-    if Path(config.out_dir, "config.json").exists():
-        read_saved_config(
-            config.out_dir
-        )  # raises InputError for something else's config.json
-
-
-def start_folder(config: Config):
-    """Make out_dir, with a config.json that leads chat.py to all parts."""
-    Path(config.out_dir).mkdir(parents=True, exist_ok=True)
-    own = saved_parts(config) | (
-        {"tokenizer": ""} if "llama" in config.trainable else {}
-    )
-    real = os.path.realpath  # out_dir may be a link
-    paths = {
-        k: os.path.relpath(real(v), real(config.out_dir))
-        if isinstance(v, str) and v
-        else v
-        for k, v in (config.parts() | own).items()
-    }
-    with replacing(Path(config.out_dir, "config.json")) as temporary:
-        temporary.write_text(to_json(replace(config, **paths)))
-
-
-def open_log(config: Config, done: int):
-    """log.jsonl, to append to, without the steps that come again. InputError: another run writes to it."""
-    Path(config.out_dir).mkdir(parents=True, exist_ok=True)
-    out = open(
-        Path(config.out_dir, "log.jsonl"), "a+", 1, "utf-8", "surrogateescape", "\n"
-    )
-    with suppress(ImportError, OSError):  # on Windows; on a file system without locks
-        from fcntl import LOCK_EX, LOCK_NB, lockf
-
-        try:
-            lockf(out, LOCK_EX | LOCK_NB)  # of this process alone: it ends with it
-        except (BlockingIOError, PermissionError) as e:
-            raise InputError(
-                f"{config.out_dir}: another run writes to it; choose another --out_dir"
-            ) from e
-    out.seek(0)
-    rows = re.finditer(
-        r'^{"step": (\d+), .*}\r?\n', text := out.read(), re.MULTILINE
-    )  # the last may be cut
-    end = max((row.end() for row in rows if int(row[1]) <= done), default=0)
-    out.truncate(len(text[:end].encode("utf-8", "surrogateescape")))
-    return out
-
-
-class Checkpoint:
-    """The state of a run that state.pt keeps: the trained parameters, the optimizer and the scaler."""
-
-    def __init__(self, model: MiniGPT4, config: Config, identity: dict, device):
-        self.model, self.config, self.path = (
-            model,
-            config,
-            Path(config.out_dir, "state.pt"),
-        )
-        self.older, self.damage = (
-            self.path.with_name("state.old.pt"),
-            "",
-        )  # the state before; what is wrong
-        self.parameters = {
-            f"{name}.{k}": p
-            for name in config.trainable
-            for k, p in model.part_tensors(name).items()
-        }
-        self.optimizer = make_optimizer(self.parameters, config)
-        self.scaler = torch.amp.GradScaler(
-            device.type, enabled=config.dtype == "float16"
-        )
-        self.identity = identity | {
-            "trainable": config.trainable,
-            "use of float16": self.scaler.is_enabled(),
-        }
-        proj = {"proj": fingerprint(model.part_tensors("proj"))} if model.proj else {}
-        self.frozen = {
-            k: v
-            for k, v in (model.fingerprints | proj).items()
-            if k not in config.trainable
-        }
-
-    def save(self, step: int):
-        """Write the trained parts, then state.pt. Raises InputError for weights that are not finite."""
-        if not all(p.isfinite().all() for p in self.parameters.values()):
-            raise InputError(
-                f"step {step}: the weights have become infinite or NaN; {ADVICE}"
-            )
-        for name in saved_parts(self.config):
-            self.model.save_part(name, self.config.out_dir, self.config.save_dtype)
-        state = {
-            "step": step,
-            "parameters": {k: p.detach() for k, p in self.parameters.items()},
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "identity": self.identity,
-            "frozen": self.frozen,
-            "config": asdict(self.config),
-        }
-        with replacing(self.path) as temporary:
-            torch.save(state, temporary)
-            if self.path.exists() and not self.damage:
-                os.replace(self.path, self.older)
-        self.damage = ""
-
-    def load(self) -> int:
-        """Restore state.pt, or if it is damaged the state before; returns its step, or 0 if there is none.
-        Raises InputError if all are damaged, or for another run's."""
-        for path in filter(Path.is_file, (self.path, self.older)):
-            if self.damage:
-                note(f"warning: {self.damage}; the run goes on from {path}")
-            try:
-                return self.restore(path)
-            except InputError:
-                raise
-            except Exception as e:  # a damaged file breaks the readers in many ways
-                self.damage = f"{path}: damaged ({type(e).__name__}: {e})"
-        if self.damage:
-            raise InputError(f"{self.damage}; choose another --out_dir")
-        return 0
-
-    def restore(self, path: Path) -> int:
-        """Take over a saved state and return its step. Raises InputError for another run's."""
-        if broken := ZipFile(path).testzip():  # by their checksums
-            raise ValueError(f"the checksum of {broken} does not match")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        step, before, saved = state["step"], state["identity"], state["parameters"]
-        assert type(step) is int and step > 0, f"step {step}"
-        for name, now in self.identity.items():
-            if (was := before.get(name)) != now:
-                raise InputError(
-                    f"{path}: {name} was {was}, now it is {now}; keep it or change out_dir"
-                )
-        if {k: p.shape for k, p in self.parameters.items()} != {
-            k: t.shape for k, t in saved.items()
-        }:
-            raise InputError(
-                f"{path}: its parts have other sizes; give them, or another --out_dir"
-            )
-        if other := [
-            k for k, mark in self.frozen.items() if state["frozen"].get(k) != mark
-        ]:
-            note(f"warning: {path} was trained with another {', '.join(other)}")
-        for k, p in self.parameters.items():
-            p.data.copy_(saved[k])
-        groups = self.optimizer.state_dict()["param_groups"]  # with this run's options
-        self.optimizer.load_state_dict(
-            {"state": state["optimizer"]["state"], "param_groups": groups}
-        )
-        self.scaler.load_state_dict(state["scaler"])
-        for p in self.parameters.values():
-            moments = self.optimizer.state[p].values()  # none before the first step
-            shapes = [
-                t.shape if t.isfinite().all() else "not finite" for t in (p, *moments)
-            ]
-            if shapes not in ([p.shape], [p.shape, (), p.shape, p.shape]):
-                raise ValueError(f"{shapes} for a parameter, a count and two moments")
-        return step
-
-
-class Meter:
-    """The losses and the speed since the last report, of all ranks together."""
-
-    def __init__(self, model: MiniGPT4, config: Config, sources: list[str], device):
-        self.sources, self.flops = sources, flops_per_position(model, config.trainable)
-        self.peak = (
-            config.peak_tflops
-            * 1e12
-            * (dist.get_world_size() if dist.is_initialized() else 1)
-        )
-        self.sums = torch.zeros(
-            4, len(sources), device=device, dtype=torch.float64
-        )  # rows: see `add`
-        self.since, self.waited = (
-            time.perf_counter(),
-            0.0,
-        )  # seconds of waiting for data
-
-    def add(self, source: int, loss_sum: torch.Tensor, batches: list[Batch]):
-        """Count a step: the sum of its loss, its answer tokens, its pictures (or texts), and its tokens."""
-        counts = [
-            (b.n_targets, len(b.tokens if b.images is None else b.images), b.n_tokens)
-            for b in batches
-        ]
-        for row, value in enumerate((loss_sum, *map(sum, zip(*counts)))):
-            self.sums[row, source] += value  # without waiting for the device
-
-    def report(self) -> dict:
-        """The mean loss per answer token, also per source where there are several, and the speed."""
-        if dist.is_initialized():
-            dist.all_reduce(self.sums)
-        losses, targets, images, tokens = self.sums.tolist()  # waits for the device
-        if not sum(targets):
-            return {}  # no step was finite
-        seconds = time.perf_counter() - self.since
-        report = {"loss": sum(losses) / sum(targets)}
-        if len(self.sources) > 1:
-            report["losses"] = {
-                name: x / n for name, x, n in zip(self.sources, losses, targets) if n
-            }
-        report |= {
-            "images_per_s": round(sum(images) / seconds, 1),
-            "tokens_per_s": round(sum(tokens) / seconds),
-            "data_wait": round(self.waited / seconds, 3),
-        }
-        if self.peak:
-            flops = sum(images) * self.flops[0] + sum(tokens) * self.flops[1]
-            report["mfu"] = round(flops / seconds / self.peak, 3)
-        self.sums.zero_()
-        self.since, self.waited = time.perf_counter(), 0.0
-        return report
-
-
-def flops_per_position(
-    model: MiniGPT4, trainable: tuple[str, ...]
-) -> tuple[float, float]:
-    """Training FLOPs per (picture, token): 2 per weight forward, 2 for each gradient; without attention."""
-    n = {
-        k: sum(p.numel() for p in model.part_tensors(k).values() if p.dim() > 1)
-        for k in PARTS
-    }
-    n["llama"] -= model.llama.embed_tokens.weight.numel() * (
-        model.llama.lm_head is not None
-    )  # a lookup
-    n_patches = model.vision.pos_embed.shape[1] if model.vision else 0
-    vision = n["vision"] * n_patches * (3 if "vision" in trainable else 1)
-    qformer = (
-        n["qformer"]
-        * model.n_image_tokens
-        * (3 if {"vision", "qformer"} & set(trainable) else 1)
-    )
-    return 2 * (vision + qformer), 2 * n["llama"] * (3 if "llama" in trainable else 2)
-
-
-def build(config: Config, device) -> MiniGPT4:
-    """The model of a config, its blocks sharded, checkpointed and compiled as the config says."""
-    if config.shard and not dist.is_initialized():
+def build(config: Config, device: torch.device) -> MiniGPT4:
+    """The model, its blocks sharded, checkpointed and compiled as the config says."""
+    if config.shard and n_processes() == 1:
         raise InputError(
             "shard = True: there is only one process; start several with torchrun"
         )
@@ -435,55 +184,162 @@ def build(config: Config, device) -> MiniGPT4:
     if config.shard:
         from torch.distributed.fsdp import fully_shard  # takes a second to import
 
-        mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
-        for block in (
-            model.llama.layers
-        ):  # one at a time is moved to the device, and sharded there
+        mesh = dist.init_device_mesh(device.type, (n_processes(),))
+        # One block at a time is moved to the device, and sharded there.
+        for block in model.llama.layers:
             fully_shard(block, mesh=mesh)
         model.to(device)
     model.llama.grad_checkpoint = config.grad_checkpoint
+    if device.type == "cuda" and config.trainable != ("proj",):
+        compute_in(model, device, config.dtype)
     if config.compile:
-        if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-            raise InputError(
-                "compile = True: on a CPU it needs a C++ compiler; install g++ or switch it off"
-            )
-        vision, bridge = (
-            getattr(model.vision, "blocks", ()),
-            getattr(model.bridge, "layers", ()),
-        )
-        for blocks in (vision, bridge, model.llama.layers):
-            for block in blocks:
-                block.compile(
-                    dynamic=True
-                )  # one graph for all blocks of a kind and any number of tokens
+        compile_blocks(model, device)
     return model
+
+
+def compute_in(model: MiniGPT4, device: torch.device, dtype: str):
+    """Let trained parts, kept in float32, compute in the dtype of the frozen ones.
+
+    The projection alone is too small to matter, and stays exact.
+    """
+    is_half = dtype != "float32"
+    mixed = torch.autocast(device.type, getattr(torch, dtype), enabled=is_half)
+    model.forward = mixed(model.forward)
+
+
+def compile_blocks(model: MiniGPT4, device: torch.device):
+    """Compile one graph per kind of block, for any number of tokens."""
+    if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        raise InputError(
+            "compile = True: on a CPU it needs a C++ compiler; "
+            "install g++ or switch it off"
+        )
+    vision_blocks = getattr(model.vision, "blocks", ())
+    bridge_blocks = getattr(model.bridge, "layers", ())
+    for blocks in (vision_blocks, bridge_blocks, model.llama.layers):
+        for block in blocks:
+            block.compile(dynamic=True)
 
 
 def open_data(
     config: Config, model: MiniGPT4, device
-) -> tuple[Samples, dict, Samples | None]:
-    """The samples to train on, the weights of their sources, and the held-out samples, if there are any."""
+) -> tuple[Samples, dict[str, float], Samples | None]:
+    """The training samples, the weights of their sources, the held-out samples."""
     shape = (model.tokenizer, model.image_size, model.n_image_tokens)
     samples, weights = open_samples(config.data, config, *shape)
-    heldout = (
-        open_samples(config.heldout_data, config, *shape)[0]
-        if config.heldout_data
-        else None
-    )
-    if heldout and not heldout.first(1)[0]:
-        raise InputError(
-            f"heldout_data {config.heldout_data}: not one of its samples can be used; fix it"
-        )
+    heldout = None
+    if config.heldout_data:
+        heldout, _ = open_samples(config.heldout_data, config, *shape)
+        if not heldout.first(1)[0]:
+            raise InputError(
+                f"heldout_data {config.heldout_data}: "
+                "not one of its samples can be used; fix it"
+            )
     if config.cache_features:
-        for each in filter(None, (samples, heldout)):
-            cache_features(each, model.image_features, config, device)
+        cache_features(samples, model.image_features, config, device)
+        if heldout:
+            cache_features(heldout, model.image_features, config, device)
         model.drop_vision()
     return samples, weights, heldout
 
 
-def train(config: Config, device, rank: int = 0, world: int = 1):
-    """Run the config from its first or its last saved step to max_steps, or until a signal."""
-    refuse_to_overwrite(config)
+def open_folder(config: Config) -> RunFolder:
+    """The run's folder. Raises InputError if it holds something else."""
+    folder = RunFolder(config.out_dir, list(part_files(config).values()), config.resume)
+    if (folder.path / "config.json").exists():
+        read_saved_config(config.out_dir)  # refuses another program's config.json
+    return folder
+
+
+def part_files(config: Config) -> dict[str, str]:
+    """{part: its file in out_dir}: what is trained, and the projection beside it."""
+    names = list(config.trainable)
+    if config.vision and "proj" not in names:
+        names.append("proj")
+    files = {name: f"{config.out_dir}/{name}.safetensors" for name in names}
+    if "llama" in files:
+        files["llama"] = f"{config.out_dir}/llama"
+    return files
+
+
+def start_folder(folder: RunFolder, config: Config):
+    """Write a config.json that leads chat.py to all parts."""
+    parts = config.parts() | part_files(config)
+    if "llama" in config.trainable:
+        parts["tokenizer"] = ""  # in the folder of the language model
+    for name, path in parts.items():
+        if isinstance(path, str) and path:
+            parts[name] = folder.relative(path)
+    folder.write_config(to_json(replace(config, **parts)))
+
+
+def make_checkpoint(
+    folder: RunFolder, model: MiniGPT4, config: Config, identity: dict, device
+) -> Checkpoint:
+    """What learns, its optimizer, and how to save both."""
+    tensors = {}
+    for name in config.trainable:
+        for key, tensor in model.part_tensors(name).items():
+            tensors[f"{name}.{key}"] = tensor
+    learning = [t for t in tensors.values() if t.requires_grad]
+    scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
+    companions = dict(model.fingerprints)
+    if model.proj:
+        companions["proj"] = fingerprint(model.part_tensors("proj"))
+    identity = identity | {
+        "trainable": config.trainable,
+        "use of float16": scaler.is_enabled(),
+    }
+
+    def export():
+        for name in part_files(config):
+            model.save_part(name, config.out_dir, config.save_dtype)
+
+    return Checkpoint(
+        folder,
+        tensors,
+        make_optimizer(learning, config),
+        scaler,
+        identity,
+        {k: mark for k, mark in companions.items() if k not in config.trainable},
+        asdict(config),
+        export,
+    )
+
+
+def flops_per_position(
+    model: MiniGPT4, trainable: tuple[str, ...]
+) -> tuple[float, float]:
+    """Training FLOPs of a picture and of a token, without attention.
+
+    2 for each weight forward, 2 for the gradient of its input, 2 for its own gradient.
+    """
+    n_weights = dict.fromkeys(PARTS, 0)
+    for name in PARTS:
+        for tensor in model.part_tensors(name).values():
+            if tensor.dim() > 1:
+                n_weights[name] += tensor.numel()
+    if model.llama.lm_head is not None:  # the embeddings are looked up only
+        n_weights["llama"] -= model.llama.embed_tokens.weight.numel()
+    n_patches = 0
+    if model.vision:
+        n_patches = model.vision.n_patches(model.image_size)
+    vision = n_weights["vision"] * n_patches
+    qformer = n_weights["qformer"] * model.n_image_tokens
+    llama = n_weights["llama"] * 2
+    if "vision" in trainable:
+        vision *= 3
+    if "vision" in trainable or "qformer" in trainable:
+        qformer *= 3
+    if "llama" in trainable:
+        llama *= 1.5
+    return 2.0 * (vision + qformer), 2.0 * llama
+
+
+def train(config: Config, device: torch.device, rank: int = 0, world: int = 1) -> bool:
+    """Run the config from its first or last saved step on; True if Ctrl-C ended it."""
+    set_quiet(rank > 0)
+    folder = open_folder(config)
     if rank == 0:
         make_missing(config.prepare, config.data_paths())
     if world > 1:
@@ -491,197 +347,165 @@ def train(config: Config, device, rank: int = 0, world: int = 1):
     model = build(config, device)
     samples, weights, heldout = open_data(config, model, device)
     steps = TrainingSteps(samples, weights, config, rank, world)
-    checkpoint = Checkpoint(model, config, steps.identity, device)
+    checkpoint = make_checkpoint(folder, model, config, steps.identity, device)
     done = checkpoint.load() if config.resume else 0
-    if world > 1:
-        dist.all_gather_object(found := [None] * world, (done, steps.identity))
-        if any(each != found[0] for each in found):
-            saved = [step for step, _ in found]
-            raise InputError(
-                f"the processes found steps {saved} or other data; give all the same folders"
-            )
+    check_agreement(done, steps.identity, world)
     if done >= config.max_steps:
-        return note(f"{config.out_dir}: its run is already at step {done:,}")
-    meter = Meter(model, config, list(weights), device)
-    with open_log(config, done) if rank == 0 else open(os.devnull, "w") as out:
         if rank == 0:
-            start_folder(config)  # not earlier: a refused run changes nothing
-        return run_steps(checkpoint, steps, meter, heldout, done + 1, out)
+            checkpoint.export_missing()
+        note(f"{config.out_dir}: its run is already at step {done:,}")
+        return False
+
+    flops = flops_per_position(model, config.trainable)
+    meter = Meter(list(weights), device, flops, 1e12 * config.peak_tflops)
+    if rank > 0:
+        with open(os.devnull, "w") as log:
+            return run_steps(
+                config, model, steps, heldout, checkpoint, meter, log, done
+            )
+    with folder.open_log(done) as log:
+        start_folder(folder, config)  # not earlier: a refused run changes nothing
+        return run_steps(config, model, steps, heldout, checkpoint, meter, log, done)
+
+
+def check_agreement(done: int, identity: dict, world: int):
+    """Raise InputError unless all processes found the same checkpoint and data."""
+    if world == 1:
+        return
+    found = [None] * world
+    dist.all_gather_object(found, (done, identity))
+    if any(each != found[0] for each in found):
+        saved = [step for step, _ in found]
+        raise InputError(
+            f"the processes found steps {saved} or other data; "
+            "give all the same folders"
+        )
 
 
 def run_steps(
-    checkpoint: Checkpoint,
+    config: Config,
+    model: MiniGPT4,
     steps: TrainingSteps,
-    meter: Meter,
     heldout: Samples | None,
-    first: int,
-    out,
-):
-    """The steps from `first` on: train, log, evaluate on rank 0, save; until a signal. True after Ctrl-C."""
-    config, model, rank, device = (
-        steps.config,
-        checkpoint.model,
-        steps.rank,
-        meter.sums.device,
-    )
-    # without init_sync: all ranks start alike, by their seed
-    wrapped = (
-        DistributedDataParallel(model, init_sync=False) if steps.world > 1 else model
-    )
-    caught, failed = [], 0
-    for name in (
-        SIGNALS
-    ):  # the third ends the run at once; two may be one, as torchrun passes them on
-        signal.signal(
-            name,
-            lambda n, f: (
-                caught.append(n) or caught[2:] and signal.default_int_handler(n, f)
-            ),
-        )
+    checkpoint: Checkpoint,
+    meter: Meter,
+    log,
+    done: int,
+) -> bool:
+    """Train from step `done` + 1 on: log, save, evaluate; until a signal."""
+    rank, world, device = steps.rank, steps.world, meter.sums.device
+    # init_sync is not needed: all ranks start alike, by their seed.
+    ddp_model = DistributedDataParallel(model, init_sync=False) if world > 1 else model
+    stop = StopSignals(device)
     bar = tqdm(
-        range(first, config.max_steps + 1),
         total=config.max_steps,
-        initial=first - 1,
+        initial=done,
         unit="step",
         dynamic_ncols=True,
         disable=rank > 0,
     )
-    asked = time.perf_counter()
-    for _, (step, source, batches) in zip(bar, steps.read(first)):
-        meter.waited += time.perf_counter() - asked
-        lr, is_orphan = (
-            learning_rate(step - 1, config),
-            steps.world > 1 and os.getppid() != LAUNCHER,
-        )
-        loss_sum = train_step(
-            wrapped,
+    n_failed = 0
+    for step, source, batches in meter.waiting(steps.read(done + 1)):
+        lr = learning_rate(step - 1, config)
+        loss, is_finite = train_step(
+            ddp_model,
             batches,
             checkpoint.optimizer,
             checkpoint.scaler,
             lr,
             config.grad_clip,
         )
-        stop = len(caught) + is_orphan  # is_orphan: torchrun has died
-        if steps.world > 1:
-            dist.all_reduce(stop := torch.tensor(float(stop), device=device))
-        is_end, last = step == config.max_steps, step == config.max_steps or bool(stop)
-        failed = 0 if loss_sum.isfinite() else failed + 1
-        if not failed:
-            meter.add(source, loss_sum, batches)
-        elif rank == 0:
-            append_row(out, step=step, not_finite=failed, samples=steps.describe(step))
-        if failed == MOST_FAILED:
-            raise InputError(
-                f"step {step}: the last {failed} losses or gradients were not finite; {ADVICE}"
-            )
-        if step == 1 and rank == 0 and "llama" not in config.trainable:
-            loss = loss_sum.item() / sum(batch.n_targets for batch in batches)
-            if loss > log(model.llama.config.vocab_size) + 1:
-                note(
-                    f"warning: the first loss, {loss:.2f}, is worse than a uniform guess: LLaMA's weights "
-                    "or tokenizer are probably wrong; try chat.py --ckpt=OUT_DIR --check"
-                )
-        if (last or step % config.log_interval == 0) and (report := meter.report()):
-            append_row(out, step=step, lr=lr, seen=step * steps.step_size, **report)
-            report.pop("losses", None)  # too many for the bar
-            bar.set_postfix(report | {"lr": f"{lr:.1e}"}, refresh=False)
-        paused = time.perf_counter()
-        if (
-            heldout
-            and (is_end or not (last or step % config.eval_interval))
-            and (not rank or config.shard)
-        ):
-            loss, shown = evaluate(
-                model, heldout, config, device
-            )  # shards need all ranks
-            append_row(
-                out,
-                step=step,
-                heldout_loss=loss if isfinite(loss) else None,
-                samples=shown,
-            )
-            lines = [
-                f"  answer: {s['answer']!r}\n  data:   {s['data']!r}" for s in shown
-            ]
-            if rank == 0:
-                bar.write(
-                    "\n".join([f"step {step}: held-out loss {loss:.4f}", *lines]),
-                    file=sys.stderr,
-                )
-        if rank == 0 and (last or step % config.save_interval == 0):
-            checkpoint.save(step)
-            if steps.account.skipped:
-                append_row(
-                    out,
-                    step=step,
-                    skipped=steps.account.skipped,
-                    of=steps.account.n_read,
-                )
-                bar.write(f"step {step}: {steps.account.text}", file=sys.stderr)
-        if last and not is_end:
-            bar.close()
-            note(f"stopped after step {step}, which is saved; --resume continues")
-            return signal.SIGINT in caught
-        asked = time.perf_counter()
-        meter.since += asked - paused  # evaluation and saving do not count
+        n_failed = 0 if is_finite else n_failed + 1
+        if is_finite:
+            meter.add(source, loss, batches)
+        else:
+            report_failure(log, step, n_failed, steps)
+        bar.update()
+
+        finished = step == config.max_steps
+        last = stop.requested() or finished
+        if last or step % config.log_interval == 0:
+            report_speed(log, bar, step, lr, step * steps.step_size, meter)
+        with meter.paused():
+            # Save first: an evaluation that fails costs nothing.
+            if rank == 0 and (last or step % config.save_interval == 0):
+                checkpoint.save(step)
+                report_skipped(log, bar, step, steps)
+            is_due = not last and step % config.eval_interval == 0
+            if heldout and (finished or is_due) and (rank == 0 or config.shard):
+                # All ranks have the shards; they cannot leave an evaluation one by one.
+                interrupted = None if config.shard else stop.came
+                result = evaluate(model, heldout, config, device, interrupted)
+                report_evaluation(log, bar, step, result)
+        if last:
+            break
+    bar.close()
+    if not finished:
+        note(f"stopped after step {step}, which is saved; --resume continues")
+    return stop.interrupted and not finished
+
+
+def report_failure(log, step: int, n_failed: int, steps: TrainingSteps):
+    """Log a step that was not finite. Raises InputError after too many in a row."""
+    append_row(log, step=step, not_finite=n_failed, samples=steps.describe(step))
+    if n_failed == MOST_FAILED:
+        raise InputError(
+            f"step {step}: the last {n_failed} losses or gradients were not finite; "
+            f"{ADVICE}"
+        )
+
+
+def report_speed(log, bar: tqdm, step: int, lr: float, seen: int, meter: Meter):
+    """Log the loss and the speed, and show them beside the bar."""
+    report = meter.report()
+    if not report:
+        return
+    append_row(log, step=step, lr=lr, seen=seen, **report)
+    report.pop("losses", None)  # too many for the bar
+    bar.set_postfix(report | {"lr": f"{lr:.1e}"}, refresh=False)
+
+
+def report_skipped(log, bar: tqdm, step: int, steps: TrainingSteps):
+    """Log how many samples could not be used so far."""
+    account = steps.account
+    if account.skipped:
+        append_row(log, step=step, skipped=account.skipped, of=account.n_read)
+        bar.write(f"step {step}: {account.text}", file=sys.stderr)
+
+
+def report_evaluation(log, bar: tqdm, step: int, result: tuple | None):
+    """Log the held-out loss and sample answers, and print them."""
+    if result is None:
+        return
+    loss, answers = result
+    finite_loss = loss if math.isfinite(loss) else None
+    append_row(log, step=step, heldout_loss=finite_loss, samples=answers)
+    lines = [f"step {step}: held-out loss {loss:.4f}"]
+    for answer in answers:
+        lines.append(f"  answer: {answer['answer']!r}")
+        lines.append(f"  data:   {answer['data']!r}")
+    if not bar.disable:
+        bar.write("\n".join(lines), file=sys.stderr)
 
 
 def main(argv: list[str]):
     (path,), options = parse_args(argv, __doc__, "CONFIG", Config)
     config = load_config(path, options)
     outlive_reader(sys.stderr)
-    os.environ.setdefault(
-        "THP_MEM_ALLOC_ENABLE", "1"
-    )  # huge pages on Linux: pictures are normalized faster
-    world, local_rank = (
-        int(os.environ.get("WORLD_SIZE", 1)),
-        int(os.environ.get("LOCAL_RANK", 0)),
-    )
-    device = pick_device(config.device, local_rank)
-    if world > 1:  # the others wait while rank 0 makes data, evaluates and saves
-        # torchrun's store outlives a restart on one machine, and with it the addresses of the ranks before
-        one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(world)
-        attempt = (
-            os.environ.get("TORCHELASTIC_RESTART_COUNT", "") if one_machine else ""
-        )
-        store, rank, _ = next(dist.rendezvous("env://", timeout=timedelta(hours=2)))
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            rank=rank,
-            world_size=world,
-            store=dist.PrefixStore(attempt, store),
-            timeout=timedelta(hours=2),
-        )
-    rank = dist.get_rank() if world > 1 else 0
-    set_quiet(rank > 0)
+    # Huge pages on Linux: pictures are normalized faster.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    with process_group(config.device) as (device, rank, world):
+        if rank == 0:
+            print(to_json(config), file=sys.stderr)
+        was_interrupted = train(config, device, rank, world)
+    if was_interrupted:
+        raise KeyboardInterrupt
     if rank == 0:
-        print(to_json(config), file=sys.stderr)
-    try:
-        interrupted = train(config, device, rank, world)
-        if world > 1:
-            dist.barrier()  # a rank that leaves while rank 0 evaluates and saves may crash on its way out
-        if interrupted:
-            raise KeyboardInterrupt
-    except (RuntimeError, EOFError, ConnectionError) as e:
-        if isinstance(e, RuntimeError) and not re.search(
-            r"DataLoader worker .*(is killed|exited)", str(e)
-        ):
-            raise
-        raise InputError(
-            f"a data worker died ({e}); if memory ran out, lower num_workers; --resume"
-        ) from e
-    finally:
-        for worker in multiprocessing.active_children():  # of data: it may be stuck
-            worker.kill()
-        if world > 1:
-            gc.collect()  # frees what holds the process group, so that its threads end before Python does
-            dist.destroy_process_group()
-    if rank == 0:
-        picture = ["assets/tiny/example.png"] * bool(config.vision)
-        print(
-            shlex.join(["python", "chat.py", *picture, f"--ckpt={config.out_dir}"]),
-            file=sys.stderr,
-        )
+        command = ["python", "chat.py"]
+        if config.vision:
+            command.append("assets/tiny/example.png")
+        command.append(f"--ckpt={config.out_dir}")
+        print(shlex.join(command), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,20 @@
 """Processes: device, signals, memory, commands that make missing data."""
 
+import gc
+import multiprocessing
+import os
 import re
 import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from plumbing.console import InputError, note
@@ -20,6 +25,104 @@ SIGNALS = [
     for name in ("SIGTERM", "SIGUSR1", "SIGINT")
     if hasattr(signal, name)
 ]
+LAUNCHER = os.getppid()  # torchrun, or a shell
+
+
+def n_processes() -> int:
+    """The processes of the run, each with a device of its own."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_sum(value: torch.Tensor) -> torch.Tensor:
+    """The sum over all processes of the run, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+    return value
+
+
+class StopSignals:
+    """Ends a run after its step: at a signal, or when the launcher has died."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.received: list[int] = []
+        for number in SIGNALS:
+            signal.signal(number, self.receive)
+
+    def receive(self, number: int, frame):
+        """The third signal ends the run at once: torchrun may pass one on twice."""
+        self.received.append(number)
+        if len(self.received) > 2:
+            signal.default_int_handler(number, frame)
+
+    def came(self) -> bool:
+        """Whether this process got a signal."""
+        return len(self.received) > 0
+
+    def requested(self) -> bool:
+        """Whether to stop; the same on all processes, which have to ask together."""
+        is_orphan = n_processes() > 1 and os.getppid() != LAUNCHER
+        stop = float(self.came() or is_orphan)
+        if n_processes() > 1:
+            stop = all_sum(torch.tensor(stop, device=self.device)).item()
+        return stop > 0
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C was pressed."""
+        return signal.SIGINT in self.received
+
+
+@contextmanager
+def process_group(device_name: str) -> Iterator[tuple[torch.device, int, int]]:
+    """Join the processes that torchrun started: (device, rank, number of processes).
+
+    Without torchrun it is one process of rank 0. Data workers end with the group.
+    """
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(device_name, int(os.environ.get("LOCAL_RANK", 0)))
+    rank = 0
+    if world > 1:
+        rank = join_group(device, world)
+    try:
+        yield device, rank, world
+        if world > 1:
+            # A rank that leaves while rank 0 evaluates or saves may crash on its way.
+            dist.barrier()
+    except (RuntimeError, EOFError, ConnectionError) as e:
+        is_worker = re.search(r"DataLoader worker .*(is killed|exited)", str(e))
+        if isinstance(e, RuntimeError) and not is_worker:
+            raise
+        raise InputError(
+            f"a data worker died ({e}); if memory ran out, lower num_workers; --resume"
+        ) from e
+    finally:
+        for worker in multiprocessing.active_children():
+            worker.kill()  # it may hang
+        if world > 1:
+            # Frees what holds the group, so that its threads end before Python does.
+            gc.collect()
+            dist.destroy_process_group()
+
+
+def join_group(device: torch.device, world: int) -> int:
+    """Meet the other processes; returns the rank of this one."""
+    # The others wait while rank 0 makes data, evaluates and saves.
+    patience = timedelta(hours=2)
+    # On one machine torchrun's store outlives a restart of the processes, and with it
+    # the addresses of the ranks before: each attempt gets keys of its own.
+    attempt = ""
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
+    store, rank, _ = next(dist.rendezvous("env://", timeout=patience))
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        rank=rank,
+        world_size=world,
+        store=dist.PrefixStore(attempt, store),
+        timeout=patience,
+    )
+    return rank
 
 
 def peak_mib(device: torch.device | str) -> float:
@@ -41,14 +144,18 @@ def peak_mib(device: torch.device | str) -> float:
 
 
 def pick_device(name: str = "", index: int = 0) -> torch.device:
-    """ "" -> cuda if there is one, else cpu. Raises InputError for a device that this machine lacks."""
+    """The named device; without a name, cuda if there is one, else cpu.
+
+    index: which GPU. Raises InputError for a device that this machine lacks.
+    """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name, index) if name == "cuda" else torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as e:
+        reason = str(e).splitlines()[0]
         raise InputError(
-            f"device {name!r}: not available on this machine ({str(e).splitlines()[0]})"
+            f"device {name!r}: not available on this machine ({reason})"
         ) from e
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -56,7 +163,7 @@ def pick_device(name: str = "", index: int = 0) -> torch.device:
 
 
 def ignore_signals(worker: int):
-    """In a data worker: SIGNALS reach all processes of a run; the training process saves and stops it."""
+    """In a data worker: leave SIGNALS, which reach all processes, to the training."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

@@ -1,0 +1,271 @@
+"""A run's folder: nothing of another run is overwritten, the log, the checkpoints."""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from zipfile import ZipFile
+
+import torch
+
+from plumbing.console import InputError, note
+from plumbing.files import replacing
+
+ADVICE = (
+    "the last checkpoint is kept; "
+    "start again with a lower --lr, or with --grad_clip=1.0"
+)
+
+
+class RunFolder:
+    """The folder of a run: weights, config.json, log.jsonl, state.pt, state.old.pt."""
+
+    def __init__(self, path: str, weights: list[str], resume: bool):
+        """weights: the files that the run writes.
+
+        Raises InputError for a folder with another run, or with one that cannot be
+        resumed.
+        """
+        self.path = Path(path)
+        self.weights = [Path(file) for file in weights]
+        self.log = self.path / "log.jsonl"
+        self.state = self.path / "state.pt"
+        self.older_state = self.path / "state.old.pt"
+        states = [file for file in (self.state, self.older_state) if file.exists()]
+        results = [file for file in self.weights if file.exists()]
+        logs = []
+        if self.log.is_file() and self.log.stat().st_size > 0:
+            logs.append(self.log)
+        held = states + results + logs
+        if held and not resume:
+            raise InputError(
+                f"{held[0]}: already holds a run; "
+                "continue it with --resume, or change --out_dir"
+            )
+        if results and not states:
+            raise InputError(
+                f"{results[0]}: without state.pt, its run cannot be resumed; "
+                "change --out_dir"
+            )
+
+    def relative(self, path: str) -> str:
+        """A path as it is seen from this folder, which may be a link."""
+        return os.path.relpath(os.path.realpath(path), os.path.realpath(self.path))
+
+    def write_config(self, text: str):
+        self.path.mkdir(parents=True, exist_ok=True)
+        with replacing(self.path / "config.json") as temporary:
+            temporary.write_text(text)
+
+    def open_log(self, done: int):
+        """log.jsonl, to append to, without the steps after `done`: they come again.
+
+        Raises InputError if another run writes to it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = open_to_append(self.log)
+        lock(file, self.path)
+        # Through this file: to open and close it once more would end the lock.
+        file.seek(0)
+        file.truncate(length_until(file.buffer.read(), done))
+        return file
+
+
+def open_to_append(path: Path):
+    """A text file whose rows are written at once."""
+    return open(path, "a+", buffering=1, encoding="utf-8", newline="\n")
+
+
+def lock(file, folder: Path):
+    """Keep other runs from writing to a file; ends with this process."""
+    try:
+        from fcntl import LOCK_EX, LOCK_NB, lockf
+    except ImportError:  # on Windows
+        return
+    try:
+        lockf(file, LOCK_EX | LOCK_NB)
+    except (BlockingIOError, PermissionError) as e:
+        raise InputError(
+            f"{folder}: another run writes to it; choose another --out_dir"
+        ) from e
+    except OSError:  # a file system without locks
+        return
+
+
+def length_until(log: bytes, done: int) -> int:
+    """The bytes of a log up to the last row of a step that is done.
+
+    Rows may be damaged, and the last one cut.
+    """
+    kept = end = 0
+    for line in log.split(b"\n")[:-1]:
+        end += len(line) + 1
+        if step_of(line) <= done:
+            kept = end
+    return kept
+
+
+def step_of(line: bytes) -> float:
+    """The step of a row of the log; infinity for other content."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return math.inf
+    if isinstance(row, dict) and isinstance(row.get("step"), int):
+        return row["step"]
+    return math.inf
+
+
+class Checkpoint:
+    """What state.pt holds: trained tensors, optimizer, scaler, and the run's identity.
+
+    identity: what must not change in a run. companions: fingerprints of frozen parts.
+    settings: the config, for people who read the file. export() writes the weights.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        tensors: dict[str, torch.Tensor],
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        identity: dict,
+        companions: dict[str, str],
+        settings: dict,
+        export: Callable[[], None],
+    ):
+        self.folder = folder
+        self.tensors = tensors
+        self.optimizer = optimizer
+        self.scaler = scaler
+        self.identity = identity
+        self.companions = companions
+        self.settings = settings
+        self.export = export
+        self.state_is_damaged = False
+
+    def save(self, step: int):
+        """Write the weights and the state; the state before is kept as state.old.pt.
+
+        Raises InputError for weights that are not finite.
+        """
+        if not all(tensor.isfinite().all() for tensor in self.tensors.values()):
+            raise InputError(
+                f"step {step}: the weights have become infinite or NaN; {ADVICE}"
+            )
+        is_first = not self.folder.state.exists()
+        if is_first:  # weights without any state could not be resumed
+            self.write_state(step)
+        self.export()
+        if not is_first:
+            self.write_state(step)
+
+    def export_missing(self):
+        """Write the weights if the run was killed before it wrote them once."""
+        if not all(file.exists() for file in self.folder.weights):
+            self.export()
+
+    def write_state(self, step: int):
+        state = {
+            "step": step,
+            "parameters": {name: t.detach() for name, t in self.tensors.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "identity": self.identity,
+            "frozen": self.companions,
+            "config": self.settings,
+        }
+        with replacing(self.folder.state) as temporary:
+            torch.save(state, temporary)
+            if self.folder.state.exists() and not self.state_is_damaged:
+                os.replace(self.folder.state, self.folder.older_state)
+        self.state_is_damaged = False
+
+    def load(self) -> int:
+        """Restore state.pt or, if it is damaged, the state before it.
+
+        Returns its step, 0 without a state. Raises InputError if all are damaged, or
+        for the state of another run.
+        """
+        damage = ""
+        for path in (self.folder.state, self.folder.older_state):
+            if not path.is_file():
+                continue
+            if damage:
+                note(f"warning: {damage}; the run goes on from {path}")
+            try:
+                return self.restore(path)
+            except InputError:
+                raise
+            except Exception as e:  # a damaged file breaks the readers in many ways
+                damage = f"{path}: damaged ({type(e).__name__}: {e})"
+                self.state_is_damaged = True
+        if damage:
+            raise InputError(f"{damage}; choose another --out_dir")
+        return 0
+
+    def restore(self, path: Path) -> int:
+        """Take over a saved state and return its step.
+
+        Raises InputError for the state of another run, other errors for a damaged one.
+        """
+        state = read_state(path)
+        for name, now in self.identity.items():
+            before = state["identity"].get(name)
+            if before != now:
+                raise InputError(
+                    f"{path}: {name} was {before}, now it is {now}; "
+                    "keep it or change out_dir"
+                )
+        saved = state["parameters"]
+        shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
+        if shapes != {name: tensor.shape for name, tensor in saved.items()}:
+            raise InputError(
+                f"{path}: its parts have other sizes; "
+                "give them, or another --out_dir"
+            )
+        self.warn_of_other_companions(path, state["frozen"])
+        for name, tensor in self.tensors.items():
+            tensor.data.copy_(saved[name])
+        self.restore_optimizer(state["optimizer"]["state"])
+        self.scaler.load_state_dict(state["scaler"])
+        return state["step"]
+
+    def warn_of_other_companions(self, path: Path, before: dict[str, str]):
+        other = [
+            name for name, mark in self.companions.items() if before.get(name) != mark
+        ]
+        if other:
+            note(f"warning: {path} was trained with another {', '.join(other)}")
+
+    def restore_optimizer(self, moments: dict):
+        """Take over the moments, but keep this run's options."""
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                check_moments(parameter, self.optimizer.state[parameter])
+
+
+def read_state(path: Path) -> dict:
+    """A state file. Raises an error of any kind if it is damaged."""
+    broken = ZipFile(path).testzip()  # compares checksums
+    if broken:
+        raise ValueError(f"the checksum of {broken} does not match")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    step = state["step"]
+    if type(step) is not int or step <= 0:
+        raise ValueError(f"step {step}")
+    return state
+
+
+def check_moments(parameter: torch.nn.Parameter, state: dict):
+    """Raise ValueError unless AdamW's state fits: a step count and two moments."""
+    values = [parameter, *state.values()]
+    if not all(value.isfinite().all() for value in values):
+        raise ValueError("a parameter or a moment is not finite")
+    shapes = [value.shape for value in state.values()]
+    expected = [torch.Size(()), parameter.shape, parameter.shape]
+    if shapes and shapes != expected:  # none before the first step
+        raise ValueError(f"moments of shapes {shapes} for {tuple(parameter.shape)}")
