@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from configs.prompts import IMAGE, stop_sequences
 from configs.schema import Config, load_config, read_saved_config
@@ -35,18 +34,18 @@ from data import (
 from llama import IGNORE
 from model import MiniGPT4
 from plumbing.console import InputError, note, outlive_reader, run_main, set_quiet
-from plumbing.files import append_row
 from plumbing.meter import Meter
 from plumbing.options import parse_args, to_json
 from plumbing.processes import (
     StopSignals,
     all_sum,
+    gather,
     make_missing,
     n_processes,
     process_group,
 )
-from plumbing.run import ADVICE, Checkpoint, RunFolder
-from plumbing.weights import PARTS, fingerprint
+from plumbing.run import ADVICE, Checkpoint, RunFolder, RunLog
+from plumbing.weights import fingerprint
 
 MOST_FAILED = 20  # steps in a row whose loss or gradient is not finite
 
@@ -307,35 +306,6 @@ def make_checkpoint(
     )
 
 
-def flops_per_position(
-    model: MiniGPT4, trainable: tuple[str, ...]
-) -> tuple[float, float]:
-    """Training FLOPs of a picture and of a token, without attention.
-
-    2 for each weight forward, 2 for the gradient of its input, 2 for its own gradient.
-    """
-    n_weights = dict.fromkeys(PARTS, 0)
-    for name in PARTS:
-        for tensor in model.part_tensors(name).values():
-            if tensor.dim() > 1:
-                n_weights[name] += tensor.numel()
-    if model.llama.lm_head is not None:  # the embeddings are looked up only
-        n_weights["llama"] -= model.llama.embed_tokens.weight.numel()
-    n_patches = 0
-    if model.vision:
-        n_patches = model.vision.n_patches(model.image_size)
-    vision = n_weights["vision"] * n_patches
-    qformer = n_weights["qformer"] * model.n_image_tokens
-    llama = n_weights["llama"] * 2
-    if "vision" in trainable:
-        vision *= 3
-    if "vision" in trainable or "qformer" in trainable:
-        qformer *= 3
-    if "llama" in trainable:
-        llama *= 1.5
-    return 2.0 * (vision + qformer), 2.0 * llama
-
-
 def train(config: Config, device: torch.device, rank: int = 0, world: int = 1) -> bool:
     """Run the config from its first or last saved step on; True if Ctrl-C ended it."""
     set_quiet(rank > 0)
@@ -349,37 +319,22 @@ def train(config: Config, device: torch.device, rank: int = 0, world: int = 1) -
     steps = TrainingSteps(samples, weights, config, rank, world)
     checkpoint = make_checkpoint(folder, model, config, steps.identity, device)
     done = checkpoint.load() if config.resume else 0
-    check_agreement(done, steps.identity, world)
+    if any(other != (done, steps.identity) for other in gather((done, steps.identity))):
+        raise InputError(
+            f"{config.out_dir}: the processes found other checkpoints or data; "
+            "give all the same folders"
+        )
     if done >= config.max_steps:
         if rank == 0:
             checkpoint.export_missing()
         note(f"{config.out_dir}: its run is already at step {done:,}")
         return False
 
-    flops = flops_per_position(model, config.trainable)
-    meter = Meter(list(weights), device, flops, 1e12 * config.peak_tflops)
-    if rank > 0:
-        with open(os.devnull, "w") as log:
-            return run_steps(
-                config, model, steps, heldout, checkpoint, meter, log, done
-            )
-    with folder.open_log(done) as log:
-        start_folder(folder, config)  # not earlier: a refused run changes nothing
+    meter = Meter(list(weights), device, 1e12 * config.peak_tflops)
+    with RunLog(folder, config.max_steps, done, is_silent=rank > 0) as log:
+        if rank == 0:
+            start_folder(folder, config)  # not earlier: a refused run changes nothing
         return run_steps(config, model, steps, heldout, checkpoint, meter, log, done)
-
-
-def check_agreement(done: int, identity: dict, world: int):
-    """Raise InputError unless all processes found the same checkpoint and data."""
-    if world == 1:
-        return
-    found = [None] * world
-    dist.all_gather_object(found, (done, identity))
-    if any(each != found[0] for each in found):
-        saved = [step for step, _ in found]
-        raise InputError(
-            f"the processes found steps {saved} or other data; "
-            "give all the same folders"
-        )
 
 
 def run_steps(
@@ -389,7 +344,7 @@ def run_steps(
     heldout: Samples | None,
     checkpoint: Checkpoint,
     meter: Meter,
-    log,
+    log: RunLog,
     done: int,
 ) -> bool:
     """Train from step `done` + 1 on: log, save, evaluate; until a signal."""
@@ -397,95 +352,52 @@ def run_steps(
     # init_sync is not needed: all ranks start alike, by their seed.
     ddp_model = DistributedDataParallel(model, init_sync=False) if world > 1 else model
     stop = StopSignals(device)
-    bar = tqdm(
-        total=config.max_steps,
-        initial=done,
-        unit="step",
-        dynamic_ncols=True,
-        disable=rank > 0,
-    )
     n_failed = 0
     for step, source, batches in meter.waiting(steps.read(done + 1)):
         lr = learning_rate(step - 1, config)
-        loss, is_finite = train_step(
-            ddp_model,
-            batches,
-            checkpoint.optimizer,
-            checkpoint.scaler,
-            lr,
-            config.grad_clip,
-        )
-        n_failed = 0 if is_finite else n_failed + 1
+        with meter.counting_flops(batches):
+            loss, is_finite = train_step(
+                ddp_model,
+                batches,
+                checkpoint.optimizer,
+                checkpoint.scaler,
+                lr,
+                config.grad_clip,
+            )
         if is_finite:
             meter.add(source, loss, batches)
+            n_failed = 0
         else:
-            report_failure(log, step, n_failed, steps)
-        bar.update()
+            n_failed += 1
+            log.failure(step, n_failed, steps.describe(step))
+            if n_failed == MOST_FAILED:
+                raise InputError(
+                    f"step {step}: the last {n_failed} losses or gradients "
+                    f"were not finite; {ADVICE}"
+                )
 
+        log.bar.update()
         finished = step == config.max_steps
         last = stop.requested() or finished
         if last or step % config.log_interval == 0:
-            report_speed(log, bar, step, lr, step * steps.step_size, meter)
+            log.speed(step, lr, step * steps.step_size, meter.report())
         with meter.paused():
             # Save first: an evaluation that fails costs nothing.
             if rank == 0 and (last or step % config.save_interval == 0):
                 checkpoint.save(step)
-                report_skipped(log, bar, step, steps)
+                log.skipped(step, steps.account)
             is_due = not last and step % config.eval_interval == 0
             if heldout and (finished or is_due) and (rank == 0 or config.shard):
                 # All ranks have the shards; they cannot leave an evaluation one by one.
                 interrupted = None if config.shard else stop.came
-                result = evaluate(model, heldout, config, device, interrupted)
-                report_evaluation(log, bar, step, result)
+                log.evaluation(
+                    step, evaluate(model, heldout, config, device, interrupted)
+                )
         if last:
             break
-    bar.close()
     if not finished:
         note(f"stopped after step {step}, which is saved; --resume continues")
     return stop.interrupted and not finished
-
-
-def report_failure(log, step: int, n_failed: int, steps: TrainingSteps):
-    """Log a step that was not finite. Raises InputError after too many in a row."""
-    append_row(log, step=step, not_finite=n_failed, samples=steps.describe(step))
-    if n_failed == MOST_FAILED:
-        raise InputError(
-            f"step {step}: the last {n_failed} losses or gradients were not finite; "
-            f"{ADVICE}"
-        )
-
-
-def report_speed(log, bar: tqdm, step: int, lr: float, seen: int, meter: Meter):
-    """Log the loss and the speed, and show them beside the bar."""
-    report = meter.report()
-    if not report:
-        return
-    append_row(log, step=step, lr=lr, seen=seen, **report)
-    report.pop("losses", None)  # too many for the bar
-    bar.set_postfix(report | {"lr": f"{lr:.1e}"}, refresh=False)
-
-
-def report_skipped(log, bar: tqdm, step: int, steps: TrainingSteps):
-    """Log how many samples could not be used so far."""
-    account = steps.account
-    if account.skipped:
-        append_row(log, step=step, skipped=account.skipped, of=account.n_read)
-        bar.write(f"step {step}: {account.text}", file=sys.stderr)
-
-
-def report_evaluation(log, bar: tqdm, step: int, result: tuple | None):
-    """Log the held-out loss and sample answers, and print them."""
-    if result is None:
-        return
-    loss, answers = result
-    finite_loss = loss if math.isfinite(loss) else None
-    append_row(log, step=step, heldout_loss=finite_loss, samples=answers)
-    lines = [f"step {step}: held-out loss {loss:.4f}"]
-    for answer in answers:
-        lines.append(f"  answer: {answer['answer']!r}")
-        lines.append(f"  data:   {answer['data']!r}")
-    if not bar.disable:
-        bar.write("\n".join(lines), file=sys.stderr)
 
 
 def main(argv: list[str]):

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from plumbing.processes import all_sum, n_processes
 
@@ -12,20 +13,11 @@ from plumbing.processes import all_sum, n_processes
 class Meter:
     """Sums over steps, of all ranks together, without waiting for the device."""
 
-    def __init__(
-        self,
-        sources: list[str],
-        device,
-        flops: tuple[float, float] = (0.0, 0.0),
-        peak_flops: float = 0.0,
-    ):
-        """flops: of a picture and of a token, in training.
-
-        peak_flops: FLOP/s of one device; with it, reports have `mfu`.
-        """
+    def __init__(self, sources: list[str], device, peak_flops: float = 0.0):
+        """peak_flops: FLOP/s of one device; with it, reports have `mfu`."""
         self.sources = sources
-        self.flops = flops
         self.peak_flops = peak_flops * n_processes()
+        self.flops_per_token = 0.0
         # Of each source: the loss, answer tokens, pictures (or texts), tokens.
         self.sums = torch.zeros(len(sources), 4, device=device, dtype=torch.float64)
         self.restart()
@@ -47,6 +39,17 @@ class Meter:
         row[1] += n_targets
         row[2] += n_images
         row[3] += sum(batch.n_tokens for batch in batches)
+
+    @contextmanager
+    def counting_flops(self, batches: list):
+        """Count the FLOPs of the first step inside, where reports have `mfu`."""
+        if not self.peak_flops or self.flops_per_token:
+            yield
+            return
+        with FlopCounterMode(display=False) as counter:
+            yield
+        n_tokens = sum(batch.n_tokens for batch in batches)
+        self.flops_per_token = counter.get_total_flops() / max(1, n_tokens)
 
     def waiting(self, items: Iterable) -> Iterator:
         """Yield the items; the time until one is there counts as waiting for data."""
@@ -86,7 +89,7 @@ class Meter:
         report["tokens_per_s"] = round(n_tokens / seconds)
         report["data_wait"] = round(self.waited / seconds, 3)
         if self.peak_flops:
-            flops = n_images * self.flops[0] + n_tokens * self.flops[1]
+            flops = n_tokens * self.flops_per_token
             report["mfu"] = round(flops / seconds / self.peak_flops, 3)
         self.restart()
         return report

@@ -40,6 +40,14 @@ def all_sum(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
+def gather(value) -> list:
+    """The values of all processes of the run, by rank."""
+    values = [value] * n_processes()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
 class StopSignals:
     """Ends a run after its step: at a signal, or when the launcher has died."""
 

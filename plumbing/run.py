@@ -3,14 +3,16 @@
 import json
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from zipfile import ZipFile
 
 import torch
+from tqdm import tqdm
 
 from plumbing.console import InputError, note
-from plumbing.files import replacing
+from plumbing.files import append_row, replacing
 
 ADVICE = (
     "the last checkpoint is kept; "
@@ -58,21 +60,77 @@ class RunFolder:
         with replacing(self.path / "config.json") as temporary:
             temporary.write_text(text)
 
-    def open_log(self, done: int):
-        """log.jsonl, to append to, without the steps after `done`: they come again.
 
-        Raises InputError if another run writes to it.
+class RunLog:
+    """log.jsonl and the progress bar; silent on all ranks but the first."""
+
+    def __init__(self, folder: RunFolder, max_steps: int, done: int, is_silent: bool):
+        """Keep the rows of the steps that are done; the others come again.
+
+        Raises InputError if another run writes to the log.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        file = open_to_append(self.log)
-        lock(file, self.path)
-        # Through this file: to open and close it once more would end the lock.
-        file.seek(0)
-        file.truncate(length_until(file.buffer.read(), done))
-        return file
+        self.is_silent = is_silent
+        if is_silent:
+            self.file = open_to_append(os.devnull)
+        else:
+            folder.path.mkdir(parents=True, exist_ok=True)
+            self.file = open_to_append(folder.log)
+            lock(self.file, folder.path)
+            # Through this file: to open and close it once more would end the lock.
+            self.file.seek(0)
+            self.file.truncate(length_until(self.file.buffer.read(), done))
+        self.bar = tqdm(
+            total=max_steps,
+            initial=done,
+            unit="step",
+            dynamic_ncols=True,
+            disable=is_silent,
+        )
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *error):
+        self.bar.close()
+        self.file.close()
+
+    def failure(self, step: int, n_failed: int, samples: list[str]):
+        """A step that was not finite: where its samples are."""
+        append_row(self.file, step=step, not_finite=n_failed, samples=samples)
+
+    def speed(self, step: int, lr: float, seen: int, report: dict):
+        """What a meter reports; nothing if no step was finite."""
+        if report:
+            append_row(self.file, step=step, lr=lr, seen=seen, **report)
+            shown = {k: v for k, v in report.items() if k != "losses"}
+            self.bar.set_postfix(shown | {"lr": f"{lr:.1e}"}, refresh=False)
+
+    def skipped(self, step: int, account):
+        """How many samples could not be used so far."""
+        if account.skipped:
+            append_row(self.file, step=step, skipped=account.skipped, of=account.n_read)
+            self.write(f"step {step}: {account.text}")
+
+    def evaluation(self, step: int, result: tuple[float, list[dict]] | None):
+        """The held-out loss and sample answers; nothing for an interrupted one."""
+        if result is None:
+            return
+        loss, answers = result
+        finite_loss = loss if math.isfinite(loss) else None
+        append_row(self.file, step=step, heldout_loss=finite_loss, samples=answers)
+        lines = [f"step {step}: held-out loss {loss:.4f}"]
+        for answer in answers:
+            lines.append(f"  answer: {answer['answer']!r}")
+            lines.append(f"  data:   {answer['data']!r}")
+        self.write("\n".join(lines))
+
+    def write(self, text: str):
+        """Print above the bar."""
+        if not self.is_silent:
+            self.bar.write(text, file=sys.stderr)
 
 
-def open_to_append(path: Path):
+def open_to_append(path: str | Path):
     """A text file whose rows are written at once."""
     return open(path, "a+", buffering=1, encoding="utf-8", newline="\n")
 
@@ -222,8 +280,7 @@ class Checkpoint:
         shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
         if shapes != {name: tensor.shape for name, tensor in saved.items()}:
             raise InputError(
-                f"{path}: its parts have other sizes; "
-                "give them, or another --out_dir"
+                f"{path}: its parts have other sizes; give them, or another --out_dir"
             )
         self.warn_of_other_companions(path, state["frozen"])
         for name, tensor in self.tensors.items():
