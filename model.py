@@ -7,7 +7,7 @@ model is a Vicuna or another LLaMA. Axes: B sequences, T tokens, N image tokens 
 picture, D width, V vocabulary, S pixels of a side.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -390,10 +390,13 @@ class MiniGPT4(nn.Module):
                 marks[name] = fingerprint(tensors)
         return marks
 
-    def drop_vision(self):
-        """Free the vision tower and the bridge, once all features are computed."""
+    def drop_vision(self, to_save: Collection[str] = ()):
+        """Free vision tower and bridge once all features are computed.
+
+        Parts `to_save` only leave the forward pass.
+        """
         self.vision = self.bridge = None
-        for name in ("vision", "qformer"):
+        for name in {"vision", "qformer"} - set(to_save):
             self.parts.pop(name, None)
 
 

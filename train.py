@@ -44,7 +44,14 @@ from plumbing.processes import (
     n_processes,
     process_group,
 )
-from plumbing.run import ADVICE, Checkpoint, RunFolder, RunLog
+from plumbing.run import (
+    ADVICE,
+    Checkpoint,
+    RunFolder,
+    RunLog,
+    relative_path,
+    write_config,
+)
 from plumbing.weights import fingerprint
 
 MOST_FAILED = 20  # steps in a row whose loss or gradient is not finite
@@ -238,7 +245,7 @@ def open_data(
         cache_features(samples, model.image_features, config, device)
         if heldout:
             cache_features(heldout, model.image_features, config, device)
-        model.drop_vision()
+        model.drop_vision(to_save=part_files(config))
     return samples, weights, heldout
 
 
@@ -251,8 +258,12 @@ def open_folder(config: Config) -> RunFolder:
 
 
 def part_files(config: Config) -> dict[str, str]:
-    """{part: its file in out_dir}: what is trained, and the projection beside it."""
-    names = list(config.trainable)
+    """{part: its file in out_dir}: trained and new parts, and any projection."""
+    names = [
+        name
+        for name, source in config.parts().items()
+        if name in config.trainable or isinstance(source, dict)
+    ]
     if config.vision and "proj" not in names:
         names.append("proj")
     files = {name: f"{config.out_dir}/{name}.safetensors" for name in names}
@@ -261,15 +272,16 @@ def part_files(config: Config) -> dict[str, str]:
     return files
 
 
-def start_folder(folder: RunFolder, config: Config):
+def start_folder(config: Config):
     """Write a config.json that leads chat.py to all parts."""
-    parts = config.parts() | part_files(config)
-    if "llama" in config.trainable:
+    files = part_files(config)
+    parts = config.parts() | files
+    if "llama" in files:
         parts["tokenizer"] = ""  # in the folder of the language model
     for name, path in parts.items():
         if isinstance(path, str) and path:
-            parts[name] = folder.relative(path)
-    folder.write_config(to_json(replace(config, **parts)))
+            parts[name] = relative_path(path, config.out_dir)
+    write_config(config.out_dir, to_json(replace(config, **parts)))
 
 
 def make_checkpoint(
@@ -333,7 +345,7 @@ def train(config: Config, device: torch.device, rank: int = 0, world: int = 1) -
     meter = Meter(list(weights), device, 1e12 * config.peak_tflops)
     with RunLog(folder, config.max_steps, done, is_silent=rank > 0) as log:
         if rank == 0:
-            start_folder(folder, config)  # not earlier: a refused run changes nothing
+            start_folder(config)  # not earlier: a refused run changes nothing
         return run_steps(config, model, steps, heldout, checkpoint, meter, log, done)
 
 

@@ -51,14 +51,17 @@ class RunFolder:
                 "change --out_dir"
             )
 
-    def relative(self, path: str) -> str:
-        """A path as it is seen from this folder, which may be a link."""
-        return os.path.relpath(os.path.realpath(path), os.path.realpath(self.path))
 
-    def write_config(self, text: str):
-        self.path.mkdir(parents=True, exist_ok=True)
-        with replacing(self.path / "config.json") as temporary:
-            temporary.write_text(text)
+def relative_path(path: str, folder: str) -> str:
+    """A path as it is seen from a folder, which may be a link."""
+    return os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
+
+
+def write_config(folder: str, text: str):
+    """Write a run's config.json, and make its folder."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with replacing(Path(folder, "config.json")) as temporary:
+        temporary.write_text(text)
 
 
 class RunLog:

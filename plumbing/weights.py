@@ -137,6 +137,12 @@ def load_part(name: str, part: Part, file: PartFile, dtype: torch.dtype, device)
                 tensor = finite(tensor, where).to(device, dtype)
             state[key] = tensor.to(device)
         module.load_state_dict(state, assign=True)
+        for key, buffer in module.named_buffers():
+            if buffer.is_meta:
+                raise InputError(
+                    f"{name}: no file holds the buffer {key}; "
+                    "register it with persistent=True, or compute it in forward"
+                )
 
 
 def reset_part(part: Part):

@@ -1,5 +1,13 @@
 """The model as a whole."""
 
+import pytest
+import torch
+from torch import nn
+
+from model import MiniGPT4
+from plumbing.console import InputError
+from plumbing.weights import load_tensors
+from qformer import QFormer
 from tests.runs import changed_llama, micro, run
 
 
@@ -16,3 +24,64 @@ def test_a_projection_of_another_language_model_is_warned_of(world, tmp_path, ca
         )
     )
     assert "proj.safetensors was trained with another llama" in capsys.readouterr().err
+
+
+class Rescaled(QFormer):
+    """A part of one's own: a bare parameter, a buffer, a module without `.data`."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.scale = nn.Parameter(torch.full((1,), 2.0))
+        self.mixer = nn.MultiheadAttention(config.width, 2)
+        self.register_buffer("offset", torch.ones(1))
+
+    def forward(self, image):
+        x = super().forward(image)
+        y, _ = self.mixer(x, x, x)
+        return self.scale * (x + y) + self.offset
+
+
+def new_model(world, qformer=None):
+    sizes = dict(n_queries=4, width=16, n_layers=2, n_heads=2, ffn_hidden=32)
+    return MiniGPT4.from_files(
+        world["vision"], qformer or sizes, world["llama"], dtype="float32"
+    )
+
+
+def test_a_part_of_one_s_own_keeps_its_initial_values_and_is_saved_and_loaded(
+    world, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("model.QFormer", Rescaled)
+    model = new_model(world)
+    assert model.bridge.scale.item() == 2 and model.bridge.offset.item() == 1
+    assert model.bridge.mixer.in_proj_weight.isfinite().all()
+    model.bridge.offset.fill_(3)
+    model.save_part("qformer", tmp_path)
+    loaded = new_model(world, str(tmp_path / "qformer.safetensors"))
+    assert loaded.bridge.offset.item() == 3
+    images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    assert torch.equal(loaded.image_features(images), model.image_features(images))
+
+
+def test_a_buffer_that_no_file_holds_is_refused_by_name(world, tmp_path, monkeypatch):
+    new_model(world).save_part("qformer", tmp_path)
+
+    class WithCache(QFormer):
+        def __init__(self, config):
+            super().__init__(config)
+            self.register_buffer("cache", torch.ones(1), persistent=False)
+
+    monkeypatch.setattr("model.QFormer", WithCache)
+    with pytest.raises(InputError, match="qformer: no file holds the buffer cache"):
+        new_model(world, str(tmp_path / "qformer.safetensors"))
+
+
+def test_a_part_s_file_says_its_kind(world, tmp_path):
+    model = new_model(world)
+    kinds = {"vision": "eva_vit", "qformer": "qformer", "proj": "linear"}
+    for part, kind in kinds.items():
+        model.save_part(part, tmp_path)
+        _, metadata = load_tensors(tmp_path / f"{part}.safetensors")
+        assert metadata["kind"] == kind
+    with pytest.raises(InputError, match="a qformer file; as vision, give eva_vit"):
+        MiniGPT4.from_files(str(tmp_path / "qformer.safetensors"), None, world["llama"])

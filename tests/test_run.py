@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import train
 from plumbing.console import InputError
+from plumbing.run import RunLog
 from tests.runs import (
     assert_same,
     changed_llama,
@@ -53,7 +54,7 @@ def test_a_second_run_in_a_folder_is_refused_and_changes_nothing(
     config = micro(world, out, max_steps=6, resume=True)
     before = [(out / name).read_bytes() for name in ("log.jsonl", "config.json")]
     # to open and close the file in this process again would end the lock
-    with train.open_log(config, 2):
+    with RunLog(train.open_folder(config), 6, 2, is_silent=False):
         status, err = start(replace(config, lr=0.5)).wait()
     assert status == 2 and f"{out}: another run writes to it" in err
     after = [(out / name).read_bytes() for name in ("log.jsonl", "config.json")]
@@ -66,6 +67,28 @@ def test_notes_that_are_no_log_of_ours_are_not_overwritten(world, tmp_path):
     with pytest.raises(InputError, match="log.jsonl: already holds a run"):
         run(micro(world, tmp_path, max_steps=2))
     assert (tmp_path / "log.jsonl").read_text() == "my notes\n"
+
+
+def test_a_finished_run_without_its_state_is_not_resumed_over(world, tmp_path):
+    run(micro(world, tmp_path, max_steps=2))
+    for name in ("state.pt", "state.old.pt"):
+        (tmp_path / name).unlink(missing_ok=True)
+    kept = ("log.jsonl", "proj.safetensors")
+    before = [(tmp_path / name).read_bytes() for name in kept]
+    with pytest.raises(InputError, match="without state.pt.* cannot be resumed"):
+        run(micro(world, tmp_path, max_steps=4, resume=True))
+    assert [(tmp_path / name).read_bytes() for name in kept] == before
+
+
+def test_a_run_killed_between_its_first_state_and_its_weights_is_resumed(
+    world, tmp_path
+):
+    config = micro(world, tmp_path, max_steps=2, save_interval=2, resume=True)
+    run(config)
+    before = load_file(tmp_path / "proj.safetensors")
+    (tmp_path / "proj.safetensors").unlink()
+    run(config)  # it is at its end, and writes what is missing
+    assert_same(load_file(tmp_path / "proj.safetensors"), before)
 
 
 # ---- resume --------------------------------------------------------------------------

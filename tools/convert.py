@@ -51,7 +51,7 @@ from plumbing.weights import (
     read_weight_map,
 )
 from qformer import QFormer, QFormerConfig
-from train import refuse_to_overwrite, start_folder
+from train import open_folder, start_folder
 from vision import VisionConfig, VisionTransformer
 
 TORCH_DTYPES = {"": None} | {name: getattr(torch, name) for name in DTYPES}
@@ -515,7 +515,7 @@ def new_run(config: str, target: Path) -> Config:
         raise InputError(
             f"{target}: with --config, name it proj.safetensors, as chat.py expects"
         )
-    refuse_to_overwrite(run)
+    open_folder(run)  # refuses to overwrite another run
     return run
 
 

@@ -30,7 +30,7 @@ from plumbing.options import check_name, option, override, parse_args
 from plumbing.weights import read_part, read_sizes, read_weight_map
 from tools import convert
 from tools.evaluate import is_fragment, repeats_itself
-from train import refuse_to_overwrite, start_folder
+from train import open_folder, start_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 BLIP2 = "Salesforce/blip2-flan-t5-xxl"  # has MiniGPT-4's vision part and Q-Former
@@ -454,7 +454,7 @@ def main(argv: list[str]):
         if place and not getattr(config, part):
             raise InputError(f"--{part}: {name} has no {part}; leave it out")
     if proj and not os.path.exists(proj):
-        refuse_to_overwrite(config)
+        open_folder(config)  # refuses to overwrite another run
     sources = find_sources(options, recipe, config)
     if sources:
         announce(sources)
