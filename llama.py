@@ -199,7 +199,7 @@ def attend(q, k, v):
         mask = everything.tril(S - T)
     is_grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=T == S, enable_gqa=is_grouped
+        q, k, v, mask, is_causal=mask is None, enable_gqa=is_grouped
     )
 
 
