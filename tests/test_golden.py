@@ -367,10 +367,10 @@ def test_beam_search(golden, template):
     for name, run in runs.items():
         model.tokenizer = copy.copy(golden.tokenizer)
         model.tokenizer.eos = run.get("eos_token_id", golden.tokenizer.eos)
-        got = model.generate(
+        got = model.beam_search(
             chat.ids[1],
             model.encode_image(golden.images[:1]),
-            20,
+            max_new_tokens=20,
             num_beams=3,
             min_length=1,
             repetition_penalty=float(name.split("_rp")[1].split("_")[0]),

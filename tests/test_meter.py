@@ -52,22 +52,8 @@ def test_the_log_tells_the_speed_and_with_peak_tflops_mfu(world, tmp_path):
             assert "losses" not in row  # there is only one source
 
 
-<<<<<<< HEAD
-def test_flops_are_those_that_a_step_computes(world, tmp_path):
-    """PyTorch's counter sees padding and the recomputed logits, too."""
-    llama = dict(
-        hidden_size=256,
-        intermediate_size=1024,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-    )
-    config = micro(
-        world, tmp_path, llama=llama, tokenizer=f"{world['llama']}/tokenizer.model"
-    )
-=======
 def test_flops_are_those_of_the_first_step(world, tmp_path):
     config = micro(world, tmp_path)
->>>>>>> 590c3df (train.py: RunLog, FLOPs counted on the first step, new parts are saved; tests of the mended bugs)
     model, steps = read_steps(config)
     batches = steps[0][2]
     with FlopCounterMode(display=False) as counter:
