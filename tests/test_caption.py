@@ -112,6 +112,7 @@ def test_plain_text_has_no_progress_bar(folder, options, monkeypatch):
     assert ("7 pictures: " in sys.stderr.getvalue()) == (not options)
 
 
+@pytest.mark.slow
 def test_training_reads_them(folder, capsys, monkeypatch):
     Path("photos/2.jpg").write_bytes(b"no picture")
     Path("own").mkdir()

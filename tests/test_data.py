@@ -187,7 +187,10 @@ class Vanishing(Talks):
         return Sample(turns=[("Say it.", str(place))])
 
 
-@pytest.fixture(params=range(24))
+SHAPES = [pytest.param(seed, marks=pytest.mark.slow) for seed in range(6, 24)]
+
+
+@pytest.fixture(params=[*range(6), *SHAPES])
 def shape(request):
     """A random run: (samples, weights, config, processes x batch_size x grad_accum, generator)."""
     rng = np.random.default_rng(request.param)
@@ -536,6 +539,7 @@ def test_data_without_one_good_sample_stop_the_run_at_once(tmp_path):
         take(steps, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_sources", [1, 2])
 def test_a_source_that_vanishes_late_is_noticed_soon(n_sources):
     """After 20,000 good samples; the share of bad ones in all is then still small."""
@@ -555,6 +559,7 @@ def test_a_source_that_vanishes_late_is_noticed_soon(n_sources):
     assert n_drawn <= 0.55 * RECENT
 
 
+@pytest.mark.slow
 def test_many_bad_samples_below_the_limit_do_not_stop_a_run():
     config = Config(
         trainable=("llama",), batch_size=50, max_steps=200, num_workers=0, **VICUNA

@@ -37,14 +37,8 @@ def config_path(world, tmp_path) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "stage2_llama2",
-        pytest.param("stage1", marks=pytest.mark.slow),
-        pytest.param("stage1_tinyllama", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["stage1", "stage2_llama2", "stage1_tinyllama"])
 def test_a_dry_run_needs_no_weights_and_knows_the_official_sizes(name, capsys):
     dry_run.main(
         [str(ROOT / "configs" / f"{name}.py"), "--vision=none", "--llama=none"]

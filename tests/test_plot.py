@@ -63,6 +63,7 @@ def test_damaged_rows_are_passed_over(tmp_path):
     )  # it has no learning rate
 
 
+@pytest.mark.slow
 def test_runs_are_drawn_into_one_picture(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     runs = [run_folder(tmp_path / "a", ROWS), run_folder(tmp_path / "b", ROWS[:1])]

@@ -118,6 +118,7 @@ def test_from_the_list_over_the_web_to_the_reader(web, tmp_path, capfd):
     assert "3 shards, 48 samples" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ["tsv", "parquet"])
 def test_captions_survive_the_list_as_img2dataset_reads_it(tmp_path, ending):
     csv, parquet = (

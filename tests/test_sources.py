@@ -25,6 +25,7 @@ from tools import make_scenes
 # ---- tar shards ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_shards_read_every_sample(tmp_path):
     folder = tmp_path / "stage1"
     make_scenes.main(["stage1", str(folder), "--n=1030"])  # two shards

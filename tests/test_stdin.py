@@ -115,6 +115,7 @@ def test_a_conversation_that_cannot_be_saved_goes_on(run, path):
     assert "cannot be written" in err and out.count("red") == 2
 
 
+@pytest.mark.slow
 def test_a_message_that_fails_leaves_nothing_behind(run, tmp_path):
     (tmp_path / "no.png").write_text("no picture")
     lines = [

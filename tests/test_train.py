@@ -304,7 +304,14 @@ def test_bad_samples_of_the_heldout_data_are_mentioned(world, tmp_path, capsys):
 # ---- evaluation ----------------------------------------------------------------------
 
 
-def test_heldout_loss_and_first_answers_are_logged(world, tmp_path):
+@pytest.mark.parametrize(
+    "max_txt_len, steps",
+    [
+        pytest.param(160, [3, 6], id="short"),
+        pytest.param(2048, [1], id="beyond-the-context", marks=pytest.mark.slow),
+    ],
+)
+def test_heldout_loss_and_first_answers_are_logged(world, tmp_path, max_txt_len, steps):
     talk = [
         {"user": "Hello"},
         {"assistant": "A dog."},
@@ -313,23 +320,20 @@ def test_heldout_loss_and_first_answers_are_logged(world, tmp_path):
     ]
     line = {"image": f"{world['stage2']}/image/0.jpg", "conversation": talk}
     (tmp_path / "own.jsonl").write_text(json.dumps(line))
-    for max_txt_len, steps in ((160, [3, 6]), (2048, [1])):  # also beyond CONTEXT
-        config = micro(
-            world,
-            tmp_path / str(max_txt_len),
-            heldout_data=f"{tmp_path}/own.jsonl",
-            template="vicuna",
-            max_txt_len=max_txt_len,
-            eval_interval=3,
-            max_steps=steps[-1],
-        )
-        rows = [row for row in run(config) if "heldout_loss" in row]
-        assert [row["step"] for row in rows] == steps and all(
-            row["heldout_loss"] > 0 for row in rows
-        )
-        assert [shown["data"].removesuffix("###") for shown in rows[0]["samples"]] == [
-            "A dog."
-        ]
+    config = micro(
+        world,
+        tmp_path / "run",
+        heldout_data=f"{tmp_path}/own.jsonl",
+        template="vicuna",
+        max_txt_len=max_txt_len,
+        eval_interval=3,
+        max_steps=steps[-1],
+    )
+    rows = [row for row in run(config) if "heldout_loss" in row]
+    assert [row["step"] for row in rows] == steps
+    assert all(row["heldout_loss"] > 0 for row in rows)
+    (shown,) = rows[0]["samples"]
+    assert shown["data"].removesuffix("###") == "A dog."
 
 
 def test_heldout_data_with_no_usable_sample_is_refused_at_the_start(world, tmp_path):
