@@ -7,16 +7,14 @@ The batches depend only on the seed and the step number: a resumed run needs no 
 state. Bad samples are left out and counted.
 """
 
-import hashlib
-import json
-from collections import Counter, deque
+from collections import defaultdict
+from contextlib import contextmanager, suppress
 from functools import cache, lru_cache
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, default_collate
@@ -33,9 +31,17 @@ from configs.prompts import (
 )
 from configs.schema import Config
 from llama import IGNORE, Tokenizer
-from plumbing.console import InputError, note, printable, progress
-from plumbing.processes import ignore_signals, start_workers
-from plumbing.sources import BadSample, Member, Sample, foreign_bytes, open_source
+from plumbing.console import InputError, progress
+from plumbing.processes import gather, n_processes, process_rank, start_workers
+from plumbing.sources import (
+    Account,
+    BadSample,
+    Fault,
+    Member,
+    Sample,
+    foreign_bytes,
+    open_source,
+)
 from vision import load_image
 
 # ---- samples -----------------------------------------------------------------------
@@ -58,81 +64,79 @@ class Example(NamedTuple):
     targets: list[int]
 
 
-class Fault(NamedTuple):
-    """What is wrong with a bad sample."""
-
-    kind: str
-    message: str  # where the sample is, and why it cannot be used
-
-
 class Samples(Dataset):
     """The samples of some sources, by Key."""
 
-    def __init__(
-        self,
-        sources: list,
-        config: Config,
-        tokenizer: Tokenizer,
-        image_size: int,
-        n_image_tokens: int,
-    ):
-        self.sources, self.config, self.tokenizer = sources, config, tokenizer
-        self.image_size, self.n_image_tokens = image_size, n_image_tokens
-        # instead of pictures: (pictures, N, D), and where those of a sample are
+    def __init__(self, sources, config, tokenizer, image_size, n_image_tokens):
+        self.sources = sources
+        self.config: Config = config
+        self.tokenizer: Tokenizer = tokenizer
+        self.image_size = image_size  # pixels, both sides
+        self.n_image_tokens = n_image_tokens  # of one picture
+        # Instead of pictures, their features (pictures, N, D), where there are some,
+        # and which of them are a sample's, by (source, shard, row).
         self.features: Tensor | None = None
-        self.feature_places: dict[tuple, range] = {}  # by key[:3]
+        self.feature_rows = defaultdict(list)
 
     def all_keys(self):
-        """All samples, one of each source in turn."""
-        turns = zip_longest(*map(places, self.sources))
+        """Yield the keys of all samples, one of each source in turn."""
+        turns = zip_longest(*[source.places() for source in self.sources])
         for draw, turn in enumerate(turns):
             for source, place in enumerate(turn):
                 if place:
                     yield Key(source, *place, draw)
 
-    def first(self, n: int) -> tuple[list[Example], list[Fault]]:
-        """The first n good samples, always the same ones, and the bad ones before."""
-        good, faults, keys = [], [], self.all_keys()
-        while len(good) < n and (key := next(keys, None)):
-            found = self.read(key)
-            (faults if isinstance(found, Fault) else good).append(found)
+    def first(self, n: int):
+        """The first n good samples, always the same ones, and the faults of others."""
+        good, faults = [], []
+        for key in self.all_keys():
+            if len(good) == n:
+                break
+            with self.noting(faults, key):
+                good.append(self.read(key))
         return good, faults
 
-    def read(self, key: Key) -> Example | Fault:
-        """A sample with decoded pictures, or with their features."""
+    @contextmanager
+    def noting(self, faults, key):
+        """Note what is wrong with a bad sample, instead of raising BadSample."""
+        try:
+            yield
+        except BadSample as error:
+            place = self.sources[key.source].describe(key.shard, key.row)
+            faults.append(Fault(error.kind, f"{place} ({error})"))
+
+    def __getitem__(self, key) -> Example | None:
+        """A sample, or None for a bad one."""
+        with suppress(BadSample):
+            return self.read(key)
+
+    def read(self, key) -> Example:
+        """A sample with decoded pictures, or with their features; or BadSample."""
         return self.decode(key, self.read_text(key))
 
-    __getitem__ = read
-
-    def read_text(self, key: Key) -> Example | Fault:
-        """A sample with the files of its pictures."""
-        try:
-            sample = self.sources[key.source][key.shard, key.row]
-            if not sample.images and "llama" not in self.config.trainable:
-                raise BadSample(
-                    "no picture, and only the way from pictures to text is trained"
-                )
-            rng = np.random.default_rng((self.config.seed, key.source, key.draw))
-            ids, targets = self.tokenize(sample, rng)
-            if set(targets[1:]) <= {IGNORE}:
-                raise BadSample("nothing to predict")
-        except BadSample as e:
-            return self.fault(key, e)
+    def read_text(self, key: Key) -> Example:
+        """A sample with the files of its pictures. Raises BadSample."""
+        sample = self.sources[key.source][key.shard, key.row]
+        if not sample.images and "llama" not in self.config.trainable:
+            raise BadSample(
+                "no picture, and only the way from pictures to text is trained"
+            )
+        rng = np.random.default_rng((self.config.seed, key.source, key.draw))
+        ids, targets = self.tokenize(sample, rng)
+        if set(targets[1:]) <= {IGNORE}:
+            raise BadSample("nothing to predict")
         return Example(sample.images, ids, targets)
 
-    def decode(self, key: Key, text: Example | Fault) -> Example | Fault:
-        """Replace the files of pictures by what they hold."""
-        if isinstance(text, Fault) or not text.images:
+    def decode(self, key, text) -> Example:
+        """Replace files by pictures, or by their features. Raises BadSample."""
+        if not text.images:
             return text
-        try:
-            if self.features is None:
-                images = [self.load_image(image) for image in text.images]
-            elif key[:3] in self.feature_places:
-                images = [self.features[i] for i in self.feature_places[key[:3]]]
-            else:
-                raise BadSample("picture cannot be read")
-        except BadSample as e:
-            return self.fault(key, e)
+        if self.features is None:
+            images = [self.load_image(image) for image in text.images]
+        else:
+            images = [self.features[row] for row in self.feature_rows[key[:3]]]
+        if not images:
+            raise BadSample("picture cannot be read")
         return text._replace(images=images)
 
     def load_image(self, image: str | Member) -> Tensor:
@@ -140,15 +144,12 @@ class Samples(Dataset):
             source = image if isinstance(image, str) else image.read()
             return load_image(source, self.image_size, smallest=2)
 
-    def fault(self, key: Key, error: BadSample) -> Fault:
-        place = self.sources[key.source].describe(key.shard, key.row)
-        return Fault(error.kind, f"{place} ({error})")
-
-    def tokenize(self, sample: Sample, rng) -> tuple[list[int], list[int]]:
-        """A sample's ids and targets."""
-        template, end = self.config.template, self.config.answer_end
+    def tokenize(self, sample: Sample, rng):
+        """The ids and the targets of a sample."""
+        template = self.config.template
+        end = self.config.answer_end
         if sample.text is not None:
-            template, end = "", ""
+            template = end = ""
         turns = self.choose_turns(sample, rng)
         as_chat = template and rng.random() < self.config.chat_share
         prompts = training_segments(turns, len(sample.images), template, end, as_chat)
@@ -156,14 +157,15 @@ class Samples(Dataset):
         ids, targets = [], []
         for prompt, (_, answer) in zip(prompts, turns):
             prompt_ids = encode_segments(self.tokenizer, prompt, self.n_image_tokens)
-            answer = harmless(answer, end) if end else answer
+            if end:
+                answer = harmless(answer, end)
             answer_ids = encode_answer(self.tokenizer, answer, end)
             answer_ids = answer_ids[: self.config.max_txt_len]
             ids += prompt_ids + answer_ids
             targets += [IGNORE] * len(prompt_ids) + answer_ids
         return ids, targets
 
-    def choose_turns(self, sample: Sample, rng) -> list[tuple]:
+    def choose_turns(self, sample, rng):
         """A sample's turns: (the user's message as text or segments, the answer)."""
         template = self.config.template
         if sample.text is not None:
@@ -179,7 +181,7 @@ class Samples(Dataset):
             return [(placed_message(user), answer) for user, answer in sample.turns]
         return sample.turns
 
-    def check_caption(self, sample: Sample) -> str:
+    def check_caption(self, sample):
         caption = sample.caption
         if not caption.strip():
             raise BadSample("empty caption")
@@ -188,15 +190,8 @@ class Samples(Dataset):
         return clean_caption(caption) if self.config.clean_captions else caption
 
 
-def places(source):
-    """(shard, row) of all samples of a source."""
-    for shard, n_rows in enumerate(source.counts):
-        for row in range(n_rows):
-            yield shard, row
-
-
-def open_samples(data: str | dict | list, *settings) -> tuple[Samples, dict]:
-    """The samples of a config's `data`, and {path: weight}.
+def open_samples(data, *settings):
+    """The Samples of a config's `data`, and {path: weight}.
 
     settings: the arguments of Samples after `sources`.
     """
@@ -233,8 +228,8 @@ class Batch(NamedTuple):
         return int((self.tokens != 0).sum())
 
     def to(self, device) -> "Batch":
-        tensors = (t if t is None else t.to(device, non_blocking=True) for t in self)
-        return Batch(*tensors)
+        moved = [t if t is None else t.to(device, non_blocking=True) for t in self]
+        return Batch(*moved)
 
 
 def collate(samples: list[Example]) -> Batch:
@@ -242,23 +237,25 @@ def collate(samples: list[Example]) -> Batch:
     images = [image for images, _, _ in samples for image in images]
     tokens = [torch.tensor(ids) for _, ids, _ in samples]
     targets = [torch.tensor(targets) for _, _, targets in samples]
+    # default_collate stacks in shared memory where a data worker does it
     return Batch(
-        default_collate(images) if images else None,  # a data worker's: shared memory
+        default_collate(images) if images else None,
         pad_sequence(tokens or [torch.tensor([0])], batch_first=True),
         pad_sequence(targets or [torch.tensor([IGNORE])], True, IGNORE),
     )
 
 
-def split(items: list, n: int) -> list[list]:
+def split(items: list, n: int):
     """n consecutive parts whose lengths differ by at most 1."""
-    return [items[len(items) * i // n : len(items) * (i + 1) // n] for i in range(n)]
+    cuts = [len(items) * i // n for i in range(n + 1)]
+    return [items[start:end] for start, end in pairwise(cuts)]
 
 
 # ---- the order of the samples ------------------------------------------------------
 
 
 @lru_cache(maxsize=16)
-def shuffled_shards(source, seed: tuple, epoch: int):
+def shuffled_shards(source, seed, epoch):
     """A source's shards in an epoch's order, and how many samples come before each."""
     counts = np.array(source.counts)
     shards = np.random.default_rng((*seed, epoch)).permutation(len(counts))
@@ -266,8 +263,8 @@ def shuffled_shards(source, seed: tuple, epoch: int):
 
 
 @lru_cache(maxsize=16)
-def shuffled_rows(source, seed: tuple, epoch: int, window: int, n_shards: int):
-    """(shard, row) of the samples of a window of shards, int64 (samples, 2)."""
+def shuffled_rows(source, seed, epoch, window, n_shards):
+    """(shard, row) of the samples in a window of shards, int64 (samples, 2)."""
     shards, _ = shuffled_shards(source, seed, epoch)
     rows = []
     for shard in shards[window * n_shards :][:n_shards]:
@@ -275,10 +272,11 @@ def shuffled_rows(source, seed: tuple, epoch: int, window: int, n_shards: int):
     return np.random.default_rng((*seed, epoch, window)).permutation(rows)
 
 
-def draw_samples(source, seed: tuple, n_shards: int, draws: range):
-    """Yield (shard, row) of these draws of a source, each sample once per epoch.
+def draw_samples(source, seed, n_shards, draws):
+    """Yield (shard, row) of some draws of a source, each sample once per epoch.
 
-    An epoch shuffles the shards, then the samples of each window of n_shards shards.
+    An epoch shuffles the shards, then the samples in each window of n_shards shards.
+    seed: the run's, and the number of the source. draws: from 0 on in the first epoch.
     """
     n_samples = sum(source.counts)
     for draw in draws:
@@ -294,33 +292,6 @@ def draw_samples(source, seed: tuple, n_shards: int, draws: range):
 
 # settings that must not change in a run
 KEPT = "seed shuffle_shards length_group template clean_captions max_txt_len chat_share"
-FEW = 200  # samples; the share of bad ones among fewer says little
-RECENT = 1000  # samples of a source, to notice that it has vanished
-
-
-class Account:
-    """Counts the samples that a process has read, the bad ones by kind."""
-
-    def __init__(self, n_sources: int):
-        self.n_read, self.skipped = 0, Counter()
-        # for each source, whether its last samples were bad
-        self.recent = [deque(maxlen=RECENT) for _ in range(n_sources)]
-
-    def add(self, source: int, n_read: int, faults: list[Fault]):
-        """Count samples, and print the first fault of each kind."""
-        for kind, message in faults:
-            if kind not in self.skipped:
-                note(f"skipped, the first of its kind: {message}")
-            self.skipped[kind] += 1
-        self.n_read += n_read
-        n_good = n_read - len(faults)
-        self.recent[source].extend([True] * len(faults) + [False] * n_good)
-
-    @property
-    def text(self) -> str:
-        kinds = ", ".join(f"{kind} {n}" for kind, n in self.skipped.most_common())
-        n_bad = self.skipped.total()
-        return printable(f"{n_bad} of {self.n_read} samples cannot be used ({kinds})")
 
 
 class TrainingSteps(Dataset):
@@ -332,22 +303,24 @@ class TrainingSteps(Dataset):
     """
 
     def __init__(self, samples, weights: dict, config: Config, rank=0, world=1):
-        self.samples, self.weights, self.config = samples, weights, config
+        self.samples = samples
+        self.weights = weights
+        self.config = config
         self.rank, self.world = rank, world
         self.step_size = world * config.batch_size * config.grad_accum  # samples
         n_groups = -(-config.max_steps // config.length_group)  # rounded up
         shares = np.array(list(weights.values())) / sum(weights.values())
         rng = np.random.default_rng(config.seed)
         self.sources = rng.choice(len(shares), n_groups, p=shares).tolist()
-        self.account = Account(len(shares))
+        self.account = Account(list(weights))
 
     @property
     def identity(self) -> dict:
         """What must not change in a run."""
-        data = []
-        for source, weight in zip(self.samples.sources, self.weights.values()):
-            digest = hashlib.sha256(json.dumps(source.content).encode()).hexdigest()
-            data.append([digest[:12], sum(source.counts), weight])
+        data = [
+            [source.digest(), sum(source.counts), weight]
+            for source, weight in zip(self.samples.sources, self.weights.values())
+        ]
         identity = {name: getattr(self.config, name) for name in KEPT.split()} | {
             "answer_end": format_end(self.config.answer_end),
             "processes x batch_size x grad_accum": self.step_size,
@@ -362,51 +335,56 @@ class TrainingSteps(Dataset):
 
     def keys(self, group: int) -> list[Key]:
         """The samples of a group, for all ranks, in the order of their source."""
-        config, source = self.config, self.sources[group]
-        n = self.step_size * config.length_group
-        first = n * self.sources[:group].count(source)
-        drawn = draw_samples(
-            self.samples.sources[source],
-            (config.seed, source),
-            config.shuffle_shards,
-            range(first, first + n),
-        )
-        return [Key(source, *place, draw) for draw, place in enumerate(drawn, first)]
+        i = self.sources[group]
+        source = self.samples.sources[i]
+        n = self.step_size * self.config.length_group
+        first = n * self.sources[:group].count(i)
+        draws = range(first, first + n)
+        seed = (self.config.seed, i)
+        drawn = draw_samples(source, seed, self.config.shuffle_shards, draws)
+        return [Key(i, *place, draw) for place, draw in zip(drawn, draws)]
 
-    def arrange(self, group: int, read_text) -> list[list[Key]]:
+    def arrange(self, group, read_text):
         """The samples of each step of a group, for all ranks."""
-        keys, n_steps = self.keys(group), self.config.length_group
+        keys = self.keys(group)
+        n_steps = self.config.length_group
         if n_steps == 1:
             return [keys]
-        texts = {key: read_text(key) for key in keys}
-        bad = [key for key in keys if isinstance(texts[key], Fault)]
-        good = [key for key in keys if isinstance(texts[key], Example)]
-        good.sort(key=lambda key: len(texts[key].ids))
+        lengths = {}
+        for key in keys:
+            with suppress(BadSample):
+                lengths[key] = len(read_text(key).ids)
+        good = sorted(lengths, key=lengths.get)
+        bad = [key for key in keys if key not in lengths]
         steps = [a + b for a, b in zip(split(good, n_steps), split(bad, n_steps))]
         seed = (self.config.seed, group, self.sources[group])
         np.random.default_rng(seed).shuffle(steps)
         return steps
 
-    def describe(self, step: int) -> list[str]:
+    def describe(self, step):
         """The places of a step's samples, of all ranks."""
         group, i = divmod(step - 1, self.config.length_group)
         source = self.samples.sources[self.sources[group]]
-        keys = self.arrange(group, self.samples.read_text)[i]
-        return [source.describe(key.shard, key.row) for key in keys]
+        steps = self.arrange(group, cache(self.samples.read_text))
+        return [source.describe(key.shard, key.row) for key in steps[i]]
 
-    def __getitem__(self, group: int) -> tuple[list[list[Batch]], int, list[Fault]]:
+    def __getitem__(self, group):
         """This rank's micro-batches of each step, the number of samples, the faults."""
         read_text = cache(self.samples.read_text)  # once per sample
-        steps, found = [], []
+        n_read = 0
+        steps, faults = [], []
         for keys in self.arrange(group, read_text):
             parts = split(keys, self.world * self.config.grad_accum)
             batches = []
             for part in parts[self.rank :: self.world]:
-                read = [self.samples.decode(key, read_text(key)) for key in part]
-                batches.append(collate([x for x in read if isinstance(x, Example)]))
-                found += read
+                good = []
+                for key in part:
+                    with self.samples.noting(faults, key):
+                        good.append(self.samples.decode(key, read_text(key)))
+                batches.append(collate(good))
+                n_read += len(part)
             steps.append(batches)
-        return steps, len(found), [x for x in found if isinstance(x, Fault)]
+        return steps, n_read, faults
 
     def read(self, start: int = 1):
         """Yield the steps from `start` on: (step, source, this rank's micro-batches).
@@ -415,43 +393,21 @@ class TrainingSteps(Dataset):
         """
         n_steps = self.config.length_group
         first = (start - 1) // n_steps
-        loader = DataLoader(
-            self,
-            batch_size=None,
-            sampler=range(first, len(self)),
-            num_workers=self.config.num_workers,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=ignore_signals,
-        )
-        for group, (steps, n_read, faults) in enumerate(start_workers(loader), first):
+        order = range(first, len(self))
+        groups = start_workers(self, order, self.config.num_workers)
+        for group, (steps, n_read, faults) in zip(order, groups):
             source = self.sources[group]
             self.account.add(source, n_read, faults)
-            self.check_account(source, faults, start == 1 and group == len(self) - 1)
+            is_whole_run = start == 1 and group == len(self) - 1
+            self.account.check(source, self.config.max_bad_fraction, is_whole_run)
+            if self.account.n_good == 0 and not self.samples.first(1)[0]:
+                raise InputError(
+                    "not one sample of the data can be used; the first is "
+                    f"{faults[0].message}"
+                )
             for step, batches in enumerate(steps, group * n_steps + 1):
                 if start <= step <= self.config.max_steps:
                     yield step, source, batches
-
-    def check_account(self, source: int, faults: list[Fault], is_whole_run: bool):
-        """Raise InputError if too many samples are bad: of all, or a source's last."""
-        account, limit = self.account, self.config.max_bad_fraction
-        n_read, n_bad = account.n_read, account.skipped.total()
-        is_enough = n_read >= FEW or (is_whole_run and n_bad == n_read)
-        if is_enough and n_bad > limit * n_read:
-            raise InputError(
-                f"{account.text}, more than max_bad_fraction; fix the data or raise it"
-            )
-        n_recent = account.recent[source].count(True)
-        if n_recent > (1 + limit) / 2 * RECENT:
-            path = list(self.weights)[source]
-            raise InputError(
-                f"{n_recent} of the last {RECENT} samples of {path} cannot be used, "
-                f"such as {faults[-1].message}; fix the data or raise max_bad_fraction"
-            )
-        if n_bad == n_read and not self.samples.first(1)[0]:
-            raise InputError(
-                "not one sample of the data can be used; the first is "
-                f"{faults[0].message}"
-            )
 
 
 # ---- vision features ---------------------------------------------------------------
@@ -464,9 +420,8 @@ def cache_features(samples: Samples, encode, config: Config, device):
     encode: uint8 (B, 3, S, S) -> (B, N, D). Each rank computes its share. Samples with
     unreadable pictures are left out.
     """
-    is_alone = not dist.is_initialized()
-    rank, world = (0, 1) if is_alone else (dist.get_rank(), dist.get_world_size())
-    keys = list(samples.all_keys())[rank::world]
+    rank = process_rank()
+    keys = list(samples.all_keys())[rank :: n_processes()]
     loader = DataLoader(
         samples,
         config.batch_size,
@@ -474,22 +429,20 @@ def cache_features(samples: Samples, encode, config: Config, device):
         collate_fn=list,
         num_workers=config.num_workers,
     )
-    counts, features = [], []
-    for rows in loader if rank else progress(loader, "features"):
-        images = [row.images if isinstance(row, Example) else [] for row in rows]
-        counts += map(len, images)
-        if any(images):
-            stacked = torch.stack(sum(images, [])).to(device)
-            features.append(encode(stacked).cpu())
+    owners, features = [], []  # (source, shard, row) of each picture; (B, N, D)
+    remaining = iter(keys)
+    for batch in loader if rank else progress(loader, "features"):
+        images = []
+        for sample, key in zip(batch, remaining):
+            if sample:
+                images += sample.images
+                owners += [key[:3]] * len(sample.images)
+        if images:
+            features.append(encode(torch.stack(images).to(device)).cpu())
 
-    shares = [(keys, counts, features)] * world
-    if not is_alone:
-        dist.all_gather_object(shares, shares[0])
-    end, all_features = 0, []
-    for keys, counts, features in shares:
-        all_features += features
-        for key, n_images in zip(keys, counts):
-            if n_images:
-                samples.feature_places[key[:3]] = range(end, end + n_images)
-                end += n_images
-    samples.features = torch.cat(all_features) if end else torch.empty(0)
+    shares = gather((owners, features))
+    all_features = [tensor for _, tensors in shares for tensor in tensors]
+    all_owners = [owner for owners, _ in shares for owner in owners]
+    for row, owner in enumerate(all_owners):
+        samples.feature_rows[owner].append(row)
+    samples.features = torch.cat(all_features or [torch.empty(0)])

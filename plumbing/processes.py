@@ -33,6 +33,11 @@ def n_processes() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def process_rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def all_sum(value: torch.Tensor) -> torch.Tensor:
     """The sum over all processes of the run, in place."""
     if dist.is_initialized():
@@ -176,13 +181,21 @@ def ignore_signals(worker: int):
         signal.signal(number, signal.SIG_IGN)
 
 
-def start_workers(loader: DataLoader) -> Iterator:
-    """An iterator over a loader, whose workers start now."""
-    batches = iter(loader)
+def start_workers(dataset, order, n_workers: int) -> Iterator:
+    """dataset[i] for each i of `order`, from data workers that start now."""
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=order,
+        num_workers=n_workers,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=ignore_signals,
+    )
+    items = iter(loader)
     if hasattr(signal, "SIGCHLD"):
         # PyTorch's handler would raise anywhere, also while a file is written
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    return batches
+    return items
 
 
 def make_missing(prepare: dict[str, str], used: list[str]):

@@ -1,14 +1,13 @@
-"""Data on disk -> samples: tar shards, files of JSON rows, lists of paths.
-
-A source has its samples as source[shard, row], the number of rows in each shard as
-`counts`, and `content`: lists and texts that change when its samples do.
-"""
+"""Data on disk -> samples: tar shards, files of JSON rows, lists of paths."""
 
 import glob
+import hashlib
 import json
 import os
 import re
 import tarfile
+from collections import Counter, deque
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -17,9 +16,11 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import get_worker_info
 
-from plumbing.console import InputError, note, progress
+from plumbing.console import InputError, note, printable, progress
 from plumbing.files import read_json, start_of
 
+FEW = 200  # samples; the share of bad ones among fewer says little
+RECENT = 1000  # samples of a source, to notice that it has vanished
 # What malformed rows make our readers raise. A NameError or an AttributeError is ours.
 MALFORMED = (ValueError, TypeError, LookupError, StopIteration, RecursionError)
 
@@ -43,6 +44,58 @@ def foreign_bytes():
     except MALFORMED as e:
         kind = type(e).__name__
         raise BadSample(kind, f"malformed, {kind}: {e}") from e
+
+
+class Fault(NamedTuple):
+    """What is wrong with a bad sample."""
+
+    kind: str
+    message: str  # where the sample is, and why it cannot be used
+
+
+class Account:
+    """Counts the samples that a process has read, the bad ones by kind."""
+
+    def __init__(self, paths: list[str]):
+        self.paths = paths  # of the sources
+        self.n_read, self.skipped = 0, Counter()
+        # for each source, whether its last samples were bad
+        self.recent = [deque(maxlen=RECENT) for _ in paths]
+
+    def add(self, source: int, n_read: int, faults: list[Fault]):
+        """Count samples of a source, and print the first fault of each kind."""
+        for kind, message in faults:
+            if kind not in self.skipped:
+                note(f"skipped, the first of its kind: {message}")
+            self.skipped[kind] += 1
+        self.n_read += n_read
+        n_good = n_read - len(faults)
+        self.recent[source] += [True] * len(faults) + [False] * n_good
+
+    @property
+    def n_good(self) -> int:
+        return self.n_read - self.skipped.total()
+
+    @property
+    def text(self) -> str:
+        n_bad = self.skipped.total()
+        kinds = ", ".join(f"{kind} {n}" for kind, n in self.skipped.most_common())
+        return printable(f"{n_bad} of {self.n_read} samples cannot be used ({kinds})")
+
+    def check(self, source: int, max_bad_fraction: float, is_whole_run: bool):
+        """Raise InputError if too many are bad: of all, or of a source's last ones."""
+        n_bad = self.skipped.total()
+        is_enough = self.n_read >= FEW or (is_whole_run and self.n_good == 0)
+        if is_enough and n_bad > max_bad_fraction * self.n_read:
+            raise InputError(
+                f"{self.text}, more than max_bad_fraction; fix the data or raise it"
+            )
+        n_recent = self.recent[source].count(True)
+        if n_recent > (1 + max_bad_fraction) / 2 * RECENT:
+            raise InputError(
+                f"{n_recent} of the last {RECENT} samples of {self.paths[source]} "
+                "cannot be used; fix the data or raise max_bad_fraction"
+            )
 
 
 class Member(NamedTuple):
@@ -76,6 +129,26 @@ class Sample(NamedTuple):
     text: str | None = None
     context: str = ""  # before the text; read, but not predicted
     is_marked: bool = False  # <image> in the turns marks the place of each picture
+
+
+class Source:
+    """A source of samples, of which source[shard, row] is one.
+
+    counts: the number of rows of each shard. content: changes when the samples do.
+    """
+
+    counts: list[int]
+    content: list
+
+    def places(self) -> Iterator[tuple[int, int]]:
+        """(shard, row) of all samples."""
+        for shard, n_rows in enumerate(self.counts):
+            for row in range(n_rows):
+                yield shard, row
+
+    def digest(self) -> str:
+        """12 letters that identify the samples."""
+        return hashlib.sha256(json.dumps(self.content).encode()).hexdigest()[:12]
 
 
 def check_text(text):
@@ -167,7 +240,7 @@ def split_files(files: dict[str, Member]) -> tuple[Member | None, Member | None]
     return picture, files.get("json") or files.get("txt")
 
 
-class Shards:
+class Shards(Source):
     """Tar files as img2dataset writes them.
 
     A sample is KEY.jpg with KEY.json ({"caption": ...}) or KEY.txt beside it. The
@@ -254,7 +327,7 @@ def read_tar_sample(files: dict[str, Member]) -> Sample:
 # ---- files of JSON rows ------------------------------------------------------------
 
 
-class Rows:
+class Rows(Source):
     """A .jsonl file's lines, or the list in LLaVA's .json or cc_sbu_align's JSON.
 
     `read_row` says which rows there are. Pictures are relative to the file's folder.

@@ -22,11 +22,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configs.prompts import IMAGE
 from configs.schema import Config, load_config
-from data import Example, Fault, Samples, TrainingSteps, open_samples
+from data import Example, Samples, TrainingSteps, open_samples
 from llama import IGNORE, Tokenizer
 from plumbing.console import InputError, printable, run_main
 from plumbing.options import check_options, option, override, parse_args
 from plumbing.processes import make_missing
+from plumbing.sources import Fault
 from plumbing.terminal import half_blocks
 from tools.dry_run import meta_model
 
@@ -154,13 +155,11 @@ def main(argv: list[str]):
 
     good, faults = [], []
     for key in islice(samples.all_keys(), options.n or None):
-        sample = samples.read(key)
-        if isinstance(sample, Fault):
-            faults.append(sample)
-            continue
-        if len(good) < options.show:
-            show(sample, tokenizer, options.plain)
-        good.append(sample._replace(images=[]))  # which would fill the memory
+        with samples.noting(faults, key):
+            sample = samples.read(key)
+            if len(good) < options.show:
+                show(sample, tokenizer, options.plain)
+            good.append(sample._replace(images=[]))  # which would fill the memory
 
     report_faults(faults)
     if not good:
