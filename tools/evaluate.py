@@ -125,7 +125,7 @@ class Pair(NamedTuple):
     question: str
 
 
-def load(run: str, options: Options) -> chat.Chat:
+def load(run, options):
     chat_options = chat.Options(
         ckpt=run,
         temperature=0.0,
@@ -139,7 +139,7 @@ def load(run: str, options: Options) -> chat.Chat:
     return talk
 
 
-def identity(talk: chat.Chat) -> str:
+def identity(talk):
     """The weights and settings that an answer depends on, in words."""
     model = talk.model
     proj = model.part_tensors("proj")
@@ -153,7 +153,7 @@ def identity(talk: chat.Chat) -> str:
     return " ".join(f"{k}={v}" for k, v in known.items())
 
 
-def stamp(picture: str) -> str:
+def stamp(picture):
     """Size and time of a picture's file.
 
     A picture that another one has replaced is asked about again.
@@ -263,7 +263,7 @@ def ask(talk: chat.Chat, options: Options, pairs: list[Pair], label: str) -> dic
     return answers
 
 
-def percent(part: float, whole: int, digits: int = 1) -> float:
+def percent(part, whole, digits=1):
     return round(100 * part / max(whole, 1), digits)
 
 
@@ -284,15 +284,13 @@ def _draw_questions(drawn, folder):
     return rows
 
 
-def failed(answer: str, ended: bool) -> bool:
+def failed(answer, ended):
     """Whether a scene's description breaks off or repeats itself."""
     is_whole = ended and re.match(r"[A-Z].*\.$", answer, re.DOTALL)
     return not is_whole or world.repeats(answer, 4)
 
 
-def evaluate(
-    talk: chat.Chat, drawn: list[world.Scene], options: Options, label: str
-) -> dict:
+def evaluate(talk, drawn, options, label):
     """One row of the table of scenes."""
     rows = _draw_questions(drawn, options.data)
     pairs = [pair for row in rows for pair in row[1:4]]
@@ -345,7 +343,7 @@ def _read_scenes(folder, n):
     return drawn[:n]
 
 
-def evaluate_scenes(options: Options) -> dict:
+def evaluate_scenes(options):
     """The table of scenes."""
     runs = {
         "random": options.stage2,
@@ -371,18 +369,18 @@ def evaluate_scenes(options: Options) -> dict:
 # ---- failures ------------------------------------------------------------------------
 
 
-def words(text: str) -> list[str]:
+def words(text):
     return re.findall(r"\w+(?:['’]\w+)*", text.lower())
 
 
-def is_fragment(answer: str, kind: str) -> bool:
+def is_fragment(answer, kind):
     """Whether a description or poem is too short, or a description breaks off."""
     if len(words(answer)) < 8:
         return True
     return kind != "poem" and not re.search(r"[.!?…][\"'”’)\]*]*$", answer)
 
 
-def repeats_itself(answer: str) -> bool:
+def repeats_itself(answer):
     """Whether a sentence or line comes 3 times, or words come 3 times back to back."""
     pieces = re.split(r"[.!?…]+\s|\n", answer)
     counts = Counter(tuple(words(piece)) for piece in pieces)
@@ -396,7 +394,7 @@ def repeats_itself(answer: str) -> bool:
     return False
 
 
-def failure_scores(given: list[tuple[str, bool, str]]) -> dict:
+def failure_scores(given):
     """[(answer, whether it is complete, kind)] -> shares.
 
     An answer may fail in several ways.
@@ -415,13 +413,13 @@ def failure_scores(given: list[tuple[str, bool, str]]) -> dict:
 # ---- POPE ----------------------------------------------------------------------------
 
 
-def says_yes(answer: str) -> bool:
+def says_yes(answer):
     """By POPE's official rule; an empty answer is a yes, too."""
     sentence = answer.split(".")[0].replace(",", "")
     return {"no", "No", "not"}.isdisjoint(sentence.split(" "))
 
 
-def pope_scores(given: list[tuple[str, bool, list[str]]]) -> dict:
+def pope_scores(given):
     """[(answer, whether it is complete, [label])] -> shares; a yes is a positive."""
     n = Counter((says_yes(answer), label == "yes") for answer, _, (label,) in given)
     right_yes, right_no = n[True, True], n[False, False]
@@ -441,7 +439,7 @@ def pope_scores(given: list[tuple[str, bool, list[str]]]) -> dict:
 DIGITS = {word: str(i) for i, word in enumerate(NUMBERS.split())} | {"none": "0"}
 
 
-def normalize(answer: str) -> str:
+def normalize(answer):
     """("The dog, two; I don't know!") -> "dog 2 i dont know".
 
     VQA's evaluation writes dont as don't; here no apostrophe stays, which makes the
@@ -458,7 +456,7 @@ def normalize(answer: str) -> str:
     return " ".join(DIGITS.get(word, word) for word in kept)
 
 
-def soft_accuracy(same: list[bool]) -> float:
+def soft_accuracy(same):
     """Of an answer that equals these of ten people's.
 
     The mean over the ten of min(1, a third of the other nine who gave it).
@@ -468,7 +466,7 @@ def soft_accuracy(same: list[bool]) -> float:
     return sum(min(1, count / 3) for count in others) / 10
 
 
-def vqa_scores(given: list[tuple[str, bool, list[str]]]) -> dict:
+def vqa_scores(given):
     """[(answer, whether it is complete, people's answers)] -> shares."""
     matches = []
     for answer, _, wanted in given:
@@ -534,7 +532,7 @@ def _prompts_about(names, n):
     return questions
 
 
-def evaluate_pictures(task: str, options: Options, names: list[str]) -> dict:
+def evaluate_pictures(task, options, names):
     """The table of failures, pope or vqa."""
     if task == "failures":
         questions = _prompts_about(names, options.n)

@@ -18,6 +18,8 @@ A hash, independent of the seed, holds out a tenth of all sets of (color, shape)
 training data never shows them. --heldout draws only from that tenth (text and test
 ignore it: they have held-out scenes of their own). Sample i depends only on the kind,
 the seed, --heldout and i.
+
+Below, every `scene` is a Scene and every `rng` a random.Random.
 """
 
 import io
@@ -251,7 +253,7 @@ def _place(index, d, rng):
     return int(min(max(start, 0), CANVAS - d))
 
 
-def draw(scene: Scene, rng: Random) -> Image.Image:
+def draw(scene, rng):
     """The scene as 128 x 128 RGB pixels; places, sizes and shades vary with `rng`."""
     color = BACKGROUNDS[scene.background]
     blotches = [_shade(color, rng.randint(-16, 16)) for _ in range(16)]
@@ -352,13 +354,13 @@ def named_objects(text: str) -> set[tuple[str, str]]:
     return found
 
 
-def dense_caption(scene: Scene) -> str:
+def dense_caption(scene):
     """ "large red striped star at the top left, gray background"."""
     items = [f"{_noun(o)} {CELLS[o.cell]}" for o in scene.objects]
     return ", ".join([*items, f"{scene.background} background"])
 
 
-def told_list(scene: Scene) -> str:
+def told_list(scene):
     """All facts, one word each (two for the place), in a fixed order.
 
     "star red large striped top left gray" and so on, always 19 words: the background's
@@ -373,7 +375,7 @@ def told_list(scene: Scene) -> str:
     return " ".join(items + padding)
 
 
-def retold(scene: Scene, rng: Random) -> str:
+def retold(scene, rng):
     """Each object's shape and about half of its other facts, the objects in any order.
 
     For example "ring yellow star large".
@@ -385,7 +387,7 @@ def retold(scene: Scene, rng: Random) -> str:
     return " ".join(words)
 
 
-def told(scene: Scene, rng: Random) -> str:
+def told(scene, rng):
     """All facts: what a language model reads in place of a picture.
 
     Three in four are as told_list, the others worded loosely.
@@ -419,7 +421,7 @@ def _caption_item(obj, said):
     return f"{item} {CELLS[obj.cell]}" if "cell" in said else item
 
 
-def noisy_caption(scene: Scene, rng: Random) -> str:
+def noisy_caption(scene, rng):
     """A short web-like caption: true but incomplete.
 
     About 60 % name every color and shape.
@@ -465,7 +467,7 @@ def _sides(a, b):
     return [side for side in sides if distances[side] > 0]
 
 
-def description(scene: Scene, rng: Random) -> str:
+def description(scene, rng):
     """All facts in reading order, then where objects 1 and 3 are, seen from object 2.
 
     Each object and relation has its own wording, so that even similar objects repeat no
@@ -608,7 +610,7 @@ def qa(scene: Scene, rng: Random) -> tuple[str, str, str]:
             return question, answer, kind
 
 
-def facts(scene: Scene, rng: Random, n: int, terse: bool) -> list[tuple[str, str]]:
+def facts(scene, rng, n, terse):
     """n different facts of a scene of three objects, each in two parts.
 
     Terse: a question and its answer ("size star", "large"); else the parts of a
@@ -662,7 +664,7 @@ RHYMES = (  # the ends of a couplet's two lines, and a second line that names no
 RHYMING = {(first.split()[-1], second.split()[-1]) for first, second, _ in RHYMES}
 
 
-def rhyme(scene: Scene, rng: Random) -> str:
+def rhyme(scene, rng):
     """A couplet for every two objects; each is named once, by color and shape."""
     names = [_an(f"{o.color} {o.shape}") for o in scene.objects]
     couplets = []
@@ -751,7 +753,7 @@ def _conversation(scene, rng, kind):
     return turns
 
 
-def document(scene: Scene, rng: Random, kind: str) -> dict:
+def document(scene, rng, kind):
     """One line of KIND.jsonl: a conversation, or a context and the text to learn."""
     if kind in ("chat", "asked", "terse", "facts"):
         return {"conversation": _conversation(scene, rng, kind)}
