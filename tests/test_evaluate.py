@@ -1,4 +1,4 @@
-"""tools/evaluate.py: what counts as a failure or as right, the answers that are kept, the table of scenes."""
+"""tools/evaluate.py: what fails, what is right, answers that are kept, the tables."""
 
 import json
 import shutil
@@ -12,8 +12,9 @@ from tools import caption, evaluate, make_scenes
 TESTS = Path(__file__).parent
 TINY = TESTS.parent / "assets/tiny"
 DESCRIPTION = (
-    "The image shows a man riding a wave on a white surfboard. He is wearing a black wetsuit, and "
-    "the wave is breaking behind him. In the distance, there is a beach with a few people on it."
+    "The image shows a man riding a wave on a white surfboard. He is wearing a black "
+    "wetsuit, and the wave is breaking behind him. In the distance, there is a beach "
+    "with a few people on it."
 )
 POEM = (
     "The sea is calm tonight,\nthe waves are blue and bright,\n\n"
@@ -61,23 +62,19 @@ def pope_file(name="coco_pope_random.json"):
 # ---- scenes --------------------------------------------------------------------------
 
 
+WHOLE = "The image shows a red star. The background is gray."
+TWICE = "A red star on the left and a red star on the right."
+
+
 @pytest.mark.parametrize(
     "answer, ended, failed",
     [
-        ("The image shows a red star. The background is gray.", True, False),
-        (
-            "The image shows a red star. The background is gray.",
-            False,
-            True,
-        ),  # no end within the limit
-        ("a red star on gray", True, True),  # a fragment
-        ("The image shows a red star. The background is", True, True),
-        (
-            "A red star on the left and a red star on the right.",
-            True,
-            True,
-        ),  # "red star on the" twice
-        ("", True, True),
+        pytest.param(WHOLE, True, False, id="whole"),
+        pytest.param(WHOLE, False, True, id="no end within the limit"),
+        pytest.param("a red star on gray", True, True, id="fragment"),
+        pytest.param(WHOLE[:-6], True, True, id="no full stop"),
+        pytest.param(TWICE, True, True, id="four words twice"),
+        pytest.param("", True, True, id="empty"),
     ],
 )
 def test_a_description_fails_that_breaks_off_or_repeats_itself(answer, ended, failed):
@@ -114,52 +111,60 @@ def test_a_broken_list_of_scenes_is_refused(folder):
 # ---- failures ------------------------------------------------------------------------
 
 
+THRICE = f"It is red. {DESCRIPTION} It is red. The sky is blue. It is red."
+BACK_TO_BACK = "There is a man and a tree and a tree and a tree in it."
+APART = "There is a man and a tree and a bush and a tree in it."
+ABBREVIATED = "Mr. Smith and Mr. Jones are standing beside Mr. Brown and a dog."
+FRENCH = "Il y a un chien; l\u2019herbe est verte, et le ciel est bleu."
+
+
 @pytest.mark.parametrize(
     "answer, kind, fragment, repeats",
     [
-        (DESCRIPTION, "description", False, False),
-        (DESCRIPTION + ' A sign reads "No dogs."', "description", False, False),
-        (DESCRIPTION[:-20], "description", True, False),  # stops in mid-sentence
-        (DESCRIPTION + "\n\nIt is", "description", True, False),
-        ("A man on a wave.", "description", True, False),
-        ("", "description", True, False),
-        ("", "poem", True, False),
-        (POEM, "poem", False, False),  # no full stop, a refrain
-        (POEM, "description", True, False),
-        (POEM + "\nThe sea is calm tonight!", "poem", False, True),
-        ("A dog. " * 2 + DESCRIPTION, "description", False, False),
-        (
-            f"It is red. {DESCRIPTION} It is red. The sky is blue. It is red.",
+        pytest.param(DESCRIPTION, "description", False, False, id="whole"),
+        pytest.param(
+            DESCRIPTION + ' A sign reads "No dogs."',
+            "description",
+            False,
+            False,
+            id="ends with a quotation",
+        ),
+        pytest.param(
+            DESCRIPTION[:-20], "description", True, False, id="stops in mid-sentence"
+        ),
+        pytest.param(
+            DESCRIPTION + "\n\nIt is", "description", True, False, id="begun sentence"
+        ),
+        pytest.param("A man on a wave.", "description", True, False, id="short"),
+        pytest.param("", "description", True, False, id="empty description"),
+        pytest.param("", "poem", True, False, id="empty poem"),
+        pytest.param(POEM, "poem", False, False, id="poem with a refrain"),
+        pytest.param(POEM, "description", True, False, id="poem as a description"),
+        pytest.param(
+            POEM + "\nThe sea is calm tonight!", "poem", False, True, id="line 3 times"
+        ),
+        pytest.param(
+            "A dog. " * 2 + DESCRIPTION, "description", False, False, id="twice"
+        ),
+        pytest.param(THRICE, "description", False, True, id="sentence 3 times"),
+        pytest.param(
+            DESCRIPTION + " It is very very very large.",
             "description",
             False,
             True,
+            id="word 3 times",
         ),
-        (DESCRIPTION + " It is very very very large.", "description", False, True),
-        (DESCRIPTION + " It is very, very large.", "description", False, False),
-        (
-            "There is a man and a tree and a tree and a tree in it.",
-            "description",
-            False,
-            True,
-        ),
-        (
-            "There is a man and a tree and a bush and a tree in it.",
+        pytest.param(
+            DESCRIPTION + " It is very, very large.",
             "description",
             False,
             False,
+            id="word twice",
         ),
-        (
-            "Mr. Smith and Mr. Jones are standing beside Mr. Brown and a dog.",
-            "description",
-            False,
-            False,
-        ),
-        (
-            "Il y a un chien; l\u2019herbe est verte, et le ciel est bleu.",
-            "description",
-            False,
-            False,
-        ),
+        pytest.param(BACK_TO_BACK, "description", False, True, id="words 3 times"),
+        pytest.param(APART, "description", False, False, id="words apart"),
+        pytest.param(ABBREVIATED, "description", False, False, id="abbreviations"),
+        pytest.param(FRENCH, "description", False, False, id="apostrophe"),
     ],
 )
 def test_fragments_and_repetitions_by_the_rule(answer, kind, fragment, repeats):
@@ -426,21 +431,43 @@ def test_pictures_that_cannot_be_read_are_named_and_left_out(folder, capsys):
 @pytest.mark.parametrize(
     "task, line",
     [
-        ("pope", "{"),
-        ("pope", "[]"),
-        ("pope", "3"),
-        ("pope", "null"),
-        ("pope", '{"image": "0.jpg", "text": "?"}'),
-        ("pope", '{"image": "0.jpg", "text": "?", "label": "No"}'),
-        ("pope", '{"image": 3, "text": "?", "label": "no"}'),
-        ("pope", "[" * 99999),
-        ("pope", b'{"image": "\xff"}'),
-        ("vqa", '{"image": "0.jpg", "question": "?"}'),
-        ("vqa", '{"image": "0.jpg", "question": "?", "answers": []}'),
-        ("vqa", '{"image": "0.jpg", "question": "?", "answers": "red"}'),
-        ("vqa", '{"image": "0.jpg", "question": "?", "answers": {"red": 3}}'),
-        ("vqa", '{"image": "0.jpg", "question": "?", "answers": ["red", 3]}'),
-        ("vqa", '{"image": "0.jpg", "question": "?", "answer": null}'),
+        pytest.param("pope", "{", id="cut JSON"),
+        pytest.param("pope", "[]", id="list"),
+        pytest.param("pope", "3", id="number"),
+        pytest.param("pope", "null", id="null"),
+        pytest.param("pope", '{"image": "0.jpg", "text": "?"}', id="no label"),
+        pytest.param(
+            "pope", '{"image": "0.jpg", "text": "?", "label": "No"}', id="other label"
+        ),
+        pytest.param(
+            "pope", '{"image": 3, "text": "?", "label": "no"}', id="image is a number"
+        ),
+        pytest.param("pope", "[" * 99999, id="deep JSON"),
+        pytest.param("pope", b'{"image": "\xff"}', id="not UTF-8"),
+        pytest.param("vqa", '{"image": "0.jpg", "question": "?"}', id="no answer"),
+        pytest.param(
+            "vqa", '{"image": "0.jpg", "question": "?", "answers": []}', id="no answers"
+        ),
+        pytest.param(
+            "vqa",
+            '{"image": "0.jpg", "question": "?", "answers": "red"}',
+            id="answers are a text",
+        ),
+        pytest.param(
+            "vqa",
+            '{"image": "0.jpg", "question": "?", "answers": {"red": 3}}',
+            id="answers are an object",
+        ),
+        pytest.param(
+            "vqa",
+            '{"image": "0.jpg", "question": "?", "answers": ["red", 3]}',
+            id="answer is a number",
+        ),
+        pytest.param(
+            "vqa",
+            '{"image": "0.jpg", "question": "?", "answer": null}',
+            id="answer is null",
+        ),
     ],
 )
 def test_a_wrong_line_is_named(folder, monkeypatch, task, line):
@@ -464,34 +491,28 @@ def test_a_wrong_line_is_named(folder, monkeypatch, task, line):
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["--n=0"], "at least 1"),
-        (["extra"], "'extra': usage: scenes"),
-        (["scenes", "x"], "usage"),
-        (["--ckpt=out/stage2"], "not an option of scenes"),
-        (["pope"], "usage"),
-        (["failures", "photos", "--prompt={}"], "--prompt: not an option of failures"),
-        (
-            ["failures", "photos", "--save=b.jsonl", "--answers=b.jsonl"],
-            "not the same as --answers",
-        ),
-        (["failures", "photos", "--answers="], "name a file"),
-        (["--save=/none/table.json"], "a folder that exists"),
-        ([f"--save={TESTS}"], "a folder that exists"),
-        ([f"--data={TESTS}", "--n=1"], "no valid scenes.json"),
-        (["--data=photos", "--n=8"], "only 7 scenes"),
-        ([f"--stage1={TESTS}"], "tests: there is no proj.safetensors"),
-        (["failures", "nowhere"], "nowhere: no pictures"),
-        (["failures", "photos", "--batch_size=0"], "at least 1"),
-        (["vqa", "a.jsonl", "--images=photos", "--prompt=Why?"], "write {} where"),
-        (["vqa", "a.jsonl"], "none of their pictures"),
-        (["vqa", "a.jsonl", "--images=none"], "images=none"),
-        (["vqa", "empty.jsonl", "--images=photos"], "empty.jsonl: no questions"),
-        (["failures", "photos", "--dtype=x"], "float32"),
-        (["failures", "photos", "--ckpt=nowhere"], "nowhere: it has no config.json"),
-        (
-            ["failures", "photos", "--answers=a.jsonl"],
-            "a.jsonl:1: not a line of answers",
-        ),
+        pytest.param(["--n=0"], "at least 1", id="n of 0"),
+        pytest.param(["extra"], ""extra": usage: scenes", id="file for scenes"),
+        pytest.param(["scenes", "x"], "usage", id="scenes with a file"),
+        pytest.param(["--ckpt=out/stage2"], "not an option of scenes", id="option of another task"),
+        pytest.param(["pope"], "usage", id="pope without files"),
+        pytest.param(["failures", "photos", "--prompt={}"], "--prompt: not an option of failures", id="prompt of failures"),
+        pytest.param(["failures", "photos", "--save=b.jsonl", "--answers=b.jsonl"], "not the same as --answers", id="save is answers"),
+        pytest.param(["failures", "photos", "--answers="], "name a file", id="no answers file"),
+        pytest.param(["--save=/none/table.json"], "a folder that exists", id="save in no folder"),
+        pytest.param([f"--save={TESTS}"], "a folder that exists", id="save is a folder"),
+        pytest.param([f"--data={TESTS}", "--n=1"], "no valid scenes.json", id="no scenes"),
+        pytest.param(["--data=photos", "--n=8"], "only 7 scenes", id="too few scenes"),
+        pytest.param([f"--stage1={TESTS}"], "tests: there is no proj.safetensors", id="no run"),
+        pytest.param(["failures", "nowhere"], "nowhere: no pictures", id="no pictures"),
+        pytest.param(["failures", "photos", "--batch_size=0"], "at least 1", id="batch_size of 0"),
+        pytest.param(["vqa", "a.jsonl", "--images=photos", "--prompt=Why?"], "write {} where", id="prompt without question"),
+        pytest.param(["vqa", "a.jsonl"], "none of their pictures", id="pictures elsewhere"),
+        pytest.param(["vqa", "a.jsonl", "--images=none"], "images=none", id="no folder of pictures"),
+        pytest.param(["vqa", "empty.jsonl", "--images=photos"], "empty.jsonl: no questions", id="no questions"),
+        pytest.param(["failures", "photos", "--dtype=x"], "float32", id="unknown dtype"),
+        pytest.param(["failures", "photos", "--ckpt=nowhere"], "nowhere: it has no config.json", id="unknown run"),
+        pytest.param(["failures", "photos", "--answers=a.jsonl"], "a.jsonl:1: not a line of answers", id="answers are of another file"),
     ],
 )
 def test_wrong_options_are_refused_before_the_work(folder, argv, words):

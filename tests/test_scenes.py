@@ -1,4 +1,4 @@
-"""The tiny world: its texts are true of the scene, and training never shows a held-out combination."""
+"""The tiny world: texts are true, and training shows no held-out combination."""
 
 import json
 import random
@@ -100,9 +100,10 @@ def test_the_texts_of_one_scene_word_for_word():
     }
     texts = {world.description(SCENE, random.Random(i)) for i in range(50)}
     assert (
-        "There are three objects: a large red striped star at the top left, a small blue circle placed "
-        "in the center and a large blue heart with dots seen on the right. The background is gray. The "
-        "star is to the left of the circle, and the heart is right of it."
+        "There are three objects: a large red striped star at the top left, a small "
+        "blue circle placed in the center and a large blue heart with dots seen on the "
+        "right. The background is gray. The star is to the left of the circle, and the "
+        "heart is right of it."
     ) in texts
     asked = {world.qa(SCENE, random.Random(i))[:2] for i in range(2000)}
     assert {
