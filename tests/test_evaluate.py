@@ -492,27 +492,75 @@ def test_a_wrong_line_is_named(folder, monkeypatch, task, line):
     "argv, words",
     [
         pytest.param(["--n=0"], "at least 1", id="n of 0"),
-        pytest.param(["extra"], ""extra": usage: scenes", id="file for scenes"),
+        pytest.param(["extra"], "'extra': usage: scenes", id="file for scenes"),
         pytest.param(["scenes", "x"], "usage", id="scenes with a file"),
-        pytest.param(["--ckpt=out/stage2"], "not an option of scenes", id="option of another task"),
+        pytest.param(
+            ["--ckpt=out/stage2"],
+            "not an option of scenes",
+            id="option of another task",
+        ),
         pytest.param(["pope"], "usage", id="pope without files"),
-        pytest.param(["failures", "photos", "--prompt={}"], "--prompt: not an option of failures", id="prompt of failures"),
-        pytest.param(["failures", "photos", "--save=b.jsonl", "--answers=b.jsonl"], "not the same as --answers", id="save is answers"),
-        pytest.param(["failures", "photos", "--answers="], "name a file", id="no answers file"),
-        pytest.param(["--save=/none/table.json"], "a folder that exists", id="save in no folder"),
-        pytest.param([f"--save={TESTS}"], "a folder that exists", id="save is a folder"),
-        pytest.param([f"--data={TESTS}", "--n=1"], "no valid scenes.json", id="no scenes"),
+        pytest.param(
+            ["failures", "photos", "--prompt={}"],
+            "--prompt: not an option of failures",
+            id="prompt of failures",
+        ),
+        pytest.param(
+            ["failures", "photos", "--save=b.jsonl", "--answers=b.jsonl"],
+            "not the same as --answers",
+            id="save is answers",
+        ),
+        pytest.param(
+            ["failures", "photos", "--answers="], "name a file", id="no answers file"
+        ),
+        pytest.param(
+            ["--save=/none/table.json"], "a folder that exists", id="save in no folder"
+        ),
+        pytest.param(
+            [f"--save={TESTS}"], "a folder that exists", id="save is a folder"
+        ),
+        pytest.param(
+            [f"--data={TESTS}", "--n=1"], "no valid scenes.json", id="no scenes"
+        ),
         pytest.param(["--data=photos", "--n=8"], "only 7 scenes", id="too few scenes"),
-        pytest.param([f"--stage1={TESTS}"], "tests: there is no proj.safetensors", id="no run"),
+        pytest.param(
+            [f"--stage1={TESTS}"], "tests: there is no proj.safetensors", id="no run"
+        ),
         pytest.param(["failures", "nowhere"], "nowhere: no pictures", id="no pictures"),
-        pytest.param(["failures", "photos", "--batch_size=0"], "at least 1", id="batch_size of 0"),
-        pytest.param(["vqa", "a.jsonl", "--images=photos", "--prompt=Why?"], "write {} where", id="prompt without question"),
-        pytest.param(["vqa", "a.jsonl"], "none of their pictures", id="pictures elsewhere"),
-        pytest.param(["vqa", "a.jsonl", "--images=none"], "images=none", id="no folder of pictures"),
-        pytest.param(["vqa", "empty.jsonl", "--images=photos"], "empty.jsonl: no questions", id="no questions"),
-        pytest.param(["failures", "photos", "--dtype=x"], "float32", id="unknown dtype"),
-        pytest.param(["failures", "photos", "--ckpt=nowhere"], "nowhere: it has no config.json", id="unknown run"),
-        pytest.param(["failures", "photos", "--answers=a.jsonl"], "a.jsonl:1: not a line of answers", id="answers are of another file"),
+        pytest.param(
+            ["failures", "photos", "--batch_size=0"], "at least 1", id="batch_size of 0"
+        ),
+        pytest.param(
+            ["vqa", "a.jsonl", "--images=photos", "--prompt=Why?"],
+            "write {} where",
+            id="prompt without question",
+        ),
+        pytest.param(
+            ["vqa", "a.jsonl"], "none of their pictures", id="pictures elsewhere"
+        ),
+        pytest.param(
+            ["vqa", "a.jsonl", "--images=none"],
+            "images=none",
+            id="no folder of pictures",
+        ),
+        pytest.param(
+            ["vqa", "empty.jsonl", "--images=photos"],
+            "empty.jsonl: no questions",
+            id="no questions",
+        ),
+        pytest.param(
+            ["failures", "photos", "--dtype=x"], "float32", id="unknown dtype"
+        ),
+        pytest.param(
+            ["failures", "photos", "--ckpt=nowhere"],
+            "nowhere: it has no config.json",
+            id="unknown run",
+        ),
+        pytest.param(
+            ["failures", "photos", "--answers=a.jsonl"],
+            "a.jsonl:1: not a line of answers",
+            id="answers are of another file",
+        ),
     ],
 )
 def test_wrong_options_are_refused_before_the_work(folder, argv, words):
