@@ -398,7 +398,7 @@ def refuse_other_qformers(folder: Path, config: dict):
 
 
 def with_blip2_sizes(options: Options, folder: Path, part: str) -> Options:
-    """The options, with the sizes in BLIP-2's config.json where none are given.
+    """Fill in the sizes that are not given from BLIP-2's config.json.
 
     Raises InputError for a folder of something else.
     """
@@ -824,7 +824,7 @@ def write_llama(folder: Path, llama: Source, dtype: str = ""):
 
 
 def convert_llama(source: Path, target: Path, options: Options) -> int:
-    """Write a folder for from_files and for the Hugging Face library.
+    """Write a folder that from_files and the Hugging Face library read.
 
     Returns its number of tensors.
     """

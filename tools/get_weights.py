@@ -269,7 +269,7 @@ def check_local(part: str, path: Path):
 
 
 def find_local(part: str, path: Path, target: str) -> Source:
-    """A path as the source of a part. Raises InputError if it is of something else."""
+    """A path as the source of a part. Raises InputError if it holds something else."""
     files = [path]
     if path.is_dir():
         files = [file for file in path.iterdir() if file.is_file()]
@@ -302,12 +302,7 @@ def find_in_repo(part: str, repo: str, target: str, proj: str) -> Source:
 
 def find_sources(options: Options, recipe: Recipe, config: Config) -> list[Source]:
     """The sources of all parts that are still to be made. Prints what is kept."""
-    repos = {
-        "vision": BLIP2,
-        "qformer": BLIP2,
-        "llama": recipe.llama,
-        "proj": recipe.mirror,
-    }
+    repos = {"llama": recipe.llama, "proj": recipe.mirror}
     sources = []
     for part, given in vars(options).items():
         target = getattr(config, part)
@@ -320,7 +315,7 @@ def find_sources(options: Options, recipe: Recipe, config: Config) -> list[Sourc
             continue
         if part == "proj" and not given:
             given = find_by_hand(recipe)
-        place = given or repos[part]
+        place = given or repos.get(part, BLIP2)
         path = Path(os.path.expanduser(given))
         if not place:
             continue
@@ -380,9 +375,9 @@ def announce(sources: list[Source]):
 
 
 def check_room(needs: dict[str, int]):
-    """Print the bytes {folder: bytes} beside the free ones. InputError if too few are.
+    """Print what each disk needs and has free. InputError if one has too little.
 
-    Folders may share a disk, and need not exist.
+    needs: {folder: bytes}. Folders may share a disk, and need not exist yet.
     """
     disks = {}
     for name in needs:

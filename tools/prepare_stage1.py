@@ -1,6 +1,6 @@
 """Turn BLIP's lists of captions and URLs into tar shards for stage 1, with img2dataset.
 
-    python tools/prepare_stage1.py SRC.json DST [--run] [--list=DST.tsv] [--key=value ...]
+    python tools/prepare_stage1.py SRC.json DST [--run] [--list=DST.tsv]
     python tools/prepare_stage1.py check DST
 
 SRC is one of BLIP's `*_synthetic_filtered_large.json` files. It is read in chunks, so
@@ -25,7 +25,6 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -62,8 +61,8 @@ class Options:
 # ---- the list and the download ---------------------------------------------------
 
 
-def parse_entry(text: str, start: int) -> tuple[object, int, bool]:
-    """The entry of a JSON list at `start`, the start of the next, and if it is the last.
+def parse_entry(text: str, start: int):
+    """(entry of a JSON list at `start`, start of the next, whether it is the last).
 
     Raises ValueError, IndexError or RecursionError if it is broken or cut.
     """
@@ -75,7 +74,7 @@ def parse_entry(text: str, start: int) -> tuple[object, int, bool]:
     return entry, separator + 1, text[separator] == "]"
 
 
-def read_entries(path: str) -> Iterator:
+def read_entries(path: str):
     """Yield the entries of a JSON list, with only a chunk in memory.
 
     Raises InputError that says where the list is broken.
@@ -97,8 +96,7 @@ def read_entries(path: str) -> Iterator:
                 entry, following, is_last = parse_entry(text, position)
             except (ValueError, IndexError, RecursionError) as e:
                 # Broken, or the chunk ends here
-                is_huge = len(text) - position >= LARGEST
-                more = "" if is_huge else file.read(CHUNK)
+                more = file.read(CHUNK) if len(text) - position < LARGEST else ""
                 if not more:
                     raise InputError(
                         f"{path}: broken or truncated in entry {n + 1:,}, which begins "
@@ -118,7 +116,7 @@ def clean(text) -> str:
     return text.encode("utf-8", "replace").decode() if isinstance(text, str) else ""
 
 
-def complete_rows(entries: Iterable, counts: Counter) -> Iterator[tuple]:
+def complete_rows(entries, counts: Counter):
     """Yield (url, caption) of the entries that have both; count them and the others."""
     for entry in entries:
         fields = entry if isinstance(entry, dict) else {}
@@ -133,7 +131,7 @@ def complete_rows(entries: Iterable, counts: Counter) -> Iterator[tuple]:
             yield url, caption
 
 
-def write_tsv(path: Path, rows: Iterable[tuple]):
+def write_tsv(path: Path, rows):
     """Write a .tsv. Line breaks, which img2dataset cannot read there, become spaces."""
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, delimiter="\t", lineterminator="\n")
@@ -142,7 +140,7 @@ def write_tsv(path: Path, rows: Iterable[tuple]):
             writer.writerow([re.sub(r"[\r\n\0]+", " ", text) for text in row])
 
 
-def write_parquet(path: Path, rows: Iterator[tuple]):
+def write_parquet(path: Path, rows):
     try:
         import pyarrow
         from pyarrow import parquet
