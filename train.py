@@ -11,17 +11,14 @@ config.json, log.jsonl, and state.pt, from which --resume continues a killed run
 import math
 import os
 import shlex
-import shutil
 import sys
-from dataclasses import asdict, replace
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from configs.prompts import IMAGE, stop_sequences
-from configs.schema import Config, load_config, read_saved_config
+from configs.schema import Config, load_config, read_saved_config, write_saved_config
 from data import (
     Batch,
     Example,
@@ -39,22 +36,15 @@ from plumbing.options import parse_args, to_json
 from plumbing.processes import (
     StopSignals,
     all_sum,
-    gather,
+    check_same_everywhere,
+    data_parallel,
     make_missing,
     n_processes,
     process_group,
 )
-from plumbing.run import (
-    ADVICE,
-    Checkpoint,
-    RunFolder,
-    RunLog,
-    relative_path,
-    write_config,
-)
+from plumbing.quantized import autocast, compile_blocks
+from plumbing.run import Checkpoint, RunFolder, RunLog
 from plumbing.weights import fingerprint
-
-MOST_FAILED = 20  # steps in a row whose loss or gradient is not finite
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -196,35 +186,14 @@ def build(config: Config, device: torch.device) -> MiniGPT4:
             fully_shard(block, mesh=mesh)
         model.to(device)
     model.llama.grad_checkpoint = config.grad_checkpoint
+    # Trained parts are float32. On a GPU they compute in the dtype of the frozen ones;
+    # the projection alone is too small to matter, and stays exact.
     if device.type == "cuda" and config.trainable != ("proj",):
-        compute_in(model, device, config.dtype)
+        model.forward = autocast(model.forward, device, config.dtype)
     if config.compile:
-        compile_blocks(model, device)
+        for part in (model.vision, model.bridge, model.llama):
+            compile_blocks(part, device)
     return model
-
-
-def compute_in(model: MiniGPT4, device: torch.device, dtype: str):
-    """Let trained parts, kept in float32, compute in the dtype of the frozen ones.
-
-    The projection alone is too small to matter, and stays exact.
-    """
-    is_half = dtype != "float32"
-    mixed = torch.autocast(device.type, getattr(torch, dtype), enabled=is_half)
-    model.forward = mixed(model.forward)
-
-
-def compile_blocks(model: MiniGPT4, device: torch.device):
-    """Compile one graph per kind of block, for any number of tokens."""
-    if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-        raise InputError(
-            "compile = True: on a CPU it needs a C++ compiler; "
-            "install g++ or switch it off"
-        )
-    vision_blocks = getattr(model.vision, "blocks", ())
-    bridge_blocks = getattr(model.bridge, "layers", ())
-    for blocks in (vision_blocks, bridge_blocks, model.llama.layers):
-        for block in blocks:
-            block.compile(dynamic=True)
 
 
 def open_data(
@@ -245,77 +214,46 @@ def open_data(
         cache_features(samples, model.image_features, config, device)
         if heldout:
             cache_features(heldout, model.image_features, config, device)
-        model.drop_vision(to_save=part_files(config))
+        model.drop_vision(to_save=config.part_files())
     return samples, weights, heldout
 
 
 def open_folder(config: Config) -> RunFolder:
     """The run's folder. Raises InputError if it holds something else."""
-    folder = RunFolder(config.out_dir, list(part_files(config).values()), config.resume)
+    folder = RunFolder(
+        config.out_dir, list(config.part_files().values()), config.resume
+    )
     if (folder.path / "config.json").exists():
         read_saved_config(config.out_dir)  # refuses another program's config.json
     return folder
 
 
-def part_files(config: Config) -> dict[str, str]:
-    """{part: its file in out_dir}: trained and new parts, and any projection."""
-    names = [
-        name
-        for name, source in config.parts().items()
-        if name in config.trainable or isinstance(source, dict)
-    ]
-    if config.vision and "proj" not in names:
-        names.append("proj")
-    files = {name: f"{config.out_dir}/{name}.safetensors" for name in names}
-    if "llama" in files:
-        files["llama"] = f"{config.out_dir}/llama"
-    return files
-
-
-def start_folder(config: Config):
-    """Write a config.json that leads chat.py to all parts."""
-    files = part_files(config)
-    parts = config.parts() | files
-    if "llama" in files:
-        parts["tokenizer"] = ""  # in the folder of the language model
-    for name, path in parts.items():
-        if isinstance(path, str) and path:
-            parts[name] = relative_path(path, config.out_dir)
-    write_config(config.out_dir, to_json(replace(config, **parts)))
-
-
 def make_checkpoint(
     folder: RunFolder, model: MiniGPT4, config: Config, identity: dict, device
 ) -> Checkpoint:
-    """What learns, its optimizer, and how to save both."""
+    """What learns, its optimizer and gradient scaler, and how to save them."""
     tensors = {}
     for name in config.trainable:
         for key, tensor in model.part_tensors(name).items():
             tensors[f"{name}.{key}"] = tensor
     learning = [t for t in tensors.values() if t.requires_grad]
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
-    companions = dict(model.fingerprints)
-    if model.proj:
-        companions["proj"] = fingerprint(model.part_tensors("proj"))
     identity = identity | {
         "trainable": config.trainable,
         "use of float16": scaler.is_enabled(),
     }
+    frozen = dict(model.fingerprints)
+    if model.proj:
+        frozen["proj"] = fingerprint(model.part_tensors("proj"))
+    for name in config.trainable:
+        frozen.pop(name, None)
 
-    def export():
-        for name in part_files(config):
+    def save_parts():
+        for name in config.part_files():
             model.save_part(name, config.out_dir, config.save_dtype)
 
-    return Checkpoint(
-        folder,
-        tensors,
-        make_optimizer(learning, config),
-        scaler,
-        identity,
-        {k: mark for k, mark in companions.items() if k not in config.trainable},
-        asdict(config),
-        export,
-    )
+    optimizer = make_optimizer(learning, config)
+    return Checkpoint(folder, tensors, optimizer, scaler, identity, frozen, save_parts)
 
 
 def train(config: Config, device: torch.device, rank: int = 0, world: int = 1) -> bool:
@@ -331,21 +269,18 @@ def train(config: Config, device: torch.device, rank: int = 0, world: int = 1) -
     steps = TrainingSteps(samples, weights, config, rank, world)
     checkpoint = make_checkpoint(folder, model, config, steps.identity, device)
     done = checkpoint.load() if config.resume else 0
-    if any(other != (done, steps.identity) for other in gather((done, steps.identity))):
-        raise InputError(
-            f"{config.out_dir}: the processes found other checkpoints or data; "
-            "give all the same folders"
-        )
+    check_same_everywhere((done, steps.identity), "checkpoint or data")
     if done >= config.max_steps:
         if rank == 0:
-            checkpoint.export_missing()
+            checkpoint.save_missing_parts()
         note(f"{config.out_dir}: its run is already at step {done:,}")
         return False
-
+    if rank > 0 and not config.shard:
+        heldout = None  # rank 0 evaluates
     meter = Meter(list(weights), device, 1e12 * config.peak_tflops)
     with RunLog(folder, config.max_steps, done, is_silent=rank > 0) as log:
         if rank == 0:
-            start_folder(config)  # not earlier: a refused run changes nothing
+            write_saved_config(config)  # not earlier: a refused run changes nothing
         return run_steps(config, model, steps, heldout, checkpoint, meter, log, done)
 
 
@@ -360,51 +295,41 @@ def run_steps(
     done: int,
 ) -> bool:
     """Train from step `done` + 1 on: log, save, evaluate; until a signal."""
-    rank, world, device = steps.rank, steps.world, meter.sums.device
-    # init_sync is not needed: all ranks start alike, by their seed.
-    ddp_model = DistributedDataParallel(model, init_sync=False) if world > 1 else model
-    stop = StopSignals(device)
+    optimizer, scaler = checkpoint.optimizer, checkpoint.scaler
+    stop = StopSignals(meter.device)
+    # Sharded, an evaluation needs all ranks: none may leave it alone.
+    interrupted = None if config.shard else stop.came
+    ddp_model = data_parallel(model)
+
     n_failed = 0
-    for step, source, batches in meter.waiting(steps.read(done + 1)):
+    for step, source, batches in meter.waiting(steps.read(start=done + 1)):
         lr = learning_rate(step - 1, config)
         with meter.counting_flops(batches):
             loss, is_finite = train_step(
-                ddp_model,
-                batches,
-                checkpoint.optimizer,
-                checkpoint.scaler,
-                lr,
-                config.grad_clip,
+                ddp_model, batches, optimizer, scaler, lr, config.grad_clip
             )
         if is_finite:
-            meter.add(source, loss, batches)
             n_failed = 0
+            meter.add(source, loss, batches)
         else:
             n_failed += 1
             log.failure(step, n_failed, steps.describe(step))
-            if n_failed == MOST_FAILED:
-                raise InputError(
-                    f"step {step}: the last {n_failed} losses or gradients "
-                    f"were not finite; {ADVICE}"
-                )
 
-        log.bar.update()
         finished = step == config.max_steps
         last = stop.requested() or finished
+        log.advance()
         if last or step % config.log_interval == 0:
             log.speed(step, lr, step * steps.step_size, meter.report())
         with meter.paused():
             # Save first: an evaluation that fails costs nothing.
-            if rank == 0 and (last or step % config.save_interval == 0):
-                checkpoint.save(step)
+            if last or step % config.save_interval == 0:
+                if steps.rank == 0:
+                    checkpoint.save(step)
                 log.skipped(step, steps.account)
-            is_due = not last and step % config.eval_interval == 0
-            if heldout and (finished or is_due) and (rank == 0 or config.shard):
-                # All ranks have the shards; they cannot leave an evaluation one by one.
-                interrupted = None if config.shard else stop.came
-                log.evaluation(
-                    step, evaluate(model, heldout, config, device, interrupted)
-                )
+            is_due = step % config.eval_interval == 0 and not last
+            if heldout and (finished or is_due):
+                result = evaluate(model, heldout, config, meter.device, interrupted)
+                log.evaluation(step, result)
         if last:
             break
     if not finished:

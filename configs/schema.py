@@ -13,8 +13,8 @@ from types import ModuleType
 
 from configs.prompts import TEMPLATES, parse_end
 from plumbing.console import InputError
-from plumbing.files import read_json
-from plumbing.options import check_options, option, override
+from plumbing.files import read_json, relative_path, replacing
+from plumbing.options import check_options, option, override, to_json
 from plumbing.weights import DTYPES
 
 
@@ -154,6 +154,16 @@ class Config:
         names = ("vision", "qformer", "llama", "proj", "tokenizer")
         return {name: getattr(self, name) for name in names}
 
+    def part_files(self) -> dict[str, str]:
+        """{part: its file in out_dir}: trained and new parts, and any projection."""
+        files = {}
+        for name, source in self.parts().items():
+            is_saved = name in self.trainable or isinstance(source, dict)
+            if is_saved or (name == "proj" and self.vision):
+                suffix = "" if name == "llama" else ".safetensors"
+                files[name] = f"{self.out_dir}/{name}{suffix}"
+        return files
+
     def data_paths(self) -> list[str]:
         """The paths of the data and the tokenizer, which `prepare` may make."""
         paths = [self.tokenizer]
@@ -197,3 +207,17 @@ def read_saved_config(folder: str) -> Config:
         if isinstance(part, str) and part:
             paths[name] = str(Path(folder) / part)
     return replace(saved, **paths)
+
+
+def write_saved_config(config: Config):
+    """Write out_dir/config.json, which leads chat.py to all parts of a run."""
+    parts = config.parts() | config.part_files()
+    if "llama" in config.part_files():
+        parts["tokenizer"] = ""  # in the folder of the language model
+    for name, path in parts.items():
+        if isinstance(path, str) and path:
+            parts[name] = relative_path(path, config.out_dir)
+    path = Path(config.out_dir, "config.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(to_json(replace(config, **parts)))

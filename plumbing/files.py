@@ -96,3 +96,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def relative_path(path: str, folder: str) -> str:
+    """A path as it is seen from a folder, which may be a link."""
+    return os.path.relpath(os.path.realpath(path), os.path.realpath(folder))

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from plumbing.console import InputError, note
@@ -45,12 +47,26 @@ def all_sum(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
-def gather(value) -> list:
-    """The values of all processes of the run, by rank."""
-    values = [value] * n_processes()
-    if dist.is_initialized():
-        dist.all_gather_object(values, value)
-    return values
+def data_parallel(model: nn.Module) -> nn.Module:
+    """The model, its gradients averaged over the processes where there are several.
+
+    It is not copied from rank 0: all ranks start alike, by their seed.
+    """
+    if n_processes() == 1:
+        return model
+    return DistributedDataParallel(model, init_sync=False)
+
+
+def check_same_everywhere(value, what: str):
+    """Raise InputError unless all processes of the run have the same value."""
+    if not dist.is_initialized():
+        return
+    values = [None] * n_processes()
+    dist.all_gather_object(values, value)
+    if any(other != values[0] for other in values):
+        raise InputError(
+            f"the processes found another {what}; give all the same folders"
+        )
 
 
 class StopSignals:

@@ -217,13 +217,39 @@ def quantize_linears(
             setattr(module, attribute, linear.forward if is_method else linear)
 
 
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile works: on a CPU it needs a C++ compiler."""
+    return device.type != "cpu" or bool(shutil.which(os.environ.get("CXX", "g++")))
+
+
+def compile_blocks(part: nn.Module | None, device: torch.device):
+    """Compile a part's blocks: one graph for all of them and any number of tokens."""
+    if not can_compile(device):
+        raise InputError(
+            "compile = True: on a CPU it needs a C++ compiler; "
+            "install g++ or switch it off"
+        )
+    for child in part.children() if part else ():
+        if isinstance(child, nn.ModuleList):
+            for block in child:
+                block.compile(dynamic=True)
+
+
+def autocast(forward: Callable, device: torch.device, dtype: str) -> Callable:
+    """A forward method whose float32 parts compute in `dtype`."""
+    half = torch.autocast(
+        device.type, getattr(torch, dtype), enabled=dtype != "float32"
+    )
+    return half(forward)
+
+
 def compile_rows(model: nn.Module):
     """Compile each nn.Linear's product with a single row, for decoding on a CPU.
 
     In bfloat16 it is twice as fast as PyTorch's own.
     """
-    is_on_cpu = next(model.parameters()).is_cpu
-    if not is_on_cpu or not shutil.which(os.environ.get("CXX", "g++")):
+    device = next(model.parameters()).device
+    if device.type != "cpu" or not can_compile(device):
         note("note: compiling needs a C++ compiler and a CPU; continuing without it")
         return
 

@@ -18,6 +18,7 @@ ADVICE = (
     "the last checkpoint is kept; "
     "start again with a lower --lr, or with --grad_clip=1.0"
 )
+MAX_FAILED = 20  # steps in a row whose loss or gradient is not finite
 
 
 class RunFolder:
@@ -50,18 +51,6 @@ class RunFolder:
                 f"{results[0]}: without state.pt, its run cannot be resumed; "
                 "change --out_dir"
             )
-
-
-def relative_path(path: str, folder: str) -> str:
-    """A path as it is seen from a folder, which may be a link."""
-    return os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
-
-
-def write_config(folder: str, text: str):
-    """Write a run's config.json, and make its folder."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with replacing(Path(folder, "config.json")) as temporary:
-        temporary.write_text(text)
 
 
 class RunLog:
@@ -97,9 +86,21 @@ class RunLog:
         self.bar.close()
         self.file.close()
 
+    def advance(self):
+        """Count a step."""
+        self.bar.update()
+
     def failure(self, step: int, n_failed: int, samples: list[str]):
-        """A step that was not finite: where its samples are."""
+        """A step that was not finite, the n_failed-th in a row: where its samples are.
+
+        Raises InputError for too many.
+        """
         append_row(self.file, step=step, not_finite=n_failed, samples=samples)
+        if n_failed == MAX_FAILED:
+            raise InputError(
+                f"step {step}: the last {n_failed} losses or gradients were not "
+                f"finite; {ADVICE}"
+            )
 
     def speed(self, step: int, lr: float, seen: int, report: dict):
         """What a meter reports; nothing if no step was finite."""
@@ -181,8 +182,8 @@ def step_of(line: bytes) -> float:
 class Checkpoint:
     """What state.pt holds: trained tensors, optimizer, scaler, and the run's identity.
 
-    identity: what must not change in a run. companions: fingerprints of frozen parts.
-    settings: the config, for people who read the file. export() writes the weights.
+    identity: what must not change in a run. frozen: fingerprints of the other parts.
+    save_parts() writes the weights.
     """
 
     def __init__(
@@ -192,18 +193,16 @@ class Checkpoint:
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
         identity: dict,
-        companions: dict[str, str],
-        settings: dict,
-        export: Callable[[], None],
+        frozen: dict[str, str],
+        save_parts: Callable[[], None],
     ):
         self.folder = folder
         self.tensors = tensors
         self.optimizer = optimizer
         self.scaler = scaler
         self.identity = identity
-        self.companions = companions
-        self.settings = settings
-        self.export = export
+        self.frozen = frozen
+        self.save_parts = save_parts
         self.state_is_damaged = False
 
     def save(self, step: int):
@@ -218,14 +217,14 @@ class Checkpoint:
         is_first = not self.folder.state.exists()
         if is_first:  # weights without any state could not be resumed
             self.write_state(step)
-        self.export()
+        self.save_parts()
         if not is_first:
             self.write_state(step)
 
-    def export_missing(self):
+    def save_missing_parts(self):
         """Write the weights if the run was killed before it wrote them once."""
         if not all(file.exists() for file in self.folder.weights):
-            self.export()
+            self.save_parts()
 
     def write_state(self, step: int):
         state = {
@@ -234,8 +233,7 @@ class Checkpoint:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "identity": self.identity,
-            "frozen": self.companions,
-            "config": self.settings,
+            "frozen": self.frozen,
         }
         with replacing(self.folder.state) as temporary:
             torch.save(state, temporary)
@@ -285,17 +283,15 @@ class Checkpoint:
             raise InputError(
                 f"{path}: its parts have other sizes; give them, or another --out_dir"
             )
-        self.warn_of_other_companions(path, state["frozen"])
+        self.warn_of_other_parts(path, state["frozen"])
         for name, tensor in self.tensors.items():
             tensor.data.copy_(saved[name])
         self.restore_optimizer(state["optimizer"]["state"])
         self.scaler.load_state_dict(state["scaler"])
         return state["step"]
 
-    def warn_of_other_companions(self, path: Path, before: dict[str, str]):
-        other = [
-            name for name, mark in self.companions.items() if before.get(name) != mark
-        ]
+    def warn_of_other_parts(self, path: Path, before: dict[str, str]):
+        other = [name for name, mark in self.frozen.items() if before.get(name) != mark]
         if other:
             note(f"warning: {path} was trained with another {', '.join(other)}")
 

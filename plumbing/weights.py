@@ -1,4 +1,4 @@
-"""Weight files: the tensors of a part are read, checked, loaded, saved, fingerprinted."""
+"""Weight files: the tensors of parts are read, checked, loaded and saved."""
 
 import hashlib
 import json

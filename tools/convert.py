@@ -34,7 +34,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configs.schema import Config, load_config, read_saved_config
+from configs.schema import Config, load_config, read_saved_config, write_saved_config
 from llama import Llama, LlamaConfig, Tokenizer
 from model import MiniGPT4, check_english
 from plumbing.console import InputError, note, progress, run_main
@@ -51,7 +51,7 @@ from plumbing.weights import (
     read_weight_map,
 )
 from qformer import QFormer, QFormerConfig
-from train import open_folder, start_folder
+from train import open_folder
 from vision import VisionConfig, VisionTransformer
 
 TORCH_DTYPES = {"": None} | {name: getattr(torch, name) for name in DTYPES}
@@ -536,7 +536,7 @@ def convert_part(part: str, source: Path, target: Path, options: Options) -> int
         metadata["config"] = json.dumps(asdict(sizes))
     write(target, own.items(), options.dtype, **metadata)
     if run:
-        start_folder(run)
+        write_saved_config(run)
     return len(own)
 
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import chat
 from configs.prompts import INSTRUCTIONS
-from configs.schema import Config, load_config
+from configs.schema import Config, load_config, write_saved_config
 from model import KINDS, MiniGPT4, check_english
 from plumbing.console import InputError, note, printable, run_main
 from plumbing.files import read_json, replacing, start_of
@@ -30,7 +30,7 @@ from plumbing.options import check_name, option, override, parse_args
 from plumbing.weights import read_part, read_sizes, read_weight_map
 from tools import convert
 from tools.evaluate import is_fragment, repeats_itself
-from train import open_folder, start_folder
+from train import open_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 BLIP2 = "Salesforce/blip2-flan-t5-xxl"  # has MiniGPT-4's vision part and Q-Former
@@ -457,7 +457,7 @@ def main(argv: list[str]):
         make(source)
     if os.path.exists(proj):
         if not os.path.exists(f"{run}/config.json"):
-            start_folder(config)
+            write_saved_config(config)
         try:
             try_out(run, config.llama)
         except InputError as e:
