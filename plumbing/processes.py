@@ -57,13 +57,17 @@ def data_parallel(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(model, init_sync=False)
 
 
+def gather(value) -> list:
+    """The values of all processes of the run, by rank."""
+    values = [value] * n_processes()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
 def check_same_everywhere(value, what: str):
     """Raise InputError unless all processes of the run have the same value."""
-    if not dist.is_initialized():
-        return
-    values = [None] * n_processes()
-    dist.all_gather_object(values, value)
-    if any(other != values[0] for other in values):
+    if any(other != value for other in gather(value)):
         raise InputError(
             f"the processes found another {what}; give all the same folders"
         )
