@@ -36,8 +36,8 @@ from configs.prompts import (
     visible_answer,
 )
 from configs.schema import read_saved_config
-from llama import KVCache
-from model import MiniGPT4, check_english
+from llama import KVCache, check_english
+from model import MiniGPT4
 from plumbing import terminal
 from plumbing.console import InputError, is_plain, note, printable, run_main, set_plain
 from plumbing.options import check_name, check_options, option, override, parse_args
@@ -151,7 +151,7 @@ def load(options: Options) -> tuple[MiniGPT4, Options]:
     end = saved.answer_end if is_own else TEMPLATES[template].end
     answer_end = options.answer_end or format_end(end)
     if options.check:
-        check_english(model)
+        check_english(model.llama, model.tokenizer)
     return model, replace(
         options, device=device, dtype=dtype, template=template, answer_end=answer_end
     )

@@ -8,6 +8,7 @@ those in the cache, D width, H query heads, K key/value heads, V vocabulary.
 
 import os
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from configs.prompts import is_end
-from plumbing.console import InputError
+from plumbing.console import InputError, note
 from plumbing.files import start_of
 from plumbing.options import override
 from plumbing.weights import check_sizes, init_weights
@@ -392,11 +393,11 @@ def beam_search(
     x: Tensor,
     seen: Tensor,
     max_new_tokens: int,
-    repetition_penalty: float,
     stops: tuple[list[int], ...],
-    min_length: int,
-    num_beams: int,
-    length_penalty: float,
+    num_beams: int = 5,
+    repetition_penalty: float = 1.05,
+    min_length: int = 0,
+    length_penalty: float = 1.0,
 ) -> list[int]:
     """The ids of the likeliest answer to a prompt x (1, T, D), as in Hugging Face's.
 
@@ -483,3 +484,23 @@ class Tokenizer:
     def piece(self, id: int) -> str:
         """11203 -> "\\u2581dog", where \\u2581 is a space."""
         return self._processor.id_to_piece(id)
+
+
+@torch.no_grad()
+def perplexity(llama: Llama, tokenizer: Tokenizer, text: str) -> float:
+    """Per token of the text, which follows `<s>`."""
+    ids = tokenizer.encode(text, bos=True)
+    tokens = torch.tensor([ids], device=llama.norm.weight.device)
+    hidden = llama(llama.embed_tokens(tokens))[0, :-1]
+    logits = llama.logits(hidden).float()
+    return F.cross_entropy(logits, tokens[0, 1:]).double().exp().item()
+
+
+def check_english(llama: Llama, tokenizer: Tokenizer):
+    """Print the perplexity on a paragraph of English, with a warning if it is bad."""
+    paragraph = Path(__file__).parent / "assets/paragraph.txt"
+    value = perplexity(llama, tokenizer, paragraph.read_text().strip())
+    healthy = "(a healthy LLaMA: below 20)"
+    note(f"perplexity on a paragraph of English: {value:.1f} {healthy}")
+    if value > 100:
+        note("warning: these weights are broken or not English; fetch or convert again")

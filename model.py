@@ -8,8 +8,6 @@ picture, D width, V vocabulary, S pixels of a side.
 """
 
 from collections.abc import Collection, Iterator
-from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -26,17 +24,15 @@ from llama import (
     beam_search,
     sample,
 )
-from plumbing.console import InputError, note
-from plumbing.options import override
+from plumbing.console import InputError
 from plumbing.weights import (
     Part,
-    PartFile,
     check_companions,
     check_sources,
     check_vocabulary,
     choose_quantization,
     describe_part,
-    fingerprint,
+    empty_if,
     identify,
     load_part,
     read_part,
@@ -53,6 +49,7 @@ TOWERS = {tower.config_class: tower for tower in (VisionTransformer,)}
 KINDS = {
     "vision": {tower.kind: sizes for sizes, tower in TOWERS.items()},
     "qformer": {QFormer.kind: QFormerConfig},
+    "llama": {"llama": LlamaConfig},
 }
 LOGITS_AT_ONCE = 256  # positions; 33 MB of float32 with a vocabulary of 32,000
 
@@ -228,12 +225,13 @@ class MiniGPT4(nn.Module):
         comes no earlier; counts `<s>`. context: tokens of prompt and answer together,
         which cut the beginning of the prompt; 0 takes the model's own.
         """
-        n_cut, max_new_tokens = self.fit_context(prompts, max_new_tokens, context)
-        x = self.embed(torch.tensor(prompts, device=self.device), image_embeds)
+        x, start, max_new_tokens = self.embed_prompts(
+            prompts, image_embeds, max_new_tokens, context
+        )
         seen = self.penalized_ids(len(prompts))
         if cache is None:
             cache = KVCache()
-        x = x[:, max(n_cut, cache.length) :]
+        x = x[:, max(start, cache.length) :]
         for n in range(1, max_new_tokens + 1):
             hidden = self.llama(x, cache)
             logits = self.llama.logits(hidden[:, -1]).float()
@@ -253,33 +251,27 @@ class MiniGPT4(nn.Module):
         image_embeds: Tensor | None = None,
         stop: tuple[list[int], ...] = (),
         max_new_tokens: int = 300,
-        repetition_penalty: float = 1.05,
         context: int = 0,
-        min_length: int = 0,
-        num_beams: int = 5,
-        length_penalty: float = 1.0,
+        **options,
     ) -> list[int]:
-        """The likeliest answer that num_beams beams find; see `generate`."""
-        n_cut, max_new_tokens = self.fit_context([tokens], max_new_tokens, context)
-        x = self.embed(torch.tensor([tokens], device=self.device), image_embeds)
+        """The likeliest answer that several beams find.
+
+        options: num_beams, length_penalty, repetition_penalty and min_length.
+        """
+        x, start, max_new_tokens = self.embed_prompts(
+            [tokens], image_embeds, max_new_tokens, context
+        )
+        seen = self.penalized_ids(1)
+        stops = ([self.tokenizer.eos], *stop)
         return beam_search(
-            self.llama,
-            x[:, n_cut:],
-            self.penalized_ids(1),
-            max_new_tokens,
-            repetition_penalty,
-            ([self.tokenizer.eos], *stop),
-            min_length,
-            num_beams,
-            length_penalty,
+            self.llama, x[:, start:], seen, max_new_tokens, stops=stops, **options
         )
 
-    def fit_context(
-        self, prompts: list[list[int]], max_new_tokens: int, context: int
-    ) -> tuple[int, int]:
-        """How many tokens to cut from a prompt, and how long the answer may be.
+    def embed_prompts(self, prompts, image_embeds, max_new_tokens: int, context: int):
+        """Embed B prompts, (B, T, d_llama), and share the context with the answer.
 
-        By default the answer gets what the prompt leaves, at least a third.
+        Also returns where to start in the prompts, and the length of the answer: by
+        default it gets what the prompt leaves, at least a third.
         """
         n_prompt = len(prompts[0])
         if not context:
@@ -291,10 +283,11 @@ class MiniGPT4(nn.Module):
                 f"context {context} leaves no room "
                 f"beside max_new_tokens {max_new_tokens}"
             )
-        return max(0, n_prompt + max_new_tokens - context), max_new_tokens
+        x = self.embed(torch.tensor(prompts, device=self.device), image_embeds)
+        return x, max(0, n_prompt + max_new_tokens - context), max_new_tokens
 
     def penalized_ids(self, n_prompts: int) -> Tensor:
-        """Which ids the repetition penalty starts with, bool (B, V).
+        """The ids that the repetition penalty starts with, bool (B, V).
 
         Quirk kept: `<s>`, and nothing of the prompt.
         """
@@ -305,13 +298,6 @@ class MiniGPT4(nn.Module):
     def device(self) -> torch.device:
         """Where the language model is."""
         return self.llama.norm.weight.device
-
-    @torch.no_grad()
-    def perplexity(self, text: str) -> float:
-        """Perplexity of the language model alone, per token of the text."""
-        ids = self.tokenizer.encode(text, bos=True)
-        tokens = torch.tensor([ids], device=self.device)
-        return self(None, tokens, tokens).double().exp().item()
 
     @classmethod
     def from_files(
@@ -335,7 +321,7 @@ class MiniGPT4(nn.Module):
         sources = {"vision": vision, "qformer": qformer, "proj": proj, "llama": llama}
         check_sources(sources, trainable or (), dtype, tokenizer)
         files = {
-            name: read_part(name, path, LlamaConfig.from_dict)
+            name: read_part(name, path, LlamaConfig)
             for name, path in sources.items()
             if isinstance(path, str) and path
         }
@@ -343,7 +329,7 @@ class MiniGPT4(nn.Module):
         if trainable is None:
             trainable = ("proj",) if vision else ()
         tokenizer = Tokenizer(tokenizer or f"{llama}/tokenizer.model")
-        sizes = part_sizes(sources, files, tokenizer.vocab_size, image_size)
+        sizes = read_sizes(sources, files, KINDS, tokenizer.vocab_size, image_size)
         model = cls(*sizes, image_size, tuple(files))
         model.tokenizer = tokenizer
         check_vocabulary(tokenizer, model.llama.config.vocab_size)
@@ -378,17 +364,8 @@ class MiniGPT4(nn.Module):
                 f"{folder}/llama", tensors, dtype, sizes, self.tokenizer.path
             )
         else:
-            metadata = describe_part(self.parts[name], self.companions())
+            metadata = describe_part(name, self.parts, self.fingerprints)
             save_tensors(f"{folder}/{name}.safetensors", tensors, dtype, metadata)
-
-    def companions(self) -> dict[str, str]:
-        """Fingerprints of the parts that a projection is trained with."""
-        marks = dict(self.fingerprints)
-        for name in marks:
-            tensors = self.part_tensors(name)
-            if any(tensor.requires_grad for tensor in tensors.values()):
-                marks[name] = fingerprint(tensors)
-        return marks
 
     def drop_vision(self, to_save: Collection[str] = ()):
         """Free vision tower and bridge once all features are computed.
@@ -405,48 +382,3 @@ def make_bridge(qformer: QFormerConfig | None, vision: nn.Module) -> nn.Module:
     if qformer:
         return QFormer(qformer)
     return JoinPatches(vision.config.width, vision.has_class_token)
-
-
-def empty_if(is_from_file: bool):
-    """The meta device, without memory for weights that will come from a file."""
-    return torch.device("meta") if is_from_file else nullcontext()
-
-
-def part_sizes(
-    sources: dict, files: dict[str, PartFile], vocab_size: int, image_size: int = 0
-) -> tuple[VisionConfig | None, QFormerConfig | None, LlamaConfig]:
-    """The sizes of vision, qformer and llama, from their files or their new sizes."""
-    vision = read_sizes(
-        "vision", sources["vision"], files.get("vision"), KINDS["vision"]
-    )
-    qformer = read_sizes(
-        "qformer",
-        sources["qformer"],
-        files.get("qformer"),
-        KINDS["qformer"],
-        vision_width=vision.width if vision else 0,
-    )
-    if "llama" in files:
-        llama = files["llama"].sizes
-    else:
-        override(LlamaConfig(), sources["llama"], "llama")  # refuses unknown names
-        given = {"vocab_size": vocab_size} | sources["llama"]
-        llama = LlamaConfig.from_dict(given, "llama")
-    if image_size and vision:
-        unit = vision.patch_size if qformer else 2 * vision.patch_size
-        if image_size % unit:
-            raise InputError(
-                f"image_size {image_size}: give a multiple of {unit}, for whole patches"
-            )
-    return vision, qformer, llama
-
-
-def check_english(model: MiniGPT4):
-    """Print the language model's perplexity on English, with a warning if it is bad."""
-    text = Path(__file__).with_name("assets").joinpath("paragraph.txt").read_text()
-    value = model.perplexity(text.strip())
-    note(
-        f"perplexity on a paragraph of English: {value:.1f} (a healthy LLaMA: below 20)"
-    )
-    if value > 100:
-        note("warning: these weights are broken or not English; fetch or convert again")

@@ -3,10 +3,10 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -82,12 +82,10 @@ def save_tensors(
         save_file(cast, temporary, {"format": "pt"} | metadata)
 
 
-def read_part(
-    name: str, path: str, read_config: Callable[[dict, str], Any] | None = None
-) -> PartFile:
-    """A part's file, or LLaMA's folder, whose config.json `read_config` parses."""
+def read_part(name: str, path: str, llama_config: type | None = None) -> PartFile:
+    """A part's file, or LLaMA's folder, whose config.json `llama_config` reads."""
     if name == "llama":
-        return read_hub_folder(path, read_config)
+        return read_hub_folder(path, llama_config)
     tensors, metadata = load_tensors(path)
     try:
         if name == "proj":
@@ -156,13 +154,25 @@ def reset_part(part: Part):
                 layer.reset_parameters()
 
 
-def describe_part(part: Part, companions: dict[str, str]) -> dict[str, str]:
+def describe_part(
+    name: str, parts: dict[str, Part], fingerprints: dict[str, str]
+) -> dict[str, str]:
     """The metadata of a part's file: its kind, and its sizes or its companions."""
-    module = next(iter(part.modules.values()))
+    module = next(iter(parts[name].modules.values()))
     kind = getattr(module, "kind", type(module).__name__.lower())
     if hasattr(module, "config"):
         return {"kind": kind, "config": json.dumps(asdict(module.config))}
+    companions = dict(fingerprints)
+    for other in fingerprints.keys() & parts.keys():
+        tensors = parts[other].tensors()
+        if any(tensor.requires_grad for tensor in tensors.values()):
+            companions[other] = fingerprint(tensors)  # it has learned, too
     return {"kind": kind, "trained_with": json.dumps(companions)}
+
+
+def empty_if(is_from_file: bool):
+    """The meta device, without memory for weights that will come from a file."""
+    return torch.device("meta") if is_from_file else nullcontext()
 
 
 def identify(parts: dict[str, Part], files: dict[str, PartFile]) -> dict[str, str]:
@@ -300,14 +310,15 @@ def indexed_files(index: Path) -> list[Path]:
     return files
 
 
-def read_hub_folder(folder: str, read_config: Callable[[dict, str], Any]) -> PartFile:
+def read_hub_folder(folder: str, llama_config: type) -> PartFile:
     """A language model's folder as the Hugging Face hub has it."""
     root = Path(folder)
     if not (root / "config.json").is_file():
         raise InputError(
             f"{folder}: not a LLaMA folder, it has no config.json; see the README"
         )
-    sizes = read_config(read_json(root / "config.json"), f"{folder}/config.json")
+    content = read_json(root / "config.json")
+    sizes = llama_config.from_dict(content, f"{folder}/config.json")
     tensors = read_hub_tensors(folder, sizes.tie_word_embeddings)
     return PartFile(folder, tensors, sizes)
 
@@ -455,29 +466,59 @@ def check_companions(files: dict[str, PartFile], fingerprints: dict[str, str]):
 
 
 def read_sizes(
-    name: str,
-    source: str | dict | None,
-    file: PartFile | None,
-    known: dict[str, type],
-    **needed: int,
-):
-    """The sizes of a part from its file, or else from the dict `source`; None without.
+    sources: dict[str, str | dict | None],
+    files: dict[str, PartFile],
+    kinds: dict[str, dict[str, type]],
+    vocab_size: int,
+    image_size: int = 0,
+) -> tuple:
+    """The sizes of vision, qformer and llama: of their files, or else of `sources`.
 
-    known: {kind: dataclass of its sizes}; the first is that of files without a kind.
-    Raises InputError unless the sizes have the `needed` values.
+    kinds: {part: {kind: dataclass of its sizes}}. None for a part that is missing.
+    Raises InputError for sizes that do not go together.
     """
+    vision = read_part_sizes("vision", sources, files, kinds)
+    vision_width = vision.width if vision else 0
+    qformer = read_part_sizes("qformer", sources, files, kinds, vision_width)
+    if "llama" in files:
+        llama = files["llama"].sizes
+    else:
+        llama_config = kinds["llama"]["llama"]
+        override(llama_config(), sources["llama"], "llama")  # refuses unknown names
+        given = {"vocab_size": vocab_size} | sources["llama"]
+        llama = llama_config.from_dict(given, "llama")
+    if image_size and vision:
+        unit = vision.patch_size if qformer else 2 * vision.patch_size
+        if image_size % unit:
+            raise InputError(
+                f"image_size {image_size}: give a multiple of {unit}, for whole patches"
+            )
+    return vision, qformer, llama
+
+
+def read_part_sizes(
+    name: str,
+    sources: dict[str, str | dict | None],
+    files: dict[str, PartFile],
+    kinds: dict[str, dict[str, type]],
+    vision_width: int | None = None,
+):
+    """The sizes of one part; the first of its kinds is that of files without a kind."""
+    source = sources[name]
     if source is None or source == "":
         return None
-    if file is None:
+    needed = {} if vision_width is None else {"vision_width": vision_width}
+    if name in files:
+        file = files[name]
+    else:
         file = PartFile("the run's config", {}, needed | source)
     where = file.path
     sizes = dict(file.sizes)
-    kind = sizes.pop("kind", file.kind) or next(iter(known))
-    if kind not in known:
-        raise InputError(
-            f"{where}: a {kind} file; as {name}, give {' or '.join(known)}"
-        )
-    config = override(known[kind](), sizes, f"{where}: {name}")
+    kind = sizes.pop("kind", file.kind) or next(iter(kinds[name]))
+    if kind not in kinds[name]:
+        known = " or ".join(kinds[name])
+        raise InputError(f"{where}: a {kind} file; as {name}, give {known}")
+    config = override(kinds[name][kind](), sizes, f"{where}: {name}")
     check_sizes(config, where)
     if config.width % config.n_heads:
         raise InputError(

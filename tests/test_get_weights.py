@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file
 
 import chat
-from model import MiniGPT4
 from plumbing.console import InputError
 from tests import hub as fake
 from tests.common import EXAMPLE, ROOT, TINY
@@ -443,7 +442,7 @@ def test_only_what_the_hub_s_library_raises_becomes_a_message(monkeypatch, tmp_p
 def test_a_bad_answer_gets_its_likeliest_cause(
     perplexity, answer_is_bad, cause, monkeypatch, capsys
 ):
-    monkeypatch.setattr(MiniGPT4, "perplexity", lambda *_: perplexity)
+    monkeypatch.setattr(get_weights, "perplexity", lambda *_: perplexity)
     if answer_is_bad:
         monkeypatch.setattr(chat.Chat, "ask", stammer)
     get_weights.try_out(str(TINY), "LLAMA")

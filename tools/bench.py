@@ -533,7 +533,7 @@ def gguf_file(folder: Path, kind: str) -> Path:
     path = folder / f"{kind}.gguf"
     if path.is_file():
         return path
-    file = read_part("llama", str(folder), LlamaConfig.from_dict)
+    file = read_part("llama", str(folder), LlamaConfig)
     sizes = file.sizes
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, sizes.num_hidden_layers)
     with replacing(path) as temporary:

@@ -35,8 +35,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configs.schema import Config, load_config, read_saved_config, write_saved_config
-from llama import Llama, LlamaConfig, Tokenizer
-from model import MiniGPT4, check_english
+from llama import Llama, LlamaConfig, Tokenizer, check_english
+from model import MiniGPT4
 from plumbing.console import InputError, note, progress, run_main
 from plumbing.files import read_json, replacing, start_of
 from plumbing.options import option, override, parse_args
@@ -905,7 +905,8 @@ def main(argv: list[str]):
     n = CONVERTERS[what](source, target, options)
     note(f"{target}: {n} tensors written")
     if what == "llama" and options.check:
-        check_english(MiniGPT4.from_files(None, None, str(target)))
+        model = MiniGPT4.from_files(None, None, str(target))
+        check_english(model.llama, model.tokenizer)
 
 
 if __name__ == "__main__":

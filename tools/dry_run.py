@@ -20,11 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configs.schema import Config, load_config, read_saved_config
 from data import open_samples
 from llama import CONTEXT, IGNORE, LlamaConfig, Tokenizer
-from model import MiniGPT4, part_sizes
+from model import KINDS, MiniGPT4
 from plumbing.console import InputError, run_main
 from plumbing.files import read_json
 from plumbing.options import check_options, option, override, parse_args
-from plumbing.weights import PARTS, PartFile, check_sources, read_part
+from plumbing.weights import PARTS, PartFile, check_sources, read_part, read_sizes
 
 PROMPT = 31  # tokens of a template with an instruction, estimated
 
@@ -69,7 +69,7 @@ def meta_model(
     vocab_size = LlamaConfig().vocab_size
     if Path(config.tokenizer).is_file():
         vocab_size = Tokenizer(config.tokenizer).vocab_size
-    sizes = part_sizes(sources, files, vocab_size, config.image_size)
+    sizes = read_sizes(sources, files, KINDS, vocab_size, config.image_size)
     with torch.device("meta"):
         model = MetaMiniGPT4(*sizes, config.image_size)
     model.to(getattr(torch, config.dtype)).requires_grad_(False)

@@ -23,11 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import chat
 from configs.prompts import INSTRUCTIONS
 from configs.schema import Config, load_config, write_saved_config
-from model import KINDS, MiniGPT4, check_english
+from llama import check_english, perplexity
+from model import KINDS, MiniGPT4
 from plumbing.console import InputError, note, printable, run_main
 from plumbing.files import read_json, replacing, start_of
 from plumbing.options import check_name, option, override, parse_args
-from plumbing.weights import read_part, read_sizes, read_weight_map
+from plumbing.weights import read_part, read_part_sizes, read_weight_map
 from tools import convert
 from tools.evaluate import is_fragment, repeats_itself
 from train import open_folder
@@ -265,7 +266,9 @@ def check_local(part: str, path: Path):
         convert.with_blip2_sizes(convert.Options(), path, part)
         convert.read_blip2(path, part)
     elif path.suffix == ".safetensors" and part != "proj":
-        read_sizes(part, str(path), read_part(part, str(path)), KINDS[part])
+        sources = {part: str(path)}
+        files = {part: read_part(part, str(path))}
+        read_part_sizes(part, sources, files, KINDS)  # raises InputError
 
 
 def find_local(part: str, path: Path, target: str) -> Source:
@@ -425,7 +428,7 @@ def try_out(run: str, llama: str):
     if talk.turns[-1].ended and not is_broken:
         return
     text = (ROOT / "assets/paragraph.txt").read_text().strip()
-    if talk.model.perplexity(text) > 100:
+    if perplexity(talk.model.llama, talk.model.tokenizer, text) > 100:
         cause = (
             f"broken LLaMA weights; remove {llama} and its download in the hub's cache"
         )
@@ -466,7 +469,8 @@ def main(argv: list[str]):
             ) from e
         print(f"python {os.path.relpath(ROOT / 'chat.py')} PICTURE --ckpt={run}")
         return
-    check_english(MiniGPT4.from_files(None, None, config.llama))
+    model = MiniGPT4.from_files(None, None, config.llama)
+    check_english(model.llama, model.tokenizer)
     if recipe.proj:
         raise InputError(
             f"the projection is missing: fetch {recipe.official}; "
