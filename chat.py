@@ -244,8 +244,8 @@ class Chat:
             seconds = perf_counter() - start
             self.stats |= {"answer_tokens": len(ids), "seconds": seconds}
             self.stats.setdefault("first_word_s", seconds)
-            settled = settled_text(answer, end)
-            if settled.startswith(shown) and settled != shown:
+            settled = settled_text(answer, end)  # it only grows
+            if settled != shown:
                 yield settled[len(shown) :]
                 shown = settled
         if answer != shown:

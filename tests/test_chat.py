@@ -81,6 +81,7 @@ def test_streamed_pieces_add_up_to_the_answer_without_its_end(tiny):
 SETTLED = {
     "half an end": ("It is red ##", "###", "It is red"),
     "the longest half": ("xaa", "aab", "x"),
+    "only the longest half": ("baaaa", "aab", "baa"),
     "a half inside": ("# of C# is 2", "###", "# of C# is 2"),
     "the end's first letter": ("It is S", "STOP", "It is"),
     "an end of one letter": ("It is red", "\n", "It is red"),
@@ -112,6 +113,7 @@ def said_by_the_model(tiny, monkeypatch):
 
         monkeypatch.setattr(model, "generate", generate)
         for piece in talk.ask("Hi"):
+            assert piece
             pieces[-1] += piece
         return pieces, talk.turns[-1]
 
