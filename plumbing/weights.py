@@ -88,10 +88,10 @@ def read_part(name: str, path: str, llama_config: type | None = None) -> PartFil
         return read_hub_folder(path, llama_config)
     tensors, metadata = load_tensors(path)
     try:
-        if name == "proj":
-            sizes = metadata.get("trained_with", "{}")
-        else:
+        if name in ("vision", "qformer"):
             sizes = metadata["config"]
+        else:
+            sizes = metadata.get("trained_with", "{}")
         content = dict(json.loads(sizes))
     except (KeyError, ValueError, TypeError, RecursionError) as e:
         raise InputError(
@@ -393,7 +393,7 @@ def check_sources(
         raise InputError(f"dtype {dtype!r}: give one of {', '.join(known)}")
     parts = [
         name
-        for name in PARTS
+        for name in sources
         if name == "llama" or (vision and (name != "qformer" or qformer))
     ]
     for name in trainable:
