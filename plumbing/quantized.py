@@ -70,65 +70,36 @@ def matrix_shape(tensor: Tensor) -> tuple[int, ...]:
     return shape
 
 
-# Products of x (rows, in) with a quantized matrix -> (rows, out), by kind and device.
-
-
-class Int8OnCPU:
-    """PyTorch's int8 kernels, which quantize x, too: with one scale for all rows."""
-
-    def __init__(self, weight, scale):
+def pack(weight: Tensor, scale: Tensor) -> Tensor:
+    """The values of a quantized matrix in the layout of its device's kernels."""
+    is_int8 = weight.dtype == torch.int8
+    if is_int8 and weight.is_cpu:
         zeros = torch.zeros(len(weight), dtype=torch.long)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecated, but fastest
-            quantized = torch._make_per_channel_quantized_tensor(
+            weight = torch._make_per_channel_quantized_tensor(
                 weight, scale.double(), zeros, 0
             )
-        self.packed = torch.ops.quantized.linear_prepack(quantized, None)
-
-    def __call__(self, x):
-        rows = x.float()
-        if len(rows) == 1:
-            return self.product(rows).to(x.dtype)
-        # Divided by its largest value, each row makes good use of the common scale.
-        largest = rows.abs().amax(1, keepdim=True).clamp(min=1e-12)
-        return (self.product(rows / largest) * largest).to(x.dtype)
-
-    def product(self, rows):
-        return torch.ops.quantized.linear_dynamic(rows, self.packed)
-
-
-class Int8OnGPU:
-    def __init__(self, weight, scale):
-        self.weight, self.scale = weight, scale
-
-    def __call__(self, x):
-        y = F.linear(x, self.weight.to(x.dtype))
-        return y * self.scale.to(x.dtype)
-
-
-class Int4OnCPU:
-    def __init__(self, weight, scale):
+        return torch.ops.quantized.linear_prepack(weight, None)
+    if is_int8:
+        return weight
+    if weight.is_cpu:
         columns = torch.stack((weight >> 4, weight & 15), 2).flatten(1)
-        self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(
-            columns.int(), 1
-        )
-        self.scale = scale
-
-    def __call__(self, x):
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(
-            x, self.packed, GROUP, self.scale
-        )
+        return torch.ops.aten._convert_weight_to_int4pack_for_cpu(columns.int(), 1)
+    # Tiles of 16 inputs; 8 tiles need a multiple of 128 inputs, half as many bytes.
+    n_tiles = 4 if weight.shape[1] % 64 else 8
+    return torch.ops.aten._convert_weight_to_int4pack(weight, n_tiles)
 
 
-class Int4OnGPU:
-    def __init__(self, weight, scale):
-        # Of 16 inputs each; 8 need a multiple of 128 inputs, half as many bytes.
-        n_inner_tiles = 4 if weight.shape[1] % 64 else 8
-        self.packed = torch.ops.aten._convert_weight_to_int4pack(weight, n_inner_tiles)
-        self.scale = scale
-
-    def __call__(self, x):
-        return torch.ops.aten._weight_int4pack_mm(x, self.packed, GROUP, self.scale)
+def multiply_int8_on_cpu(rows: Tensor, packed) -> Tensor:
+    """rows (n, in) -> float32 (n, out)."""
+    multiply = torch.ops.quantized.linear_dynamic
+    rows = rows.float()
+    if len(rows) == 1:
+        return multiply(rows, packed)
+    # The kernel quantizes x, too, with one scale for all rows: give them one range.
+    largest = rows.abs().amax(1, keepdim=True).clamp(min=1e-12)
+    return multiply(rows / largest, packed) * largest
 
 
 class QuantizedLinear(nn.Module):
@@ -137,42 +108,56 @@ class QuantizedLinear(nn.Module):
     For several W with the same `in`, a tuple of their products, computed together.
     """
 
-    def __init__(
-        self,
-        matrices: list[tuple[Tensor, Tensor]],
-        device: torch.device | str,
-        bias: Tensor | None = None,
-    ):
+    def __init__(self, matrices: list[tuple[Tensor, Tensor]], biases, device):
         super().__init__()
         weights, scales = zip(*matrices)
-        is_int8 = weights[0].dtype == torch.int8
-        weight = torch.cat(weights).to(device)
-        scale = torch.cat(scales, dim=0 if is_int8 else 1).to(device)
-        if weight.is_cpu:
-            multiply = Int8OnCPU if is_int8 else Int4OnCPU
-        else:
-            multiply = Int8OnGPU if is_int8 else Int4OnGPU
-        self.product = multiply(weight, scale)
-        self.bias = bias
-        self.sizes = [len(w) for w in weights]
+        self.is_int8 = weights[0].dtype == torch.int8
+        self.scale = torch.cat(scales, dim=0 if self.is_int8 else 1).to(device)
+        self.weight = pack(torch.cat(weights).to(device), self.scale)
+        self.bias = torch.cat(biases).to(device) if biases else None
+        self.sizes = [len(weight) for weight in weights]
 
     def forward(self, x):
         rows = x.flatten(0, -2)
-        y = self.product(rows).unflatten(0, x.shape[:-1])
+        y = self.product(rows)
+        y = y.unflatten(0, x.shape[:-1])
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y if len(self.sizes) == 1 else y.split(self.sizes, -1)
 
+    def product(self, rows):
+        if self.is_int8 and rows.is_cpu:
+            return multiply_int8_on_cpu(rows, self.weight).to(rows.dtype)
+        if self.is_int8:
+            y = F.linear(rows, self.weight.to(rows.dtype))
+            return y * self.scale.to(rows.dtype)
+        kernels = torch.ops.aten
+        if rows.is_cpu:
+            multiply = kernels._weight_int4pack_mm_for_cpu
+        else:
+            multiply = kernels._weight_int4pack_mm
+        return multiply(rows, self.weight, GROUP, self.scale)
 
-def linear_groups(module: nn.Module) -> list[tuple[str, tuple[str, ...]]]:
-    """The linears of a module, without its children's: (attribute to set, names)."""
+
+def linear_groups(module: nn.Module) -> dict[str, tuple[str, ...]]:
+    """{attribute to set: names of linears} of a module, without its children's."""
     names = [k for k, m in module.named_children() if isinstance(m, nn.Linear)]
-    groups = []
+    groups = {}
     for method, fused in FUSED.items():
         if set(fused) <= set(names):
-            groups.append((method, fused))
+            groups[method] = fused
             names = [name for name in names if name not in fused]
-    return groups + [(name, (name,)) for name in names]
+    return groups | {name: (name,) for name in names}
+
+
+def quantized_matrix(tensors: dict[str, Tensor], name: str, kind: str, check):
+    """A matrix with its scales, from the file or computed."""
+    matrix = tensors[name]
+    if f"{name}_scale" in tensors:
+        return matrix, tensors[f"{name}_scale"]
+    if name == "lm_head.weight":  # it stays int8
+        kind = "int8"
+    return quantize(check(matrix, name), kind)
 
 
 def quantize_linears(
@@ -180,7 +165,7 @@ def quantize_linears(
     kind: str,
     read_tensors: Callable[[], dict[str, Tensor]],
     check: Callable[[Tensor, str], Tensor],
-    device: torch.device | str,
+    device,
 ):
     """Replace each nn.Linear of a model, perhaps on the meta device.
 
@@ -188,30 +173,20 @@ def quantize_linears(
     each module: unmapping frees the pages that were read. check(tensor, name) returns
     the tensor, or raises InputError. Matrices with scales are quantized already.
     """
-
-    def quantized_matrix(name):
-        scale = tensors.get(f"{name}_scale")
-        if scale is not None:
-            return tensors[name], scale
-        # In int4, the output embedding would cost too much of the quality.
-        is_head = name == "lm_head.weight"
-        return quantize(check(tensors[name], name), "int8" if is_head else kind)
-
     modules = [(k, m) for k, m in model.named_modules() if linear_groups(m)]
     label = f"quantizing to {kind}"
     for module_name, module in progress(modules, label, delay=1, leave=False):
         prefix = f"{module_name}." if module_name else ""
         tensors = read_tensors()
-        for attribute, names in linear_groups(module):
+        for attribute, names in linear_groups(module).items():
             matrices, biases = [], []
             for name in names:
-                matrices.append(quantized_matrix(f"{prefix}{name}.weight"))
+                weight = f"{prefix}{name}.weight"
+                matrices.append(quantized_matrix(tensors, weight, kind, check))
                 if getattr(module, name).bias is not None:
-                    bias = tensors[f"{prefix}{name}.bias"]
-                    biases.append(check(bias, f"{prefix}{name}.bias"))
+                    biases.append(tensors[f"{prefix}{name}.bias"])
                 setattr(module, name, None)
-            bias = torch.cat(biases).to(device) if biases else None
-            linear = QuantizedLinear(matrices, device, bias)
+            linear = QuantizedLinear(matrices, biases, device)
             # A bound method hides the class's method; a module would not.
             is_method = attribute in FUSED
             setattr(module, attribute, linear.forward if is_method else linear)
@@ -256,7 +231,8 @@ def compile_rows(model: nn.Module):
     @torch.compile(dynamic=False)
     def row_product(weight, x):
         products = weight.float() * x.float()
-        return products.sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
+        y = products.sum(-1).to(x.dtype)
+        return y.view(*x.shape[:-1], -1)
 
     def forward(weight, x):
         is_row = x.numel() == x.shape[-1]
