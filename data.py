@@ -7,6 +7,7 @@ The batches depend only on the seed and the step number: a resumed run needs no 
 state. Bad samples are left out and counted.
 """
 
+import math
 from collections import defaultdict
 from contextlib import contextmanager, suppress
 from functools import cache, lru_cache
@@ -30,15 +31,14 @@ from configs.prompts import (
     training_segments,
 )
 from configs.schema import Config
-from llama import IGNORE, Tokenizer
+from llama import IGNORE
 from plumbing.console import InputError, progress
 from plumbing.processes import gather, n_processes, process_rank, start_workers
 from plumbing.sources import (
     Account,
     BadSample,
     Fault,
-    Member,
-    Sample,
+    content_of,
     foreign_bytes,
     open_source,
 )
@@ -59,7 +59,7 @@ class Key(NamedTuple):
 class Example(NamedTuple):
     """A sample for the model."""
 
-    images: list[str | Member] | list[Tensor]  # files; decoded: uint8 (3, S, S)
+    images: list  # paths or Members; decoded: uint8 (3, S, S), or features (N, D)
     ids: list[int]
     targets: list[int]
 
@@ -70,7 +70,7 @@ class Samples(Dataset):
     def __init__(self, sources, config, tokenizer, image_size, n_image_tokens):
         self.sources = sources
         self.config: Config = config
-        self.tokenizer: Tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self.image_size = image_size  # pixels, both sides
         self.n_image_tokens = n_image_tokens  # of one picture
         # Instead of pictures, their features (pictures, N, D), where there are some,
@@ -80,7 +80,8 @@ class Samples(Dataset):
 
     def all_keys(self):
         """Yield the keys of all samples, one of each source in turn."""
-        turns = zip_longest(*[source.places() for source in self.sources])
+        places = [source.places() for source in self.sources]
+        turns = zip_longest(*places)
         for draw, turn in enumerate(turns):
             for source, place in enumerate(turn):
                 if place:
@@ -102,27 +103,32 @@ class Samples(Dataset):
         try:
             yield
         except BadSample as error:
-            place = self.sources[key.source].describe(key.shard, key.row)
-            faults.append(Fault(error.kind, f"{place} ({error})"))
+            faults.append(Fault(error.kind, f"{self.describe(key)} ({error})"))
 
-    def __getitem__(self, key) -> Example | None:
+    def describe(self, key):
+        """Where a sample is, for messages."""
+        source = self.sources[key.source]
+        return source.describe(key.shard, key.row)
+
+    def __getitem__(self, key):
         """A sample, or None for a bad one."""
         with suppress(BadSample):
             return self.read(key)
 
-    def read(self, key) -> Example:
+    def read(self, key):
         """A sample with decoded pictures, or with their features; or BadSample."""
         return self.decode(key, self.read_text(key))
 
     def read_text(self, key: Key) -> Example:
         """A sample with the files of its pictures. Raises BadSample."""
-        sample = self.sources[key.source][key.shard, key.row]
+        source = self.sources[key.source]
+        sample = source[key.shard, key.row]
         if not sample.images and "llama" not in self.config.trainable:
             raise BadSample(
                 "no picture, and only the way from pictures to text is trained"
             )
-        rng = np.random.default_rng((self.config.seed, key.source, key.draw))
-        ids, targets = self.tokenize(sample, rng)
+        seed = (self.config.seed, key.source, key.draw)
+        ids, targets = self.tokenize(sample, np.random.default_rng(seed))
         if set(targets[1:]) <= {IGNORE}:
             raise BadSample("nothing to predict")
         return Example(sample.images, ids, targets)
@@ -132,19 +138,18 @@ class Samples(Dataset):
         if not text.images:
             return text
         if self.features is None:
-            images = [self.load_image(image) for image in text.images]
+            size = self.image_size
+            with foreign_bytes():
+                files = map(content_of, text.images)
+                images = [load_image(file, size, smallest=2) for file in files]
         else:
-            images = [self.features[row] for row in self.feature_rows[key[:3]]]
+            rows = self.feature_rows[key[:3]]
+            images = [self.features[row] for row in rows]
         if not images:
             raise BadSample("picture cannot be read")
         return text._replace(images=images)
 
-    def load_image(self, image: str | Member) -> Tensor:
-        with foreign_bytes():
-            source = image if isinstance(image, str) else image.read()
-            return load_image(source, self.image_size, smallest=2)
-
-    def tokenize(self, sample: Sample, rng):
+    def tokenize(self, sample, rng):
         """The ids and the targets of a sample."""
         template = self.config.template
         end = self.config.answer_end
@@ -197,13 +202,17 @@ def open_samples(data, *settings):
     """
     paths = [data] if isinstance(data, str) else data
     weights = paths if isinstance(paths, dict) else dict.fromkeys(paths, 1.0)
-    valid = [isinstance(w, (int, float)) and w > 0 for w in weights.values()]
-    if not weights or not all(valid):
+    if not weights or not all(map(is_positive, weights.values())):
         raise InputError(
             f"data = {data!r}: give a path, paths, or {{path: weight}} with weights "
             "above 0"
         )
-    return Samples([open_source(path) for path in weights], *settings), weights
+    sources = [open_source(path) for path in weights]
+    return Samples(sources, *settings), weights
+
+
+def is_positive(weight) -> bool:
+    return isinstance(weight, (int, float)) and weight > 0
 
 
 # ---- batches -----------------------------------------------------------------------
@@ -221,7 +230,8 @@ class Batch(NamedTuple):
 
     @property
     def n_targets(self) -> int:
-        return int((self.targets[:, 1:] != IGNORE).sum())
+        is_predicted = self.targets[:, 1:] != IGNORE
+        return int(is_predicted.sum())
 
     @property
     def n_tokens(self) -> int:
@@ -234,14 +244,16 @@ class Batch(NamedTuple):
 
 def collate(samples: list[Example]) -> Batch:
     """Stack samples; padding on the right needs no mask where attention is causal."""
+    if not samples:
+        return Batch(None, torch.tensor([[0]]), torch.tensor([[IGNORE]]))
     images = [image for images, _, _ in samples for image in images]
-    tokens = [torch.tensor(ids) for _, ids, _ in samples]
+    ids = [torch.tensor(ids) for _, ids, _ in samples]
     targets = [torch.tensor(targets) for _, _, targets in samples]
     # default_collate stacks in shared memory where a data worker does it
     return Batch(
         default_collate(images) if images else None,
-        pad_sequence(tokens or [torch.tensor([0])], batch_first=True),
-        pad_sequence(targets or [torch.tensor([IGNORE])], True, IGNORE),
+        pad_sequence(ids, batch_first=True),
+        pad_sequence(targets, batch_first=True, padding_value=IGNORE),
     )
 
 
@@ -257,9 +269,10 @@ def split(items: list, n: int):
 @lru_cache(maxsize=16)
 def shuffled_shards(source, seed, epoch):
     """A source's shards in an epoch's order, and how many samples come before each."""
-    counts = np.array(source.counts)
-    shards = np.random.default_rng((*seed, epoch)).permutation(len(counts))
-    return shards, np.cumsum(np.append(0, counts[shards]))
+    rng = np.random.default_rng((*seed, epoch))
+    shards = rng.permutation(len(source.counts))
+    counts = np.array(source.counts)[shards]
+    return shards, np.cumsum([0, *counts])
 
 
 @lru_cache(maxsize=16)
@@ -268,8 +281,10 @@ def shuffled_rows(source, seed, epoch, window, n_shards):
     shards, _ = shuffled_shards(source, seed, epoch)
     rows = []
     for shard in shards[window * n_shards :][:n_shards]:
-        rows += [(shard, row) for row in range(source.counts[shard])]
-    return np.random.default_rng((*seed, epoch, window)).permutation(rows)
+        n_rows = source.counts[shard]
+        rows += [(shard, row) for row in range(n_rows)]
+    rng = np.random.default_rng((*seed, epoch, window))
+    return rng.permutation(rows)
 
 
 def draw_samples(source, seed, n_shards, draws):
@@ -308,41 +323,41 @@ class TrainingSteps(Dataset):
         self.config = config
         self.rank, self.world = rank, world
         self.step_size = world * config.batch_size * config.grad_accum  # samples
-        n_groups = -(-config.max_steps // config.length_group)  # rounded up
+        n_groups = math.ceil(config.max_steps / config.length_group)
         shares = np.array(list(weights.values())) / sum(weights.values())
         rng = np.random.default_rng(config.seed)
-        self.sources = rng.choice(len(shares), n_groups, p=shares).tolist()
-        self.account = Account(list(weights))
+        # the number of each group's source
+        self.drawn = rng.choice(len(shares), n_groups, p=shares).tolist()
+        self.account = Account(list(weights), config.max_bad_fraction)
 
     @property
-    def identity(self) -> dict:
+    def identity(self):
         """What must not change in a run."""
         data = [
             [source.digest(), sum(source.counts), weight]
             for source, weight in zip(self.samples.sources, self.weights.values())
         ]
-        identity = {name: getattr(self.config, name) for name in KEPT.split()} | {
-            "answer_end": format_end(self.config.answer_end),
-            "processes x batch_size x grad_accum": self.step_size,
-            "data": data,
-        }
+        identity = {name: getattr(self.config, name) for name in KEPT.split()}
+        identity["answer_end"] = format_end(self.config.answer_end)
+        identity["processes x batch_size x grad_accum"] = self.step_size
+        identity["data"] = data
         if len(data) > 1 and self.config.length_group > 1:  # each step drew one before
             identity["order of samples"] = "one source per length_group steps"
         return identity
 
-    def __len__(self) -> int:
-        return len(self.sources)
-
     def keys(self, group: int) -> list[Key]:
         """The samples of a group, for all ranks, in the order of their source."""
-        i = self.sources[group]
-        source = self.samples.sources[i]
+        i = self.drawn[group]
         n = self.step_size * self.config.length_group
-        first = n * self.sources[:group].count(i)
+        first = n * self.drawn[:group].count(i)
         draws = range(first, first + n)
-        seed = (self.config.seed, i)
-        drawn = draw_samples(source, seed, self.config.shuffle_shards, draws)
-        return [Key(i, *place, draw) for place, draw in zip(drawn, draws)]
+        places = draw_samples(
+            self.samples.sources[i],
+            (self.config.seed, i),
+            self.config.shuffle_shards,
+            draws,
+        )
+        return [Key(i, *place, draw) for place, draw in zip(places, draws)]
 
     def arrange(self, group, read_text):
         """The samples of each step of a group, for all ranks."""
@@ -356,17 +371,17 @@ class TrainingSteps(Dataset):
                 lengths[key] = len(read_text(key).ids)
         good = sorted(lengths, key=lengths.get)
         bad = [key for key in keys if key not in lengths]
-        steps = [a + b for a, b in zip(split(good, n_steps), split(bad, n_steps))]
-        seed = (self.config.seed, group, self.sources[group])
+        parts = zip(split(good, n_steps), split(bad, n_steps))
+        steps = [good_part + bad_part for good_part, bad_part in parts]
+        seed = (self.config.seed, group, self.drawn[group])
         np.random.default_rng(seed).shuffle(steps)
         return steps
 
     def describe(self, step):
         """The places of a step's samples, of all ranks."""
         group, i = divmod(step - 1, self.config.length_group)
-        source = self.samples.sources[self.sources[group]]
         steps = self.arrange(group, cache(self.samples.read_text))
-        return [source.describe(key.shard, key.row) for key in steps[i]]
+        return [self.samples.describe(key) for key in steps[i]]
 
     def __getitem__(self, group):
         """This rank's micro-batches of each step, the number of samples, the faults."""
@@ -393,13 +408,13 @@ class TrainingSteps(Dataset):
         """
         n_steps = self.config.length_group
         first = (start - 1) // n_steps
-        order = range(first, len(self))
+        order = range(first, len(self.drawn))
         groups = start_workers(self, order, self.config.num_workers)
         for group, (steps, n_read, faults) in zip(order, groups):
-            source = self.sources[group]
+            source = self.drawn[group]
             self.account.add(source, n_read, faults)
-            is_whole_run = start == 1 and group == len(self) - 1
-            self.account.check(source, self.config.max_bad_fraction, is_whole_run)
+            is_whole_run = start == 1 and group == order[-1]
+            self.account.check(source, is_whole_run)
             if self.account.n_good == 0 and not self.samples.first(1)[0]:
                 raise InputError(
                     "not one sample of the data can be used; the first is "
@@ -438,11 +453,13 @@ def cache_features(samples: Samples, encode, config: Config, device):
                 images += sample.images
                 owners += [key[:3]] * len(sample.images)
         if images:
-            features.append(encode(torch.stack(images).to(device)).cpu())
+            stacked = torch.stack(images).to(device)
+            features.append(encode(stacked).cpu())
 
-    shares = gather((owners, features))
-    all_features = [tensor for _, tensors in shares for tensor in tensors]
-    all_owners = [owner for owners, _ in shares for owner in owners]
+    all_owners, all_features = [], []
+    for rank_owners, rank_features in gather((owners, features)):
+        all_owners += rank_owners
+        all_features += rank_features
     for row, owner in enumerate(all_owners):
         samples.feature_rows[owner].append(row)
     samples.features = torch.cat(all_features or [torch.empty(0)])

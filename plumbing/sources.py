@@ -56,9 +56,11 @@ class Fault(NamedTuple):
 class Account:
     """Counts the samples that a process has read, the bad ones by kind."""
 
-    def __init__(self, paths: list[str]):
+    def __init__(self, paths: list[str], max_bad_fraction: float):
         self.paths = paths  # of the sources
-        self.n_read, self.skipped = 0, Counter()
+        self.max_bad_fraction = max_bad_fraction
+        self.n_read = 0
+        self.skipped = Counter()
         # for each source, whether its last samples were bad
         self.recent = [deque(maxlen=RECENT) for _ in paths]
 
@@ -82,16 +84,16 @@ class Account:
         kinds = ", ".join(f"{kind} {n}" for kind, n in self.skipped.most_common())
         return printable(f"{n_bad} of {self.n_read} samples cannot be used ({kinds})")
 
-    def check(self, source: int, max_bad_fraction: float, is_whole_run: bool):
+    def check(self, source: int, is_whole_run: bool):
         """Raise InputError if too many are bad: of all, or of a source's last ones."""
         n_bad = self.skipped.total()
         is_enough = self.n_read >= FEW or (is_whole_run and self.n_good == 0)
-        if is_enough and n_bad > max_bad_fraction * self.n_read:
+        if is_enough and n_bad > self.max_bad_fraction * self.n_read:
             raise InputError(
                 f"{self.text}, more than max_bad_fraction; fix the data or raise it"
             )
         n_recent = self.recent[source].count(True)
-        if n_recent > (1 + max_bad_fraction) / 2 * RECENT:
+        if n_recent > (1 + self.max_bad_fraction) / 2 * RECENT:
             raise InputError(
                 f"{n_recent} of the last {RECENT} samples of {self.paths[source]} "
                 "cannot be used; fix the data or raise max_bad_fraction"
@@ -118,6 +120,11 @@ class Member(NamedTuple):
 def open_tar(path: str, process: int):
     """Open a tar file once per process: a child would share its parent's position."""
     return open(path, "rb", buffering=0)
+
+
+def content_of(image: str | Member) -> str | bytes:
+    """A picture for load_image: its path, or the bytes of a file in a tar file."""
+    return image if isinstance(image, str) else image.read()
 
 
 class Sample(NamedTuple):
