@@ -13,9 +13,6 @@ about a picture, beside the first; 8 pictures in a batch, beside one at a time.
 vs_limit the FLOPs utilization (train); one read of all weights from memory (first
 word). Random weights and pictures are made in --folder on first use (1.1b: 13 GB; full:
 50 GB and 40 GB of memory). The last line is JSON, in which higher rates are better.
-
-Each side is a function that a new process runs; `device` is a torch.device, `folder` a
-Path.
 """
 
 import io
@@ -63,6 +60,9 @@ from plumbing.weights import PARTS, read_part
 from qformer import QFormerConfig
 from train import build, make_optimizer, train_step
 from vision import VisionConfig, load_image, normalize, preprocess
+
+# Each side is a function that runs in a new process. `device` is a torch.device,
+# `folder` a Path.
 
 TINY = Path(chat.__file__).parent / "assets/tiny"
 TOKENIZER = Tokenizer(str(TINY / "llama/tokenizer.model"))

@@ -18,8 +18,6 @@ A hash, independent of the seed, holds out a tenth of all sets of (color, shape)
 training data never shows them. --heldout draws only from that tenth (text and test
 ignore it: they have held-out scenes of their own). Sample i depends only on the kind,
 the seed, --heldout and i.
-
-Below, every `scene` is a Scene and every `rng` a random.Random.
 """
 
 import io
@@ -42,6 +40,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configs.prompts import INSTRUCTIONS, SYSTEM
 from plumbing.console import InputError, progress, run_main
 from plumbing.options import check_name, option, override, parse_args
+
+# Every `scene` is a Scene, every `rng` a random.Random.
 
 SIZES = {"small": 0.26, "large": 0.38}  # diameter, as a share of the picture's width
 COLORS = {
