@@ -24,6 +24,13 @@ IMAGE_ROW = -200  # stands for one image token in the golden ids
 torch.set_num_threads(1)  # at these sizes more threads only slow each other down
 
 
+def readable(value) -> str | None:
+    """An id of a test's parameter: the words of a command, or the keys of a dict."""
+    if isinstance(value, (list, tuple, dict)):
+        return " ".join(map(str, value))[:40] or "nothing"
+    return None  # pytest's own
+
+
 class Case(NamedTuple):
     """One batch of three samples: the inputs, and the original's results."""
 

@@ -14,6 +14,7 @@ import chat
 import train
 from plumbing import console
 from plumbing.console import InputError
+from tests.common import readable
 from tools import caption, make_scenes, show_data
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,7 +47,9 @@ def test_greedy_captions_are_those_of_chat(folder):
 
 
 @pytest.mark.parametrize(
-    "options", [["--num_beams=2"], ["--temperature=1", "--seed=3"]]
+    "options",
+    [["--num_beams=2"], ["--temperature=1", "--seed=3"]],
+    ids=readable,
 )
 def test_beams_and_samples(folder, options):
     for out in ("a.jsonl", "b.jsonl"):
@@ -171,6 +174,7 @@ def test_folders_globs_lists_and_files(folder):
         (["photos", "--ckpt=nowhere"], "nowhere"),
         (["photos", f"--prompt={'a b ' * 900}"], "takes .* tokens"),
     ],
+    ids=readable,
 )
 def test_mistakes_raise(folder, argv, words):
     Path("photos/notes.txt").write_text("no list")
@@ -181,7 +185,9 @@ def test_mistakes_raise(folder, argv, words):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "argv", [["no\033[31mwhere.jpg"], ["photos", "--out=none/a.jsonl"]]
+    "argv",
+    [["no\033[31mwhere.jpg"], ["photos", "--out=none/a.jsonl"]],
+    ids=readable,
 )
 def test_a_mistake_is_one_line_without_control_characters_and_status_2(folder, argv):
     command = [sys.executable, str(ROOT / "tools/caption.py"), *argv]

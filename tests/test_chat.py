@@ -14,6 +14,7 @@ import chat
 from chat import Chat, Options
 from configs.prompts import END, settled_text, visible_answer
 from plumbing.console import InputError
+from tests.common import readable
 from tools.make_scenes import named_objects
 from vision import load_image
 
@@ -157,6 +158,7 @@ def test_an_answer_cut_at_max_new_tokens_is_not_ended(tiny):
         ({"seed": 2**70}, "seed = "),
         ({"max_new_tokens": 2000}, "give one from 1 to 1999"),
     ],
+    ids=readable,
 )
 def test_options_out_of_range_raise(options, words):
     with pytest.raises(InputError, match=words):
@@ -332,6 +334,7 @@ def test_commands(capsys, monkeypatch):
         (["--ckpt=nowhere"], "nowhere"),
         (["nowhere.png"], "nowhere.png"),
     ],
+    ids=readable,
 )
 def test_wrong_arguments_raise(arguments, words):
     with pytest.raises(InputError, match=words):

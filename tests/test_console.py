@@ -19,7 +19,7 @@ from plumbing.console import (
     run_main,
     set_quiet,
 )
-from tests.common import ROOT
+from tests.common import ROOT, readable
 from tests.runs import ENV, command, micro, wait_until
 
 
@@ -34,6 +34,7 @@ from tests.runs import ENV, command, micro, wait_until
         ["chat.py", "--ckpt=nowhere"],
         ["chat.py", "--prompt"],
     ],
+    ids=readable,
 )
 def test_a_mistake_of_the_user_gives_one_line_and_status_2(
     arguments, monkeypatch, capsys

@@ -100,6 +100,18 @@ TALK = Sample(turns=[("Hi", "A dog."), ("And?", "A cat.")])
         ),
         (Sample(text="A dog.", context="Look:"), {}, [BOS, "Look:", {"A dog."}]),
     ],
+    ids=[
+        "caption",
+        "clean-caption",
+        "turn-vicuna",
+        "turn-llama2",
+        "turn-other-end",
+        "talk",
+        "talk-plain",
+        "talk-as-in-chat",
+        "two-pictures",
+        "text",
+    ],
 )
 def test_layout_of_a_sample(sample, settings, expected):
     samples = Samples([], Config(max_txt_len=160, **settings), TOKENIZER, 28, N)

@@ -14,7 +14,7 @@ from configs.prompts import IMAGE
 from configs.schema import load_config
 from llama import IGNORE
 from plumbing.console import InputError
-from tests.common import ROOT
+from tests.common import ROOT, readable
 from tools import dry_run
 
 
@@ -121,6 +121,7 @@ def test_a_dry_run_of_a_run_s_folder_says_what_chat_needs(capsys):
         (["configs/stage1.py", "--wrld=2"], "did you mean world"),
         (["configs/stage1.py", "--llama="], "llama: no language model is given"),
     ],
+    ids=readable,
 )
 def test_a_wrong_command_is_one_line(argv, words, monkeypatch):
     monkeypatch.chdir(ROOT)

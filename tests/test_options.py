@@ -9,7 +9,7 @@ import pytest
 from configs.schema import Config, load_config
 from plumbing.console import InputError
 from plumbing.options import override, parse_args
-from tests.common import ROOT
+from tests.common import ROOT, readable
 
 
 def parsed(*words) -> Config:
@@ -36,6 +36,7 @@ def parsed(*words) -> Config:
         (["--out_dir=7"], "out_dir", "7"),
         (["--out_dir=a=b"], "out_dir", "a=b"),
     ],
+    ids=readable,
 )
 def test_options_are_parsed_as_their_type(words, name, value):
     assert getattr(parsed(*words), name) == value

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from plumbing.console import InputError
-from tests.common import ROOT
+from tests.common import ROOT, readable
 from tools import make_scenes, show_data
 
 
@@ -129,6 +129,7 @@ def test_data_without_one_good_sample_ends_with_an_error(tmp_path, monkeypatch, 
             "data nowhere: no samples",
         ),
     ],
+    ids=readable,
 )
 def test_wrong_data_are_one_line(argv, words, monkeypatch):
     monkeypatch.chdir(ROOT)

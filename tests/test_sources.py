@@ -18,7 +18,7 @@ from data import (
 )
 from plumbing.console import InputError
 from plumbing.sources import BadSample, Sample, index_tar, open_source
-from tests.common import TOKENIZER
+from tests.common import TOKENIZER, readable
 from tests.samples import BOS, PAGE, POINTER, VICUNA, N, layout, picture, write_tar
 from tools import make_scenes
 
@@ -59,6 +59,7 @@ def test_missing_shards_of_a_range_are_left_out_with_one_warning(tmp_path, capsy
         ("index.json", {"samples": {"a.tar": 7}}),
         ("a_stats.json", {"successes": 7, "count": 9}),
     ],
+    ids=readable,
 )
 def test_known_counts_are_used_without_reading_the_shard(tmp_path, file, content):
     write_tar(tmp_path / "a.tar", "x")

@@ -170,7 +170,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_its_samples_are_named(
 
 @pytest.fixture
 def one_step():
-    """Takes a step on the sum of a parameter plus `extra`; (parameter, loss, finite)."""
+    """Take a step on the sum of a parameter plus `extra`: (parameter, loss, finite)."""
     p = torch.nn.Parameter(torch.ones(2, 2))
     optimizer = torch.optim.AdamW([p], 0.1)
     batch = train.Batch(torch.zeros(1), torch.zeros(1, 2), torch.zeros(1, 2))

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import chat
 from plumbing.console import InputError
-from tests.common import TINY
+from tests.common import TINY, readable
 from tests.samples import PAGE, POINTER
 
 
@@ -110,6 +110,7 @@ def test_a_mac_s_notes_beside_weights_and_byte_order_marks_do_not_matter(tiny):
         ),
         ("llama/config.json", {"head_dim": -4}, "head_dim -4 is no size"),
     ],
+    ids=readable,
 )
 def test_sizes_are_checked_before_memory_is_taken(tiny, file, changes, words):
     content = json.loads((tiny / file).read_text())
@@ -126,6 +127,7 @@ def test_sizes_are_checked_before_memory_is_taken(tiny, file, changes, words):
         ("vision.safetensors", {"patch_size": 2_147_483_647}),
         ("qformer.safetensors", {"width": -1}),
     ],
+    ids=readable,
 )
 def test_sizes_in_weight_files_are_checked(tiny, file, changes):
     with safe_open(tiny / file, "pt") as f:
@@ -136,7 +138,9 @@ def test_sizes_in_weight_files_are_checked(tiny, file, changes):
 
 
 @pytest.mark.parametrize(
-    "weight_map", [{"a": ["x"]}, {"a": 1, "b": "c"}, {"a": 1}, [], {}]
+    "weight_map",
+    [{"a": ["x"]}, {"a": 1, "b": "c"}, {"a": 1}, [], {}],
+    ids=readable,
 )
 def test_an_odd_index_of_weights_is_refused(tiny, weight_map):
     (tiny / "llama/model.safetensors.index.json").write_text(
