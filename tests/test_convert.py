@@ -97,6 +97,13 @@ def test_the_32001st_row_of_vicuna_is_trimmed_with_a_note(tmp_path, capsys):
     same(got, tensors)
 
 
+def test_a_model_may_have_fewer_rows_than_the_tokenizer_has_pieces(tmp_path):
+    folder = hub_folder(tmp_path / "hub", *random_llama(vocab_size=590))
+    run("llama", folder, tmp_path / "ours", "--check=False")
+    sizes = json.loads((tmp_path / "ours/config.json").read_text())
+    assert sizes["vocab_size"] == 590
+
+
 def test_a_delta_is_added_to_its_base_although_it_has_a_row_more(tmp_path):
     sizes, base = random_llama(seed=1)
     delta_sizes, delta = random_llama(seed=2, vocab_size=601)
@@ -300,6 +307,15 @@ def test_ln_vision_is_in_the_q_former_s_file_and_in_a_vision_file_that_has_its_o
     run("vision", tmp_path / "eva.pth", golden["vision"], *SMALL)
     assert not load_file(golden["vision"]).keys() & LN_VISION
     MiniGPT4.from_files(**golden)
+
+
+def test_only_the_first_blocks_of_a_vision_part_are_kept(golden, tmp_path):
+    whole = load_file(golden["vision"])
+    assert any(name.startswith("blocks.2.") for name in whole)
+    target = golden["vision"]
+    run("vision", tmp_path / "original.pth", target, "--n_layers=2", "--heads=4")
+    first = {k: t for k, t in whole.items() if not k.startswith("blocks.2.")}
+    same(load_file(target), first)
 
 
 def test_an_exported_projection_is_the_original_s_and_comes_back_bit_for_bit(

@@ -190,10 +190,14 @@ WHOLE = '{"url": "a", "caption": "b"}'
         pytest.param("[", "entry 1", id="bracket"),
         pytest.param(WHOLE, "does not begin with", id="object"),
         pytest.param("", "does not begin with", id="empty"),
-        pytest.param("[" * 100_000, "entry 1", id="deep"),
+        pytest.param("[" * 10_000, "entry 1", id="deep"),
     ],
 )
-def test_a_broken_list_is_one_line_that_says_where(tmp_path, content, words):
+@pytest.mark.parametrize("chunk", [7, 2**20])
+def test_a_broken_list_is_one_line_that_says_where(
+    tmp_path, monkeypatch, content, words, chunk
+):
+    monkeypatch.setattr(prepare_stage1, "CHUNK", chunk)
     path = tmp_path / "a.json"
     path.write_text(content)
     with pytest.raises(InputError, match=words):
