@@ -7,7 +7,6 @@ import os
 import re
 import tarfile
 from collections import Counter, deque
-from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -71,8 +70,9 @@ class Account:
                 note(f"skipped, the first of its kind: {message}")
             self.skipped[kind] += 1
         self.n_read += n_read
-        n_good = n_read - len(faults)
-        self.recent[source] += [True] * len(faults) + [False] * n_good
+        recent = self.recent[source]
+        recent.extend([True] * len(faults))
+        recent.extend([False] * (n_read - len(faults)))
 
     @property
     def n_good(self) -> int:
@@ -81,7 +81,8 @@ class Account:
     @property
     def text(self) -> str:
         n_bad = self.skipped.total()
-        kinds = ", ".join(f"{kind} {n}" for kind, n in self.skipped.most_common())
+        found = [f"{kind} {n}" for kind, n in self.skipped.most_common()]
+        kinds = ", ".join(found)
         return printable(f"{n_bad} of {self.n_read} samples cannot be used ({kinds})")
 
     def check(self, source: int, is_whole_run: bool):
@@ -144,18 +145,16 @@ class Source:
     counts: the number of rows of each shard. content: changes when the samples do.
     """
 
-    counts: list[int]
-    content: list
-
-    def places(self) -> Iterator[tuple[int, int]]:
-        """(shard, row) of all samples."""
+    def places(self):
+        """Yield (shard, row) of all samples."""
         for shard, n_rows in enumerate(self.counts):
             for row in range(n_rows):
                 yield shard, row
 
     def digest(self) -> str:
         """12 letters that identify the samples."""
-        return hashlib.sha256(json.dumps(self.content).encode()).hexdigest()[:12]
+        content = json.dumps(self.content).encode()
+        return hashlib.sha256(content).hexdigest()[:12]
 
 
 def check_text(text):
@@ -187,17 +186,20 @@ class TarTable:
     table[row] is (key, {suffix: Member}).
     """
 
-    def __init__(self, path: str, files: dict[str, list[tuple[int, int]]]):
-        self.path, self.keys = path, list(files)
-        # offset and size of each SUFFIX: (samples, 6, 2)
-        self.spans = np.array(list(files.values()), dtype=np.int64)
+    def __init__(self, path: str, files: dict[str, list]):
+        self.path = path
+        self.keys = list(files)
+        # offset and size of the file with each suffix: (samples, 6, 2)
+        spans = list(files.values())
+        self.spans = np.array(spans, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def __getitem__(self, row: int) -> tuple[str, dict[str, Member]]:
+    def __getitem__(self, row: int):
         files = {}
-        for suffix, (offset, size) in zip(SUFFIXES, self.spans[row].tolist()):
+        spans = self.spans[row].tolist()
+        for suffix, (offset, size) in zip(SUFFIXES, spans):
             if size >= 0:
                 files[suffix] = Member(self.path, offset, size)
         return self.keys[row], files
@@ -212,21 +214,15 @@ def index_tar(path: str) -> TarTable:
     start_of(path)
     n_bytes = os.path.getsize(path)
     files = {}
-    end, has_gap = 0, False
+    end = 0
+    has_gap = False
     try:
         with tarfile.open(path, "r:", ignore_zeros=True) as tar:
             for member in tar:
-                has_gap = has_gap or member.offset - end > MOST_PADDING
+                if member.offset - end > MOST_PADDING:
+                    has_gap = True
                 end = member.offset_data + member.size
-                key, _, suffix = member.name.rpartition(".")
-                # neither a folder nor the notes that a Mac adds
-                if member.isfile() and not os.path.basename(key).startswith("._"):
-                    spans = files.setdefault(key, [NO_FILE] * len(SUFFIXES))
-                    if suffix.lower() in SUFFIXES:
-                        # a damaged header may say anything; reading finds too little
-                        offset = min(member.offset_data, n_bytes)
-                        size = min(max(member.size, 0), n_bytes)
-                        spans[SUFFIXES.index(suffix.lower())] = offset, size
+                add_member(files, member, n_bytes)
     except (OSError, tarfile.TarError) as e:
         if not files:
             raise InputError(
@@ -240,8 +236,23 @@ def index_tar(path: str) -> TarTable:
     return TarTable(path, files)
 
 
-def split_files(files: dict[str, Member]) -> tuple[Member | None, Member | None]:
-    """A sample's picture, and the file of its caption."""
+def add_member(files: dict[str, list], member: tarfile.TarInfo, n_bytes: int):
+    """Add a member of a tar file to {key: (offset, size) for each of SUFFIXES}."""
+    key, _, suffix = member.name.rpartition(".")
+    is_note_of_mac = os.path.basename(key).startswith("._")
+    if not member.isfile() or is_note_of_mac:
+        return
+    spans = files.setdefault(key, [NO_FILE] * len(SUFFIXES))
+    suffix = suffix.lower()
+    if suffix in SUFFIXES:
+        # A damaged header may say anything: then reading finds too little.
+        offset = min(member.offset_data, n_bytes)
+        size = min(max(member.size, 0), n_bytes)
+        spans[SUFFIXES.index(suffix)] = (offset, size)
+
+
+def split_files(files: dict[str, Member]):
+    """A sample's picture and the file of its caption, None for a missing one."""
     pictures = [files[suffix] for suffix in PICTURES if suffix in files]
     picture = pictures[0] if pictures else None
     return picture, files.get("json") or files.get("txt")
@@ -273,14 +284,15 @@ class Shards(Source):
                 f"warning: {len(faults):,} of {len(paths):,} shards are left out, "
                 f"the first is {faults[0]}"
             )
-        names = [Path(path).parts[-2:] for path in paths]
-        self.content = list(map(list, zip(names, self.counts)))
+        self.content = []
+        for path, count in zip(paths, self.counts):
+            self.content.append([Path(path).parts[-2:], count])
 
     def describe(self, shard: int, row: int) -> str:
         """The place of a sample, for messages: "data/00000.tar:000001234"."""
         name = f"sample {row}"
-        with suppress(InputError, IndexError):  # if the shard is broken
-            name = index_tar(self.paths[shard])[row][0]
+        with suppress(InputError, OSError, IndexError):  # if the shard is broken
+            name, _ = index_tar(self.paths[shard])[row]
         return f"{self.paths[shard]}:{name}"
 
     def __getitem__(self, place: tuple[int, int]) -> Sample:
@@ -290,10 +302,11 @@ class Shards(Source):
             table = index_tar(self.paths[shard])
             if row >= len(table):
                 raise BadSample("missing in its tar file")
-            return read_tar_sample(table[row][1])
+            _, files = table[row]
+            return read_tar_sample(files)
 
 
-def known_counts(folders: set[Path]) -> dict[Path, int]:
+def known_counts(folders: set[Path]) -> dict:
     """{shard: number of its samples}, as far as files in their folders say."""
     known = {}
     for folder in folders:
@@ -306,7 +319,7 @@ def known_counts(folders: set[Path]) -> dict[Path, int]:
     return known
 
 
-def valid_counts(folder: Path, counts) -> dict[Path, int]:
+def valid_counts(folder: Path, counts) -> dict:
     if not isinstance(counts, dict):
         return {}
     return {
@@ -323,7 +336,10 @@ def read_tar_sample(files: dict[str, Member]) -> Sample:
         raise BadSample("no picture")
     if not source or not source.size:
         raise BadSample("no caption")
-    content = json.loads(source.read()) if "json" in files else {}
+    content = {}
+    if "json" in files:
+        # dict() raises for what is no JSON object
+        content = dict(json.loads(source.read()))
     if "txt" in files and content.get("caption") is None:
         text = files["txt"].read().decode("utf-8-sig", "replace")
         content = {"caption": text}
@@ -346,7 +362,8 @@ class Rows(Source):
         is_lines = path.suffix == ".jsonl"
         # (place in the file, JSON or the object)
         self.rows = read_lines(path) if is_lines else read_list(path)
-        self.counts, self.content = [len(self.rows)], self.rows
+        self.counts = [len(self.rows)]
+        self.content = self.rows
 
     def describe(self, shard: int, row: int) -> str:
         """The place of a sample, for messages: "own/data.jsonl, line 7"."""
@@ -363,14 +380,15 @@ class Rows(Source):
             return read_row(content, self.path.parent)
 
 
-def read_lines(path: Path) -> list[tuple[str, str]]:
-    """The lines of a .jsonl file that are not blank."""
+def read_lines(path: Path) -> list[tuple]:
+    """(place, JSON) of the lines of a .jsonl file that are not blank."""
     lines = path.read_text("utf-8-sig", "surrogateescape").split("\n")
-    return [(f"line {i}", line) for i, line in enumerate(lines, 1) if line.strip()]
+    numbered = enumerate(lines, 1)
+    return [(f"line {i}", line) for i, line in numbered if line.strip()]
 
 
-def read_list(path: Path) -> list[tuple[str, str | dict]]:
-    """The rows of a JSON list, as JSON to save memory; or an object's `annotations`."""
+def read_list(path: Path) -> list[tuple]:
+    """(place, row) of a JSON list, as JSON to save memory, or of `annotations`."""
     try:
         content = json.loads(path.read_bytes())
         if path.name != "filter_cap.json" and isinstance(content, list):
@@ -420,8 +438,10 @@ def read_plain_text(row: dict, folder: Path) -> Sample:
 
 def read_conversation(row: dict, folder: Path) -> Sample:
     """{"conversation": [{"user": ...}, {"assistant": ...}, ...]}, perhaps "image"."""
-    # dict() raises for what is no JSON object
-    messages = [next(iter(dict(m).items())) for m in row["conversation"]]
+    messages = []
+    for message in row["conversation"]:
+        items = dict(message).items()  # raises for what is no JSON object
+        messages.append(next(iter(items)))
     return Sample(find_images(row, folder), turns=pair_up(messages))
 
 
@@ -432,7 +452,10 @@ def read_llava(row: dict, folder: Path) -> Sample:
     A single turn about pictures can also be used as their caption.
     """
     roles = {"human": "user", "gpt": "assistant"}
-    messages = [(roles.get(m["from"]), m["value"]) for m in row["conversations"]]
+    messages = []
+    for message in row["conversations"]:
+        role = roles.get(message["from"])
+        messages.append((role, message["value"]))
     turns = pair_up(messages)
     images = find_images(row, folder, ("images", "image", ""))
     n_marks = sum(user.count("<image>") for user, _ in turns)
@@ -442,14 +465,17 @@ def read_llava(row: dict, folder: Path) -> Sample:
         n_marks = 1
     if n_marks != len(images):
         raise BadSample("not as many <image> as pictures")
-    caption = turns[0][1] if images and len(turns) == 1 else None
+    caption = None
+    if images and len(turns) == 1:
+        ((_, caption),) = turns
     return Sample(images, caption, turns, is_marked=True)
 
 
-def pair_up(messages: list[tuple[str, str]]) -> list[tuple[str, str]]:
+def pair_up(messages: list[tuple]) -> list[tuple]:
     """[("user", "Hi"), ("assistant", "Hello")] -> [("Hi", "Hello")]."""
     roles, texts = zip(*messages)
-    if list(roles) != ["user", "assistant"] * (len(roles) // 2):
+    n_turns = len(roles) // 2
+    if list(roles) != ["user", "assistant"] * n_turns:
         raise BadSample("user and assistant do not alternate, the assistant last")
     for text in texts:
         check_text(text)
@@ -463,7 +489,8 @@ def find_images(row: dict, folder: Path, subfolders=("",)) -> list[str]:
     """
     if "image_id" in row:
         stem = f"{folder}/image/{row['image_id']}"
-        return [first_existing([f"{stem}.{end}" for end in ("jpg", "png", "jpeg")])]
+        paths = [f"{stem}.jpg", f"{stem}.png", f"{stem}.jpeg"]
+        return [first_existing(paths)]
     names = row.get("image") or []
     if isinstance(names, str):
         names = [names]
@@ -487,7 +514,8 @@ def open_source(path: str) -> Shards | Rows:
     file = Path(path)
     is_rows = file.suffix in (".jsonl", ".json")
     rows = file if is_rows else file / "filter_cap.json"
-    source = Rows(rows) if rows.is_file() else Shards(existing_shards(path))
+    has_rows = rows.is_file()
+    source = Rows(rows) if has_rows else Shards(existing_shards(path))
     if sum(source.counts) == 0:
         there = "" if file.exists() else ", for nothing is there"
         raise InputError(
@@ -500,13 +528,16 @@ def open_source(path: str) -> Shards | Rows:
 def existing_shards(path: str) -> list[str]:
     """The tar files that a path names, with a warning for missing ones."""
     shards = shard_paths(path)
-    missing = dict.fromkeys(shard for shard in shards if not Path(shard).exists())
-    if 0 < len(missing) < len(shards):  # downloads of LAION always have holes
+    existing, missing = [], []
+    for shard in shards:
+        found = existing if Path(shard).exists() else missing
+        found.append(shard)
+    if existing and missing:  # downloads of LAION always have holes
         note(
             f"warning: {path}: {len(missing):,} of {len(shards):,} shards are missing "
-            f"and left out, the first is {next(iter(missing))}"
+            f"and left out, the first is {missing[0]}"
         )
-    return [shard for shard in shards if shard not in missing]
+    return existing
 
 
 def shard_paths(path: str) -> list[str]:

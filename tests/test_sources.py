@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import tarfile
+import tracemalloc
 
 import pytest
 from PIL import Image
@@ -145,6 +146,60 @@ def test_a_shard_that_was_cut_or_has_a_hole_is_named(tmp_path, capsys):
         assert ("0.tar: cut or damaged" in capsys.readouterr().err) == (
             content != whole * 2
         )
+
+
+@pytest.mark.parametrize("name", ["data [1]", "a*b", "what?"])
+def test_a_folder_may_have_marks_of_a_pattern_in_its_name(tmp_path, name):
+    write_tar(tmp_path / name / "0.tar", ["a", "b"])
+    folder = f"{tmp_path}/{name}"
+    assert captions(open_source(folder)) == ["a", "b"]
+    assert captions(open_source(f"{folder}/0.tar")) == ["a", "b"]
+
+
+def test_a_worker_keeps_the_tables_of_many_shards_in_little_memory(tmp_path):
+    n = 2000
+    members = {f"{i:09d}.{end}": b"x" for i in range(n) for end in ("jpg", "json")}
+    write_tar(tmp_path / "0.tar", [], **members)
+    tracemalloc.start()
+    try:
+        table = index_tar(f"{tmp_path}/0.tar")
+        size, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(table) == n and size < 200 * n  # bytes
+    key, files = table[7]
+    assert key == "000000007" and set(files) == {"jpg", "json"}
+    assert files["jpg"].read() == b"x"
+
+
+def test_pictures_of_several_kinds_are_taken_in_a_fixed_order(tmp_path):
+    png = picture(kind="PNG")
+    members = {"a.png": png, "a.JPG": picture(), "a.cls": b"7", "a.txt": b"A dog"}
+    write_tar(tmp_path / "0.tar", [], **members)
+    ((picture_file,), caption, *_) = open_source(str(tmp_path))[0, 0]
+    assert picture_file.read() == picture() and caption == "A dog"
+
+
+@pytest.mark.parametrize("content", [b"[1]", b"null", b'"abc"', b"7", b"[" * 100_000])
+def test_any_odd_json_of_a_tar_is_one_bad_sample(tmp_path, content):
+    for names in ({"a.txt": b"text"}, {}):
+        members = {"a.jpg": picture(), "a.json": content} | names
+        write_tar(tmp_path / "0.tar", [], **members)
+        index_tar.cache_clear()
+        with pytest.raises(BadSample, match="malformed, "):
+            open_source(str(tmp_path))[0, 0]
+
+
+def test_a_mistake_in_a_reader_is_no_bad_sample(tmp_path, monkeypatch):
+    (tmp_path / "own.jsonl").write_text('{"image": "a.jpg", "caption": "A dog."}')
+    source = open_source(f"{tmp_path}/own.jsonl")
+
+    def mistaken(row, folder):
+        return folder.no_such_name
+
+    monkeypatch.setattr("plumbing.sources.read_caption", mistaken)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        source[0, 0]
 
 
 def test_an_index_that_counts_nothing_does_not_hide_a_shard(tmp_path):
