@@ -4,12 +4,31 @@ import shutil
 
 import pytest
 import torch
+from torch import nn
 
 import chat
 from chat import Chat, Options
-from llama import Llama, LlamaConfig
-from plumbing.quantized import compile_rows
+from llama import KVCache, Llama, LlamaConfig
+from plumbing.console import InputError
+from plumbing.quantized import (
+    QuantizedLinear,
+    compile_rows,
+    matrix_shape,
+    quantize,
+    quantize_linears,
+)
 from tests.common import EXAMPLE
+
+KINDS = ("int8", "int4")
+SIZES = LlamaConfig(
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+)
 
 STAR = "What color is the star?"
 
@@ -18,9 +37,125 @@ STAR = "What color is the star?"
 def test_a_quantized_model_chats(dtype):
     talk = Chat(*chat.load(Options(device="cpu", temperature=0.0, dtype=dtype)))
     talk.add_image(EXAMPLE)
-    assert "red" in "".join(talk.ask(STAR)) and "two" in "".join(
-        talk.ask("How many objects are there?")
-    )
+    assert "red" in "".join(talk.ask(STAR))
+    assert "two" in "".join(talk.ask("How many objects are there?"))
+
+
+def random_matrix(n_outputs, n_inputs=128):
+    generator = torch.Generator().manual_seed(n_outputs)
+    return torch.randn(n_outputs, n_inputs, generator=generator)
+
+
+def random_llama(sizes=SIZES):
+    torch.manual_seed(0)
+    model = Llama(sizes).requires_grad_(False)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.2)
+    return model
+
+
+def quantized_copy(model, kind, tensors=None):
+    """A model on the meta device, quantized from the tensors; and how often it read."""
+    tensors = tensors or dict(model.named_parameters())
+    with torch.device("meta"):
+        copy = Llama(model.config)
+    n_reads = []
+
+    def read_tensors():
+        n_reads.append(1)
+        return tensors
+
+    quantize_linears(copy, kind, read_tensors, lambda tensor, name: tensor, "cpu")
+    rest = {name: tensors[name] for name in copy.state_dict()}
+    copy.load_state_dict(rest, assign=True)
+    return copy, len(n_reads)
+
+
+@pytest.mark.parametrize("kind, n_steps", [("int8", 254), ("int4", 15)])
+def test_a_quantized_value_is_off_by_half_a_step(kind, n_steps):
+    """A step: the range of an output (int8) or of a group of 64 inputs (int4)."""
+    matrix = random_matrix(32)
+    values, scales = quantize(matrix, kind)
+    assert matrix_shape(values) == matrix.shape
+    if kind == "int8":
+        restored = values * scales[:, None]
+        step = 2 * matrix.abs().amax(1, keepdim=True) / n_steps
+    else:
+        columns = torch.stack((values >> 4, values & 15), 2).view(32, 2, 64)
+        scale, middle = scales.float().transpose(0, 1).split(1, dim=2)
+        restored = ((columns.float() - 8) * scale + middle).view(32, 128)
+        groups = matrix.view(32, 2, 64)
+        step = (groups.amax(2) - groups.amin(2)).repeat_interleave(64, 1) / n_steps
+    # bfloat16 scales and middles of int4 add a little.
+    slack = 0.5 if kind == "int8" else 0.6
+    assert ((restored - matrix).abs() <= slack * step + 1e-6).all()
+
+
+def test_int4_names_the_matrix_that_it_cannot_hold():
+    for shape in ((24, 64), (32, 96)):
+        with pytest.raises(InputError, match=rf"int4.*{shape[0]}, {shape[1]}.*int8"):
+            quantize(torch.zeros(shape), "int4")
+
+
+@pytest.mark.parametrize("n_rows", [1, 5], ids=["one_row", "rows"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_fused_products_equal_single_ones_with_their_biases(kind, n_rows):
+    sizes = (32, 16, 48)
+    matrices = [quantize(random_matrix(n), kind) for n in sizes]
+    biases = [random_matrix(n)[:, 0] for n in sizes]
+    x = torch.randn(1, n_rows, 128).bfloat16()
+    fused = QuantizedLinear(matrices, biases, "cpu")(x)
+    for y, matrix, bias, n in zip(fused, matrices, biases, sizes):
+        want = QuantizedLinear([matrix], [], "cpu")(x) + bias.bfloat16()
+        assert torch.equal(y, want) and y.shape == (1, n_rows, n)
+        assert y.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_small_row_beside_a_large_one_keeps_its_precision(kind):
+    linear = QuantizedLinear([quantize(random_matrix(32), kind)], [], "cpu")
+    x = torch.randn(2, 128).bfloat16()
+    x[1] *= 2**-10
+    together, alone = linear(x)[1], linear(x[1:])[0]
+    assert (together - alone).abs().max() < 0.02 * alone.abs().max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_linear_is_replaced_and_the_tensors_are_mapped_for_each_module(kind):
+    model = random_llama().bfloat16()
+    copy, n_reads = quantized_copy(model, kind)
+    assert not any(isinstance(m, nn.Linear) for m in copy.modules())
+    assert n_reads == 1 + 2 * len(model.layers)  # lm_head; attention, MLP
+    block = copy.layers[0]
+    names = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+    replaced = {**block.self_attn._modules, **block.mlp._modules}
+    assert all(replaced[name] is None for name in names)
+    assert block.self_attn.qkv.__self__.sizes == [64, 32, 32]
+    assert block.self_attn.qkv.__self__.is_int8 == (kind == "int8")
+    assert copy.lm_head.is_int8
+
+    x = torch.randn(1, 9, 64).bfloat16()
+    want = model.logits(model(x)).float()
+    got = copy.logits(copy(x)).float()
+    assert (got - want).std() < {"int8": 0.1, "int4": 0.5}[kind] * want.std()
+    cache = KVCache()
+    parts = [copy(part, cache) for part in x.split((4, 1, 4), 1)]
+    cached = copy.logits(torch.cat(parts, 1)).float()
+    assert (cached - got).std() < 0.1 * want.std()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_matrices_with_scales_are_taken_as_they_are(kind):
+    model = random_llama().bfloat16()
+    tensors = dict(model.named_parameters())
+    for name, tensor in list(tensors.items()):
+        if name.endswith("_proj.weight"):
+            values, scales = quantize(tensor, kind)
+            tensors |= {name: values, f"{name}_scale": scales}
+    x = torch.randn(1, 3, 64).bfloat16()
+    one, _ = quantized_copy(model, kind, tensors)
+    other, _ = quantized_copy(model, kind)
+    assert torch.equal(one.logits(one(x)), other.logits(other(x)))
 
 
 @pytest.mark.slow
@@ -28,19 +163,17 @@ def test_a_quantized_model_chats(dtype):
 def test_compiled_rows_give_the_same_logits_and_no_compiler_is_noted(
     monkeypatch, capsys
 ):
-    torch.manual_seed(0)
-    model = Llama(LlamaConfig(64, 64, 64, 2, 4, 4, 16)).requires_grad_(
-        False
-    )  # one shape to compile
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.2)
+    # All matrices have one shape, so that there is one to compile.
+    model = random_llama(LlamaConfig(64, 64, 64, 2, 4, 4, 16))
     rows = [torch.randn(1, 1, 64), torch.randn(1, 5, 64), torch.randn(2, 1, 64)]
     want = [model.logits(model(x)) for x in rows]
     monkeypatch.setenv("CXX", "no-such-compiler")
     compile_rows(model)
     assert "needs a C++ compiler" in capsys.readouterr().err
+    assert "forward" not in vars(model.lm_head)
     monkeypatch.setenv("CXX", "g++")
     compile_rows(model)
-    assert capsys.readouterr().err == "" and "forward" in vars(model.lm_head)
+    assert capsys.readouterr().err == ""
+    assert "forward" in vars(model.lm_head)
     for x, logits in zip(rows, want):
         assert torch.allclose(model.logits(model(x)), logits, atol=1e-4)
