@@ -24,7 +24,7 @@ from plumbing.options import override
 from plumbing.weights import check_sizes, init_weights
 
 IGNORE = -100  # in the targets: no prediction here
-CONTEXT = 2000  # tokens of a long conversation: the original's limit
+CONTEXT = 2000  # tokens of a long conversation, the original's limit; for estimates
 
 
 @dataclass(frozen=True)
@@ -444,6 +444,7 @@ def continue_beams(beams: list[Beam], log_probs: Tensor, n: int) -> list[Beam]:
     V = log_probs.shape[1]
     sums = torch.tensor([beam.log_prob for beam in beams], device=log_probs.device)
     totals = sums[:, None] + log_probs
+    n = min(n, totals.numel())
     best, places = totals.flatten().topk(n)
     continued = []
     for log_prob, place in zip(best.tolist(), places.tolist()):

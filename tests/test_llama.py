@@ -1,5 +1,6 @@
-"""The language model against Hugging Face's LlamaForCausalLM: small, float32, the same random weights."""
+"""The language model against Hugging Face's: small, float32, the same weights."""
 
+import itertools
 import json
 import shutil
 
@@ -8,8 +9,18 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from llama import KVCache, LlamaConfig
-from model import MiniGPT4, sample
+from configs.prompts import is_end
+from llama import (
+    CONTEXT,
+    KVCache,
+    Llama,
+    LlamaConfig,
+    attend,
+    attend_last,
+    beam_search,
+    sample,
+)
+from model import MiniGPT4
 from plumbing.console import InputError
 from tests.common import GOLDEN
 from tools import convert
@@ -41,7 +52,7 @@ TOKENS = torch.randint(3, 600, (2, 40), generator=torch.Generator().manual_seed(
 
 
 def make_folder(folder, **changes):
-    """Save a Hugging Face LLaMA with random weights, large enough for wrong attention to show."""
+    """Save a Hugging Face LLaMA; its random weights make wrong attention show."""
     shard = (
         {"max_shard_size": changes.pop("max_shard_size")}
         if "max_shard_size" in changes
@@ -90,7 +101,7 @@ def test_logits_equal_transformers(tmp_path, shape):
 
 
 def test_each_size_changes_the_logits(tmp_path):
-    """Otherwise parity would hold even for a reader that ignores rope_theta or rms_norm_eps."""
+    """Parity would hold even if both readers ignored rope_theta or rms_norm_eps."""
     plain = their_logits(make_folder(tmp_path))
     for shape in ("rope_theta", "rms_norm_eps", "tied"):
         assert (
@@ -146,9 +157,91 @@ def test_answers_of_a_batch_equal_single_ones_each_ending_on_its_own(tmp_path):
     assert second == single[1]
 
 
+def causal_attention(q, k, v):
+    """By its definition: q (B, H, T, d), k and v (B, K, S, d)."""
+    H, T, d = q.shape[1:]
+    K, S = k.shape[1:3]
+    k, v = (t.repeat_interleave(H // K, dim=1) for t in (k, v))
+    scores = q @ k.transpose(2, 3) / d**0.5
+    is_future = torch.arange(S) > torch.arange(S - T, S)[:, None]
+    return scores.masked_fill(is_future, -torch.inf).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("n_key_heads", [4, 2, 1])
+@pytest.mark.parametrize("T, S", [(6, 6), (3, 7), (2, 3), (1, 5), (1, 1)])
+def test_attention_is_causal_and_query_heads_share_key_heads(T, S, n_key_heads):
+    q = torch.randn(2, 4, T, 8)
+    k, v = torch.randn(2, 2, n_key_heads, S, 8)
+    want = causal_attention(q, k, v)
+    close(attend(q, k, v), want, 1e-5)
+    if T == 1:
+        close(attend_last(q, k, v), want, 1e-5)
+
+
+def test_a_cache_selects_repeats_and_forgets_rows():
+    """It grows beyond its 256 first places without losing any."""
+    cache = KVCache()
+    k, v = torch.randn(2, 3, 2, 300, 4)
+    for start, end in ((0, 250), (250, 251), (251, 300)):
+        got_k, got_v = cache.append(7, k[:, :, start:end], v[:, :, start:end])
+        cache.length = end
+        assert torch.equal(got_k, k[:, :, :end])
+        assert torch.equal(got_v, v[:, :, :end])
+    rows = torch.tensor([2, 2, 0, 1])
+    cache.select(rows)
+    cache.length = 299
+    got_k, got_v = cache.append(7, k[rows, :, 299:], v[rows, :, 299:])
+    assert torch.equal(got_k, k[rows]) and torch.equal(got_v, v[rows])
+
+
+@pytest.mark.parametrize("length_penalty", [1.0, -2.0, 3.0])
+@pytest.mark.parametrize("min_length", [0, 3])
+def test_enough_beams_find_the_likeliest_of_all_answers(min_length, length_penalty):
+    """Against all answers to a prompt, each scored without a cache."""
+    torch.manual_seed(2)
+    V, n_new, eos = 5, 3, 4
+    model = Llama(LlamaConfig(V, 16, 16, 1, 2, 2, 8)).requires_grad_(False)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    stops = ([eos], [1, 2])
+    prompt = torch.tensor([[1, 3]])
+
+    def score(ids):
+        """None for ids that go on after an end."""
+        x = model.embed_tokens(torch.tensor([[*prompt[0].tolist(), *ids]]))
+        logits = model.logits(model(x)[0, 1:-1])
+        log_prob = 0.0
+        for n, (row, id) in enumerate(zip(logits.log_softmax(-1), ids), 1):
+            if n < min_length and id == eos or n > 1 and is_end(ids[: n - 1], stops):
+                return None
+            log_prob += row[id].item()
+        if is_end(ids, stops):
+            return log_prob / len(ids) ** length_penalty
+        return log_prob / (n_new + 1) ** length_penalty if len(ids) == n_new else None
+
+    scores = {}
+    for length in range(1, n_new + 1):
+        for ids in itertools.product(range(V), repeat=length):
+            value = score(list(ids))
+            if value is not None:
+                scores[ids] = value
+    got = beam_search(
+        model,
+        model.embed_tokens(prompt),
+        torch.zeros(1, V, dtype=torch.bool),
+        n_new,
+        stops,
+        num_beams=V**n_new,
+        repetition_penalty=1.0,
+        min_length=min_length,
+        length_penalty=length_penalty,
+    )
+    assert tuple(got) == max(scores, key=scores.get)
+
+
 @pytest.mark.parametrize("num_beams, penalty", [(2, 1.0), (4, 0.5), (3, -1.0)])
 def test_beam_search_equals_transformers(tmp_path, num_beams, penalty):
-    """With a likely `</s>`; the answers end early for some penalties, and at the limit for others."""
+    """With a likely `</s>`: some answers end early, others at the limit."""
     theirs, prompt = make_folder(tmp_path, **SHAPES["grouped_query"]), TOKENS[:1]
     model = load(tmp_path)
     model.tokenizer.eos = next(model.generate(prompt[0].tolist(), temperature=0))
@@ -281,7 +374,7 @@ def test_loaded_projection_is_float32_even_when_frozen(tmp_path):
 
 
 def test_sharded_folder_is_read_by_its_index(tmp_path):
-    """A stray file beside the shards, such as Meta's own `consolidated`, is not read."""
+    """A stray file beside the shards, such as Meta's `consolidated`, is not read."""
     theirs = make_folder(tmp_path, max_shard_size="60KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     save_file(
@@ -329,7 +422,7 @@ def test_saved_part_loads_again_here_and_in_transformers(tmp_path, shape):
 
 
 def test_old_config_json_has_rope_theta_at_the_top(tmp_path):
-    """Folders from before transformers 5 have no rope_parameters, head_dim or num_key_value_heads."""
+    """Old folders have no rope_parameters, head_dim or num_key_value_heads."""
     theirs = make_folder(tmp_path, **SHAPES["rope_theta"])
     keep = (*SIZES, "rms_norm_eps", "model_type")
     change_config(
@@ -434,6 +527,17 @@ def test_truncated_files_are_named(tmp_path, name):
         ("activation", {"hidden_act": "gelu"}),
         ("not of the same model", {"vocab_size": 599}),
     ],
+    ids=[
+        "linear_rope",
+        "llama3_rope",
+        "dynamic_rope",
+        "qwen2",
+        "short_window",
+        "attention_bias",
+        "mlp_bias",
+        "gelu",
+        "small_vocabulary",
+    ],
 )
 def test_unsupported_models_raise_one_line(tmp_path, named, change):
     make_folder(tmp_path)
@@ -503,7 +607,7 @@ def test_top_p_keeps_exactly_the_nucleus():
 
 
 def test_sampled_frequencies_equal_transformers():
-    """Penalty, temperature and top_p together, in the order of `generate`, over 5000 draws."""
+    """Penalty, temperature and top_p together, as in `generate`, over 5000 draws."""
     scores, ids, n = random_logits(3, n=8, scale=1.5), [1, 4, 5], 5000
     chain = transformers.LogitsProcessorList(
         [
@@ -544,6 +648,34 @@ def test_the_same_seed_repeats_the_answer(tmp_path):
 def test_a_sliding_window_wider_than_the_context_is_accepted():
     sizes = LlamaConfig().to_hub() | {"model_type": "mistral", "sliding_window": 4096}
     assert LlamaConfig.from_dict(sizes) == LlamaConfig()
+
+
+@pytest.mark.parametrize(
+    "limit, window, context",
+    [(2048, None, 2048), (32768, 4096, 4096), (3000, 4096, 3000), (300, 0, 300)],
+    ids=["no_window", "window", "wider_window", "short"],
+)
+def test_a_conversation_fits_the_positions_and_the_window(limit, window, context):
+    sizes = LlamaConfig().to_hub()
+    sizes |= {"max_position_embeddings": limit, "sliding_window": window}
+    assert LlamaConfig.from_dict(sizes).max_position_embeddings == context
+
+
+@pytest.mark.parametrize("window", [CONTEXT - 1, 1])
+def test_a_window_that_a_conversation_outgrows_is_not_supported(window):
+    sizes = LlamaConfig().to_hub() | {"sliding_window": window}
+    with pytest.raises(InputError, match=f"window of {window} tokens, below 2000"):
+        LlamaConfig.from_dict(sizes)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"rope_scaling": "linear"}, {"rope_parameters": [1]}, {"sliding_window": "4096"}],
+    ids=["text", "list", "window"],
+)
+def test_malformed_settings_are_named(change):
+    with pytest.raises(InputError, match="my.json: .*malformed; fetch it again"):
+        LlamaConfig.from_dict(LlamaConfig().to_hub() | change, "my.json")
 
 
 @pytest.mark.parametrize("dtype", ["int3", "float64", ""])
