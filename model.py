@@ -35,7 +35,7 @@ from plumbing.weights import (
     empty_if,
     identify,
     load_part,
-    read_part,
+    read_parts,
     read_sizes,
     reset_part,
     save_hub_folder,
@@ -63,7 +63,7 @@ class MiniGPT4(nn.Module):
         qformer: QFormerConfig | None,
         llama: LlamaConfig,
         image_size: int = 0,
-        from_files: tuple[str, ...] = (),
+        from_files: Collection[str] = (),
     ):
         """Build the parts, without memory for those whose weights come `from_files`.
 
@@ -320,23 +320,20 @@ class MiniGPT4(nn.Module):
         """
         sources = {"vision": vision, "qformer": qformer, "proj": proj, "llama": llama}
         check_sources(sources, trainable or (), dtype, tokenizer)
-        files = {
-            name: read_part(name, path, LlamaConfig)
-            for name, path in sources.items()
-            if isinstance(path, str) and path
-        }
+        files = read_parts(sources, LlamaConfig)
         dtype = choose_quantization(files, dtype, trainable or ())
         if trainable is None:
             trainable = ("proj",) if vision else ()
         tokenizer = Tokenizer(tokenizer or f"{llama}/tokenizer.model")
-        sizes = read_sizes(sources, files, KINDS, tokenizer.vocab_size, image_size)
-        model = cls(*sizes, image_size, tuple(files))
+        sizes = read_sizes(files, KINDS, tokenizer.vocab_size, image_size)
+        on_disk = [name for name, file in files.items() if file.tensors]
+        model = cls(*sizes, image_size, on_disk)
         model.tokenizer = tokenizer
         check_vocabulary(tokenizer, model.llama.config.vocab_size)
         for name, part in model.parts.items():
             in_float32 = name in (*trainable, "proj")
             part_dtype = torch.float32 if in_float32 else getattr(torch, dtype)
-            if name in files:
+            if name in on_disk:
                 load_part(name, part, files[name], part_dtype, device)
             for module in part.modules.values():
                 module.to(device).requires_grad_(name in trainable)

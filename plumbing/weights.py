@@ -40,11 +40,11 @@ class Part(NamedTuple):
 
 
 class PartFile(NamedTuple):
-    """A part's file as it was read, with the JSON values of its metadata."""
+    """A part's file as it was read; of a new part, the sizes alone."""
 
     path: str
-    tensors: dict[str, Tensor]
-    sizes: object  # a LlamaConfig, or the dict of another part
+    tensors: dict[str, Tensor] | None
+    sizes: object  # a LlamaConfig, a dict of sizes, or the companions of a projection
     kind: str = ""  # of module, such as "eva_vit"; unknown in older files
 
 
@@ -82,10 +82,26 @@ def save_tensors(
         save_file(cast, temporary, {"format": "pt"} | metadata)
 
 
-def read_part(name: str, path: str, llama_config: type | None = None) -> PartFile:
-    """A part's file, or LLaMA's folder, whose config.json `llama_config` reads."""
-    if name == "llama":
-        return read_hub_folder(path, llama_config)
+def read_parts(
+    sources: dict[str, str | dict | None], llama_config: type
+) -> dict[str, PartFile]:
+    """The files of a model's parts; for a new part, just the sizes in `sources`.
+
+    llama_config: the dataclass that reads LLaMA's config.json.
+    """
+    files = {}
+    for name, source in sources.items():
+        if isinstance(source, dict):
+            files[name] = PartFile("the run's config", None, source)
+        elif source and name == "llama":
+            files[name] = read_hub_folder(source, llama_config)
+        elif source:
+            files[name] = read_part(name, source)
+    return files
+
+
+def read_part(name: str, path: str) -> PartFile:
+    """The file of a part other than LLaMA. Raises InputError for something else."""
     tensors, metadata = load_tensors(path)
     try:
         if name in ("vision", "qformer"):
@@ -104,9 +120,7 @@ def read_part(name: str, path: str, llama_config: type | None = None) -> PartFil
 def load_part(name: str, part: Part, file: PartFile, dtype: torch.dtype, device):
     """Give a part the tensors of its file: all of them, and no others."""
     expected = part.tensors()
-    tensors = {
-        key: tensor for key, tensor in expected.items() if key.startswith(part.optional)
-    }
+    tensors = {k: t for k, t in expected.items() if k.startswith(part.optional)}
     for key, tensor in file.tensors.items():
         if key in expected or not key.startswith(part.optional):
             tensors[key] = tensor
@@ -127,12 +141,11 @@ def load_part(name: str, part: Part, file: PartFile, dtype: torch.dtype, device)
         )
     for prefix, module in part.modules.items():
         state = {}
-        wanted = module.state_dict()
-        for key in progress(wanted, f"loading {name}", delay=1, leave=False):
+        initial = module.state_dict()
+        for key in progress(initial, f"loading {name}", delay=1, leave=False):
             tensor = tensors[prefix + key]
-            if wanted[key].is_floating_point():
-                where = f"{file.path}: {prefix}{key}"
-                tensor = finite(tensor, where).to(device, dtype)
+            if initial[key].is_floating_point():
+                tensor = finite(tensor, f"{file.path}: {prefix}{key}").to(dtype=dtype)
             state[key] = tensor.to(device)
         module.load_state_dict(state, assign=True)
         for key, buffer in module.named_buffers():
@@ -179,46 +192,39 @@ def identify(parts: dict[str, Part], files: dict[str, PartFile]) -> dict[str, st
     """Fingerprints of all parts but the projection, whose companions they are."""
     marks = {}
     for name, part in parts.items():
-        if name == "proj":
-            continue
-        file = files.get(name)
-        marks[name] = fingerprint(file.tensors if file else part.tensors())
-        # Converted to int8 or int4, its own would be another one.
-        if name == "llama" and file and file.sizes.fingerprint:
-            marks[name] = file.sizes.fingerprint
-    return marks
+        tensors = part.tensors()
+        if name in files and files[name].tensors:
+            tensors = files[name].tensors
+        if name != "proj":
+            marks[name] = fingerprint(tensors)
+    # That of the weights before they were converted to int8 or int4.
+    original = getattr(files["llama"].sizes, "fingerprint", "")
+    return marks | ({"llama": original} if original else {})
 
 
 def check_fit(
-    path: str, part: str, shapes: dict[str, tuple], expected: dict[str, tuple]
+    path: str | Path, part: str, shapes: dict[str, tuple], expected: dict[str, tuple]
 ):
     """Raise InputError unless a file's {name: shape} is what the part expects."""
-    both = shapes.keys() & expected.keys()
     problems = {
         "missing": sorted(expected.keys() - shapes.keys()),
         "unexpected": sorted(shapes.keys() - expected.keys()),
         "of another shape": [
-            f"{name} {shapes[name]} instead of {expected[name]}"
-            for name in expected
-            if name in both and shapes[name] != expected[name]
+            f"{name} {shapes[name]} instead of {shape}"
+            for name, shape in expected.items()
+            if shapes.get(name, shape) != shape
         ],
     }
-    found = [
-        f"{len(names)} {problem} ({first_three(names)})"
-        for problem, names in problems.items()
-        if names
-    ]
+    found = []
+    for problem, names in problems.items():
+        if names:
+            more = ", ..." if len(names) > 3 else ""
+            found.append(f"{len(names)} {problem} ({', '.join(names[:3])}{more})")
     if found:
         raise InputError(
             f"{path}: does not fit as {part}: {'; '.join(found)}; "
             "it is for another model"
         )
-
-
-def first_three(names: list[str]) -> str:
-    """["a", "b", "c", "d"] -> "a, b, c, ..."."""
-    more = ", ..." if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
 
 
 def finite(tensor: Tensor, where: str) -> Tensor:
@@ -428,18 +434,16 @@ def choose_quantization(
 
     Raises InputError for a folder that was quantized in another way, or is to learn.
     """
-    if "llama" not in files:
-        return dtype
     file = files["llama"]
-    quantization = file.sizes.quantization
-    if not quantization and dtype not in QUANTIZED:
+    converted = getattr(file.sizes, "quantization", "")
+    if not converted and dtype not in QUANTIZED:
         return dtype
-    if quantization and (trainable or dtype in QUANTIZED and dtype != quantization):
+    if converted and (trainable or dtype in QUANTIZED and dtype != converted):
         raise InputError(
-            f"{file.path}: already {quantization}; "
+            f"{file.path}: already {converted}; "
             f"take the original for {dtype}, or to train"
         )
-    sizes = replace(file.sizes, quantization=quantization or dtype)
+    sizes = replace(file.sizes, quantization=converted or dtype)
     files["llama"] = file._replace(sizes=sizes)
     return "bfloat16"
 
@@ -466,27 +470,24 @@ def check_companions(files: dict[str, PartFile], fingerprints: dict[str, str]):
 
 
 def read_sizes(
-    sources: dict[str, str | dict | None],
     files: dict[str, PartFile],
     kinds: dict[str, dict[str, type]],
     vocab_size: int,
     image_size: int = 0,
 ) -> tuple:
-    """The sizes of vision, qformer and llama: of their files, or else of `sources`.
+    """The sizes of vision, qformer and llama; None for a part without a file.
 
-    kinds: {part: {kind: dataclass of its sizes}}. None for a part that is missing.
+    kinds: {part: {kind: dataclass of its sizes}}; a new LLaMA has `vocab_size` ids.
     Raises InputError for sizes that do not go together.
     """
-    vision = read_part_sizes("vision", sources, files, kinds)
-    vision_width = vision.width if vision else 0
-    qformer = read_part_sizes("qformer", sources, files, kinds, vision_width)
-    if "llama" in files:
-        llama = files["llama"].sizes
-    else:
+    vision = read_part_sizes("vision", files, kinds)
+    needed = {"vision_width": vision.width if vision else 0}
+    qformer = read_part_sizes("qformer", files, kinds, needed)
+    llama = files["llama"].sizes
+    if isinstance(llama, dict):
         llama_config = kinds["llama"]["llama"]
-        override(llama_config(), sources["llama"], "llama")  # refuses unknown names
-        given = {"vocab_size": vocab_size} | sources["llama"]
-        llama = llama_config.from_dict(given, "llama")
+        override(llama_config(), llama, "llama")  # refuses unknown names
+        llama = llama_config.from_dict({"vocab_size": vocab_size} | llama, "llama")
     if image_size and vision:
         unit = vision.patch_size if qformer else 2 * vision.patch_size
         if image_size % unit:
@@ -496,24 +497,15 @@ def read_sizes(
     return vision, qformer, llama
 
 
-def read_part_sizes(
-    name: str,
-    sources: dict[str, str | dict | None],
-    files: dict[str, PartFile],
-    kinds: dict[str, dict[str, type]],
-    vision_width: int | None = None,
-):
+def read_part_sizes(name: str, files, kinds, needed: dict[str, int] | None = None):
     """The sizes of one part; the first of its kinds is that of files without a kind."""
-    source = sources[name]
-    if source is None or source == "":
+    if name not in files:
         return None
-    needed = {} if vision_width is None else {"vision_width": vision_width}
-    if name in files:
-        file = files[name]
-    else:
-        file = PartFile("the run's config", {}, needed | source)
+    file = files[name]
     where = file.path
     sizes = dict(file.sizes)
+    if needed and file.tensors is None:
+        sizes = needed | sizes
     kind = sizes.pop("kind", file.kind) or next(iter(kinds[name]))
     if kind not in kinds[name]:
         known = " or ".join(kinds[name])
@@ -524,7 +516,7 @@ def read_part_sizes(
         raise InputError(
             f"{where}: {config}: give a width that is a multiple of n_heads"
         )
-    if needed.items() - asdict(config).items():
+    if needed and needed.items() - asdict(config).items():
         raise InputError(
             f"{where}: {config} does not fit the vision part; needed is {needed}"
         )

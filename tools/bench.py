@@ -56,7 +56,7 @@ from plumbing.options import (
 from plumbing.processes import peak_mib, pick_device
 from plumbing.quantized import compile_rows
 from plumbing.sources import Sample, index_tar, split_files
-from plumbing.weights import PARTS, read_part
+from plumbing.weights import PARTS, read_hub_folder
 from qformer import QFormerConfig
 from train import build, make_optimizer, train_step
 from vision import VisionConfig, load_image, normalize, preprocess
@@ -533,7 +533,7 @@ def gguf_file(folder: Path, kind: str) -> Path:
     path = folder / f"{kind}.gguf"
     if path.is_file():
         return path
-    file = read_part("llama", str(folder), LlamaConfig)
+    file = read_hub_folder(str(folder), LlamaConfig)
     sizes = file.sizes
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, sizes.num_hidden_layers)
     with replacing(path) as temporary:

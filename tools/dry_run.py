@@ -53,23 +53,23 @@ def meta_model(
     files = {}
     notes = []
     for name in ("vision", "qformer", "llama"):
-        path = sources[name]
-        if not isinstance(path, str) or not path:
-            continue
-        file = read_headers(name, Path(path))
-        if file:
-            files[name] = file
-            continue
-        size = " (7B)" if name == "llama" else ""
-        notes.append(
-            f"note: {path} is missing; "
-            f"official sizes are assumed for the {name} part{size}"
-        )
-        sources[name] = asdict(LlamaConfig()) if name == "llama" else {}
+        source = sources[name]
+        if isinstance(source, str) and source:
+            files[name] = read_headers(name, Path(source))
+            if files[name]:
+                continue
+            size = " (7B)" if name == "llama" else ""
+            notes.append(
+                f"note: {source} is missing; "
+                f"official sizes are assumed for the {name} part{size}"
+            )
+            source = asdict(LlamaConfig()) if name == "llama" else {}
+        if isinstance(source, dict):
+            files[name] = PartFile("the run's config", None, source)
     vocab_size = LlamaConfig().vocab_size
     if Path(config.tokenizer).is_file():
         vocab_size = Tokenizer(config.tokenizer).vocab_size
-    sizes = read_sizes(sources, files, KINDS, vocab_size, config.image_size)
+    sizes = read_sizes(files, KINDS, vocab_size, config.image_size)
     with torch.device("meta"):
         model = MetaMiniGPT4(*sizes, config.image_size)
     model.to(getattr(torch, config.dtype)).requires_grad_(False)
@@ -88,7 +88,7 @@ def read_headers(name: str, path: Path) -> PartFile | None:
         if not sizes.is_file():
             return None
         config = LlamaConfig.from_dict(read_json(sizes), str(sizes))
-        return PartFile(str(path), {}, config)
+        return PartFile(str(path), None, config)
     return read_part(name, str(path)) if path.is_file() else None
 
 

@@ -266,9 +266,8 @@ def check_local(part: str, path: Path):
         convert.with_blip2_sizes(convert.Options(), path, part)
         convert.read_blip2(path, part)
     elif path.suffix == ".safetensors" and part != "proj":
-        sources = {part: str(path)}
         files = {part: read_part(part, str(path))}
-        read_part_sizes(part, sources, files, KINDS)  # raises InputError
+        read_part_sizes(part, files, KINDS)  # raises InputError
 
 
 def find_local(part: str, path: Path, target: str) -> Source:
