@@ -83,8 +83,8 @@ def train_step(
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     device = parameters[0].device
-    n_targets = float(sum(batch.n_targets for batch in batches))
-    n_targets = all_sum(torch.tensor(n_targets, device=device)).clamp(min=1)
+    n_own_targets = float(sum(batch.n_targets for batch in batches))
+    n_targets = all_sum(torch.tensor(n_own_targets, device=device)).clamp(min=1)
     loss_sum = torch.zeros_like(n_targets)
     for i, batch in enumerate(batches, 1):
         model.require_backward_grad_sync = i == len(batches)  # for DDP
