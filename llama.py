@@ -170,7 +170,9 @@ class KVCache:
 
     def store(self, layers: dict[int, Tensor], layer: int, new):
         end = self.length + new.shape[2]
-        stored = layers.get(layer, new[:, :, :0])
+        stored = layers.get(layer)
+        if stored is None:
+            stored = new[:, :, :0]
         capacity = stored.shape[2]
         if end > capacity:
             n_more = max(256, 2 * end) - capacity
