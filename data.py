@@ -88,7 +88,7 @@ class Samples(Dataset):
                     yield Key(source, *place, draw)
 
     def first(self, n: int):
-        """The first n good samples, always the same ones, and the faults of others."""
+        """The first n good samples, always the same, and the faults met before them."""
         good, faults = [], []
         for key in self.all_keys():
             if len(good) == n:

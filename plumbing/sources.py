@@ -33,14 +33,14 @@ class BadSample(Exception):
 
 
 @contextmanager
-def foreign_bytes():
-    """Report what reading other people's files raises as BadSample."""
+def foreign_bytes(malformed: tuple = ()):
+    """Report errors of other people's files as BadSample, `malformed` ones too."""
     try:
         yield
     except (InputError, OSError) as e:
         cause = e.__cause__ or e
         raise BadSample(type(cause).__name__, str(e)) from e
-    except MALFORMED as e:
+    except malformed as e:
         kind = type(e).__name__
         raise BadSample(kind, f"malformed, {kind}: {e}") from e
 
@@ -298,7 +298,7 @@ class Shards(Source):
     def __getitem__(self, place: tuple[int, int]) -> Sample:
         """Raises BadSample."""
         shard, row = place
-        with foreign_bytes():
+        with foreign_bytes(MALFORMED):
             table = index_tar(self.paths[shard])
             if row >= len(table):
                 raise BadSample("missing in its tar file")
@@ -374,7 +374,7 @@ class Rows(Source):
         """Raises BadSample."""
         _, row = place
         _, content = self.rows[row]
-        with foreign_bytes():
+        with foreign_bytes(MALFORMED):
             if isinstance(content, str):
                 content = json.loads(content)
             return read_row(content, self.path.parent)

@@ -585,9 +585,9 @@ def test_a_mistake_in_the_code_is_no_bad_sample(tmp_path, monkeypatch):
     write_tar(tmp_path / "a.tar", ["n0"])
     samples, _ = open_samples(str(tmp_path), Config(), TOKENIZER, 28, N)
     (key,) = samples.all_keys()
-    for name in ("harmless", "encode_segments"):
+    for name in ("harmless", "encode_segments", "load_image"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"data.{name}", lambda *args: {}["typo"])
+            patch.setattr(f"data.{name}", lambda *args, **settings: {}["typo"])
             with pytest.raises(KeyError, match="typo"):
                 samples.read(key)
 
