@@ -1,5 +1,6 @@
 """Tar shards, folders of captions and JSON rows -> samples; faults are named."""
 
+import gc
 import gzip
 import json
 import os
@@ -163,10 +164,11 @@ def test_a_worker_keeps_the_tables_of_many_shards_in_little_memory(tmp_path):
     tracemalloc.start()
     try:
         table = index_tar(f"{tmp_path}/0.tar")
+        gc.collect()
         size, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert len(table) == n and size < 200 * n  # bytes
+    assert len(table) == n and size < 250 * n  # bytes; tuples take 350
     key, files = table[7]
     assert key == "000000007" and set(files) == {"jpg", "json"}
     assert files["jpg"].read() == b"x"
