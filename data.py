@@ -322,7 +322,7 @@ class TrainingSteps(Dataset):
         self.weights = weights
         self.config = config
         self.rank, self.world = rank, world
-        self.step_size = world * config.batch_size * config.grad_accum  # samples
+        self.samples_per_step = world * config.batch_size * config.grad_accum  # samples
         n_groups = math.ceil(config.max_steps / config.length_group)
         shares = np.array(list(weights.values())) / sum(weights.values())
         rng = np.random.default_rng(config.seed)
@@ -339,7 +339,7 @@ class TrainingSteps(Dataset):
         ]
         identity = {name: getattr(self.config, name) for name in KEPT.split()}
         identity["answer_end"] = format_end(self.config.answer_end)
-        identity["processes x batch_size x grad_accum"] = self.step_size
+        identity["processes x batch_size x grad_accum"] = self.samples_per_step
         identity["data"] = data
         if len(data) > 1 and self.config.length_group > 1:  # each step drew one before
             identity["order of samples"] = "one source per length_group steps"
@@ -348,7 +348,7 @@ class TrainingSteps(Dataset):
     def keys(self, group: int) -> list[Key]:
         """The samples of a group, for all ranks, in the order of their source."""
         i = self.drawn[group]
-        n = self.step_size * self.config.length_group
+        n = self.samples_per_step * self.config.length_group
         first = n * self.drawn[:group].count(i)
         draws = range(first, first + n)
         places = draw_samples(
@@ -429,7 +429,7 @@ class TrainingSteps(Dataset):
 
 
 @torch.no_grad()
-def cache_features(samples: Samples, encode, config: Config, device):
+def precompute_features(samples: Samples, encode, config: Config, device):
     """Replace the pictures of `samples` by features, in one tensor for all workers.
 
     encode: uint8 (B, 3, S, S) -> (B, N, D). Each rank computes its share. Samples with

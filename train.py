@@ -12,6 +12,7 @@ import math
 import os
 import shlex
 import sys
+from itertools import takewhile
 
 import torch
 import torch.distributed as dist
@@ -24,9 +25,9 @@ from data import (
     Example,
     Samples,
     TrainingSteps,
-    cache_features,
     collate,
     open_samples,
+    precompute_features,
 )
 from llama import IGNORE
 from model import MiniGPT4
@@ -42,7 +43,7 @@ from plumbing.processes import (
     n_processes,
     process_group,
 )
-from plumbing.quantized import autocast, compile_blocks
+from plumbing.quantized import compile_blocks
 from plumbing.run import Checkpoint, RunFolder, RunLog
 from plumbing.weights import fingerprint
 
@@ -76,10 +77,12 @@ def make_optimizer(
 def train_step(
     model, batches: list[Batch], optimizer, scaler, lr: float, grad_clip: float = 0.0
 ) -> tuple[torch.Tensor, bool]:
-    """A step along the gradient of the mean loss over all answer tokens.
+    """Take a step along the gradient of the mean loss over all answer tokens.
 
-    They are those of all micro-batches and ranks. Returns this loss, and whether it and
-    its gradient are finite: if not, nothing is learned. Both are the same on all ranks.
+    "All" means those of all micro-batches on all ranks. Returns this mean loss, and
+    whether the step was finite; both are the same on all ranks. A step that is not
+    finite changes no weight. In float16 an infinite gradient still counts as finite:
+    the scaler expects some, skips their step and lowers its scale.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     device = parameters[0].device
@@ -87,23 +90,27 @@ def train_step(
     n_targets = all_sum(torch.tensor(n_own_targets, device=device)).clamp(min=1)
     loss_sum = torch.zeros_like(n_targets)
     for i, batch in enumerate(batches, 1):
-        model.require_backward_grad_sync = i == len(batches)  # for DDP
-        batch_loss = model(*batch.to(device)) * batch.n_targets
-        loss_sum += batch_loss.detach()
-        if batch.images is None:
-            # DDP waits for all gradients, also of a projection without pictures.
-            batch_loss = batch_loss + 0 * sum(p.sum() for p in parameters)
-        # DDP averages gradients over the ranks; here they add up.
-        scaler.scale(batch_loss * (n_processes() / n_targets)).backward()
+        # DDP averages the gradients over the ranks after the last micro-batch.
+        model.require_backward_grad_sync = i == len(batches)
+        images, tokens, targets = batch.to(device)
+        # The model returns a mean over the batch; its share in the mean over all is
+        # mean * batch.n_targets / n_targets. n_processes() undoes DDP's average.
+        batch_sum = model(images, tokens, targets) * batch.n_targets
+        loss_sum += batch_sum.detach()
+        if images is None:
+            # The projection is not used then, but DDP waits for its gradient: zero.
+            batch_sum = batch_sum + 0 * sum(p.sum() for p in parameters)
+        scaler.scale(batch_sum * (n_processes() / n_targets)).backward()
 
     for group in optimizer.param_groups:
         group["lr"] = lr
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
+    max_norm = grad_clip if grad_clip > 0 else math.inf
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     loss = all_sum(loss_sum) / n_targets
-    # A scaler expects infinite gradients now and then, and skips their step itself.
-    gradient_is_finite = norm.isfinite() | scaler.is_enabled()
-    is_finite = bool(loss.isfinite() & gradient_is_finite)  # waits for the device
+    is_finite = bool(loss.isfinite())  # waits for the device
+    if not scaler.is_enabled():
+        is_finite = is_finite and bool(norm.isfinite())
     if is_finite:
         scaler.step(optimizer)
     scaler.update()
@@ -115,22 +122,23 @@ def train_step(
 def evaluate(
     model: MiniGPT4, samples: Samples, config: Config, device, interrupted=None
 ) -> tuple[float, list[dict]] | None:
-    """The mean loss per answer token, and greedy answers beside the data's.
+    """The mean loss per answer token, and some greedy answers beside the data's.
 
-    None if interrupted() says so in between.
+    interrupted: asked before each batch; once it returns True, the result is None.
     """
     examples, faults = samples.first(config.eval_samples)
     if faults:
         note(
             f"warning: {len(faults)} held-out samples cannot be used, "
-            f"such as {min(faults).message}"
+            f"such as {faults[0].message}"
         )
     loss_sum = 0.0
     n_targets = 0
     for batch in DataLoader(examples, config.batch_size, collate_fn=collate):
         if interrupted and interrupted():
             return None
-        loss_sum += model(*batch.to(device)).item() * batch.n_targets
+        images, tokens, targets = batch.to(device)
+        loss_sum += model(images, tokens, targets).item() * batch.n_targets
         n_targets += batch.n_targets
     shown, _ = samples.first(config.show_samples)
     answers = [answer_example(model, example, config, device) for example in shown]
@@ -140,17 +148,21 @@ def evaluate(
 def answer_example(
     model: MiniGPT4, example: Example, config: Config, device
 ) -> dict[str, str]:
-    """The greedy answer to a sample's first question, beside the data's answer."""
+    """The greedy answer to the first question of a sample, beside the data's answer."""
+    # ids and targets are aligned: a target is its id, or IGNORE if it is not learned.
     images, ids, targets = example
-    is_target = [target != IGNORE for target in targets]
-    start = is_target.index(True)
-    end = [*is_target, False].index(False, start)
+    is_answer = [target != IGNORE for target in targets]
+    start = is_answer.index(True)
+    wanted = list(takewhile(lambda target: target != IGNORE, targets[start:]))
+    prompt = ids[:start]
+    # The id IMAGE comes once for each token of a picture. Later turns, which are not
+    # asked here, may have pictures of their own.
     image_embeds = None
-    if IMAGE in ids[:start]:  # later turns may have pictures of their own
-        n_images = ids[:start].count(IMAGE) // model.n_image_tokens
+    if IMAGE in prompt:
+        n_images = prompt.count(IMAGE) // model.n_image_tokens
         image_embeds = model.encode_image(torch.stack(images[:n_images]).to(device))
     answer = model.generate(
-        ids[:start],
+        prompt,
         image_embeds,
         stop=stop_sequences(model.tokenizer, config.answer_end),
         max_new_tokens=config.max_txt_len,
@@ -159,114 +171,142 @@ def answer_example(
     )
     return {
         "answer": model.tokenizer.decode(list(answer)),
-        "data": model.tokenizer.decode(targets[start:end]),
+        "data": model.tokenizer.decode(wanted),
     }
 
 
 def build(config: Config, device: torch.device) -> MiniGPT4:
-    """The model, its blocks sharded, checkpointed and compiled as the config says."""
+    """The model, its blocks sharded, checkpointed and compiled as the config says.
+
+    It is and stays in eval mode: no part has dropout in training.
+    """
     if config.shard and n_processes() == 1:
         raise InputError(
             "shard = True: there is only one process; start several with torchrun"
         )
     torch.manual_seed(config.seed)
     model = MiniGPT4.from_files(
-        **config.parts(),
+        **config.parts(),  # vision, qformer, llama, proj, tokenizer
         dtype=config.dtype,
         trainable=config.trainable,
         device="cpu" if config.shard else device,
         image_size=config.image_size,
     )
     if config.shard:
-        from torch.distributed.fsdp import fully_shard  # takes a second to import
-
-        mesh = dist.init_device_mesh(device.type, (n_processes(),))
-        # One block at a time is moved to the device, and sharded there.
-        for block in model.llama.layers:
-            fully_shard(block, mesh=mesh)
-        model.to(device)
+        shard_llama(model, device)
     model.llama.grad_checkpoint = config.grad_checkpoint
-    # Trained parts are float32. On a GPU they compute in the dtype of the frozen ones;
-    # the projection alone is too small to matter, and stays exact.
-    if device.type == "cuda" and config.trainable != ("proj",):
-        model.forward = autocast(model.forward, device, config.dtype)
+    if device.type == "cuda":  # on a CPU it is slower
+        mix_precision(model, config, device)
     if config.compile:
         for part in (model.vision, model.bridge, model.llama):
             compile_blocks(part, device)
     return model
 
 
+def mix_precision(model: MiniGPT4, config: Config, device: torch.device):
+    """Let trained parts, kept in float32, compute in the dtype of the frozen ones.
+
+    The projection alone is too small to be worth it.
+    """
+    if config.dtype != "float32" and config.trainable != ("proj",):
+        mixed = torch.autocast(device.type, getattr(torch, config.dtype))
+        model.forward = mixed(model.forward)
+
+
+def shard_llama(model: MiniGPT4, device: torch.device):
+    """Spread the frozen LLaMA's blocks over the ranks; each has all the other weights.
+
+    fully_shard moves a block from the CPU to the device, so that no device ever holds
+    all of them. Trained parts are not sharded: DDP averages their gradients as always.
+    """
+    from torch.distributed.fsdp import fully_shard  # takes a second to import
+
+    mesh = dist.init_device_mesh(device.type, (n_processes(),))
+    for block in model.llama.layers:
+        fully_shard(block, mesh=mesh)
+    model.to(device)
+
+
 def open_data(
     config: Config, model: MiniGPT4, device
 ) -> tuple[Samples, dict[str, float], Samples | None]:
-    """The training samples, the weights of their sources, the held-out samples."""
-    shape = (model.tokenizer, model.image_size, model.n_image_tokens)
-    samples, weights = open_samples(config.data, config, *shape)
+    """The training samples, {path: weight} of their sources, the held-out samples."""
+    encoding = (model.tokenizer, model.image_size, model.n_image_tokens)
+    samples, source_weights = open_samples(config.data, config, *encoding)
     heldout = None
     if config.heldout_data:
-        heldout, _ = open_samples(config.heldout_data, config, *shape)
-        if not heldout.first(1)[0]:
+        heldout, _ = open_samples(config.heldout_data, config, *encoding)
+        usable, _ = heldout.first(1)
+        if not usable:
             raise InputError(
                 f"heldout_data {config.heldout_data}: "
                 "not one of its samples can be used; fix it"
             )
     if config.cache_features:
-        cache_features(samples, model.image_features, config, device)
+        # From here on the samples hold features in place of pictures; the model takes
+        # both. It keeps the vision side only as far as its files have to be written.
+        precompute_features(samples, model.image_features, config, device)
         if heldout:
-            cache_features(heldout, model.image_features, config, device)
+            precompute_features(heldout, model.image_features, config, device)
         model.drop_vision(to_save=config.part_files())
-    return samples, weights, heldout
+    return samples, source_weights, heldout
 
 
 def open_folder(config: Config) -> RunFolder:
-    """The run's folder. Raises InputError if it holds something else."""
-    folder = RunFolder(
-        config.out_dir, list(config.part_files().values()), config.resume
-    )
+    """out_dir. Raises InputError for another run, or another program's config.json."""
+    written = list(config.part_files().values())  # of trained and new parts
+    folder = RunFolder(config.out_dir, written, config.resume)
     if (folder.path / "config.json").exists():
-        read_saved_config(config.out_dir)  # refuses another program's config.json
+        read_saved_config(config.out_dir)  # raises InputError unless it is ours
     return folder
 
 
 def make_checkpoint(
     folder: RunFolder, model: MiniGPT4, config: Config, identity: dict, device
 ) -> Checkpoint:
-    """What learns, its optimizer and gradient scaler, and how to save them."""
+    """What learns, its optimizer and gradient scaler, and how to save them.
+
+    identity: settings that --resume refuses to change. Other frozen parts than before,
+    told by their fingerprints, only get a warning.
+    """
     tensors = {}
     for name in config.trainable:
         for key, tensor in model.part_tensors(name).items():
             tensors[f"{name}.{key}"] = tensor
-    learning = [t for t in tensors.values() if t.requires_grad]
+    parameters = [t for t in tensors.values() if t.requires_grad]  # no buffers
+    optimizer = make_optimizer(parameters, config)
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
     identity = identity | {
         "trainable": config.trainable,
         "use of float16": scaler.is_enabled(),
     }
-    frozen = dict(model.fingerprints)
+    fingerprints = dict(model.fingerprints)  # of all parts but the projection
     if model.proj:
-        frozen["proj"] = fingerprint(model.part_tensors("proj"))
-    for name in config.trainable:
-        frozen.pop(name, None)
+        fingerprints["proj"] = fingerprint(model.part_tensors("proj"))
+    frozen = {k: v for k, v in fingerprints.items() if k not in config.trainable}
 
     def save_parts():
         for name in config.part_files():
             model.save_part(name, config.out_dir, config.save_dtype)
 
-    optimizer = make_optimizer(learning, config)
     return Checkpoint(folder, tensors, optimizer, scaler, identity, frozen, save_parts)
 
 
 def train(config: Config, device: torch.device, rank: int = 0, world: int = 1) -> bool:
-    """Run the config from its first or last saved step on; True if Ctrl-C ended it."""
+    """Run the config to its end, or until a signal; --resume starts at the last save.
+
+    rank: of this process, of `world`. Returns whether Ctrl-C ended the run.
+    """
     set_quiet(rank > 0)
     folder = open_folder(config)
     if rank == 0:
+        # Runs the commands of config.prepare, which draw the tiny world's pictures.
         make_missing(config.prepare, config.data_paths())
     if world > 1:
         dist.barrier()
     model = build(config, device)
-    samples, weights, heldout = open_data(config, model, device)
-    steps = TrainingSteps(samples, weights, config, rank, world)
+    samples, source_weights, heldout = open_data(config, model, device)
+    steps = TrainingSteps(samples, source_weights, config, rank, world)
     checkpoint = make_checkpoint(folder, model, config, steps.identity, device)
     done = checkpoint.load() if config.resume else 0
     check_same_everywhere((done, steps.identity), "checkpoint or data")
@@ -275,9 +315,7 @@ def train(config: Config, device: torch.device, rank: int = 0, world: int = 1) -
             checkpoint.save_missing_parts()
         note(f"{config.out_dir}: its run is already at step {done:,}")
         return False
-    if rank > 0 and not config.shard:
-        heldout = None  # rank 0 evaluates
-    meter = Meter(list(weights), device, 1e12 * config.peak_tflops)
+    meter = Meter(list(source_weights), device, 1e12 * config.peak_tflops)
     with RunLog(folder, config.max_steps, done, is_silent=rank > 0) as log:
         if rank == 0:
             write_saved_config(config)  # not earlier: a refused run changes nothing
@@ -294,53 +332,54 @@ def run_steps(
     log: RunLog,
     done: int,
 ) -> bool:
-    """Train from step `done` + 1 on: log, save, evaluate; until a signal."""
+    """The training loop, from step `done` + 1 on. Returns whether Ctrl-C ended it."""
+    is_first_rank = steps.rank == 0
     optimizer, scaler = checkpoint.optimizer, checkpoint.scaler
     stop = StopSignals(meter.device)
-    # Sharded, an evaluation needs all ranks: none may leave it alone.
-    interrupted = None if config.shard else stop.came
-    ddp_model = data_parallel(model)
+    # Rank 0 evaluates, and stops for a signal. Only where LLaMA is sharded do all ranks
+    # have to take part, to the end.
+    evaluates = heldout and (is_first_rank or config.shard)
+    interrupted = None if config.shard else stop.received_here
+    ddp_model = data_parallel(model)  # the model itself if there is one process
 
-    n_failed = 0
-    for step, source, batches in meter.waiting(steps.read(start=done + 1)):
+    for step, source, batches in meter.time_waiting(steps.read(start=done + 1)):
         lr = learning_rate(step - 1, config)
         with meter.counting_flops(batches):
             loss, is_finite = train_step(
                 ddp_model, batches, optimizer, scaler, lr, config.grad_clip
             )
         if is_finite:
-            n_failed = 0
             meter.add(source, loss, batches)
-        else:
-            n_failed += 1
-            log.failure(step, n_failed, steps.describe(step))
+        else:  # too many in a row raise InputError
+            log.failure(step, steps.describe(step))
 
         finished = step == config.max_steps
-        last = stop.requested() or finished
+        stopping = stop.received_anywhere()
+        last = finished or stopping
         log.advance()
         if last or step % config.log_interval == 0:
-            log.speed(step, lr, step * steps.step_size, meter.report())
+            log.speed(step, lr, step * steps.samples_per_step, meter.report())
         with meter.paused():
             # Save first: an evaluation that fails costs nothing.
-            if last or step % config.save_interval == 0:
-                if steps.rank == 0:
-                    checkpoint.save(step)
-                log.skipped(step, steps.account)
-            is_due = step % config.eval_interval == 0 and not last
-            if heldout and (finished or is_due):
+            if is_first_rank and (last or step % config.save_interval == 0):
+                checkpoint.save(step)
+                log.bad_samples(step, steps.account)
+            is_due = step % config.eval_interval == 0 and not stopping
+            if evaluates and (finished or is_due):
                 result = evaluate(model, heldout, config, meter.device, interrupted)
                 log.evaluation(step, result)
         if last:
             break
-    if not finished:
-        note(f"stopped after step {step}, which is saved; --resume continues")
-    return stop.interrupted and not finished
+    if finished:
+        return False
+    note(f"stopped after step {step}, which is saved; --resume continues")
+    return stop.was_ctrl_c()
 
 
 def main(argv: list[str]):
-    (path,), options = parse_args(argv, __doc__, "CONFIG", Config)
-    config = load_config(path, options)
-    outlive_reader(sys.stderr)
+    paths, options = parse_args(argv, __doc__, "CONFIG", Config)
+    config = load_config(paths[0], options)
+    outlive_reader(sys.stderr)  # a run goes on when nobody reads its messages any more
     # Huge pages on Linux: pictures are normalized faster.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     with process_group(config.device) as (device, rank, world):

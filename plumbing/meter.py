@@ -52,7 +52,7 @@ class Meter:
         n_tokens = sum(batch.n_tokens for batch in batches)
         self.flops_per_token = counter.get_total_flops() / max(1, n_tokens)
 
-    def waiting(self, items: Iterable) -> Iterator:
+    def time_waiting(self, items: Iterable) -> Iterator:
         """Yield the items; the time until one is there counts as waiting for data."""
         items = iter(items)
         while True:

@@ -88,20 +88,19 @@ class StopSignals:
         if len(self.received) > 2:
             signal.default_int_handler(number, frame)
 
-    def came(self) -> bool:
+    def received_here(self) -> bool:
         """Whether this process got a signal."""
         return len(self.received) > 0
 
-    def requested(self) -> bool:
+    def received_anywhere(self) -> bool:
         """Whether to stop; the same on all processes, which have to ask together."""
         is_orphan = n_processes() > 1 and os.getppid() != LAUNCHER
-        stop = float(self.came() or is_orphan)
+        stop = float(self.received_here() or is_orphan)
         if n_processes() > 1:
             stop = all_sum(torch.tensor(stop, device=self.device)).item()
         return stop > 0
 
-    @property
-    def interrupted(self) -> bool:
+    def was_ctrl_c(self) -> bool:
         """Whether Ctrl-C was pressed."""
         return signal.SIGINT in self.received
 

@@ -210,14 +210,6 @@ def compile_blocks(part: nn.Module | None, device: torch.device):
                 block.compile(dynamic=True)
 
 
-def autocast(forward: Callable, device: torch.device, dtype: str) -> Callable:
-    """A forward method whose float32 parts compute in `dtype`."""
-    half = torch.autocast(
-        device.type, getattr(torch, dtype), enabled=dtype != "float32"
-    )
-    return half(forward)
-
-
 def compile_rows(model: nn.Module):
     """Compile each nn.Linear's product with a single row, for decoding on a CPU.
 

@@ -62,6 +62,7 @@ class RunLog:
         Raises InputError if another run writes to the log.
         """
         self.is_silent = is_silent
+        self.n_failed = self.last_failed = 0  # steps in a row, and the last one
         if is_silent:
             self.file = open_to_append(os.devnull)
         else:
@@ -90,15 +91,18 @@ class RunLog:
         """Count a step."""
         self.bar.update()
 
-    def failure(self, step: int, n_failed: int, samples: list[str]):
-        """A step that was not finite, the n_failed-th in a row: where its samples are.
+    def failure(self, step: int, samples: list[str]):
+        """A step that was not finite: where its samples are.
 
-        Raises InputError for too many.
+        Raises InputError for too many in a row.
         """
-        append_row(self.file, step=step, not_finite=n_failed, samples=samples)
-        if n_failed == MAX_FAILED:
+        is_in_a_row = step == self.last_failed + 1
+        self.n_failed = self.n_failed + 1 if is_in_a_row else 1
+        self.last_failed = step
+        append_row(self.file, step=step, not_finite=self.n_failed, samples=samples)
+        if self.n_failed == MAX_FAILED:
             raise InputError(
-                f"step {step}: the last {n_failed} losses or gradients were not "
+                f"step {step}: the last {self.n_failed} losses or gradients were not "
                 f"finite; {ADVICE}"
             )
 
@@ -109,7 +113,7 @@ class RunLog:
             shown = {k: v for k, v in report.items() if k != "losses"}
             self.bar.set_postfix(shown | {"lr": f"{lr:.1e}"}, refresh=False)
 
-    def skipped(self, step: int, account):
+    def bad_samples(self, step: int, account):
         """How many samples could not be used so far."""
         if account.skipped:
             append_row(self.file, step=step, skipped=account.skipped, of=account.n_read)

@@ -71,7 +71,7 @@ def save_tensors(
     dtype: str,
     metadata: dict[str, str],
 ):
-    """Write a safetensors file, floats as `dtype`; it replaces an older one at the end."""
+    """Write a safetensors file, floats as `dtype`; at the end it replaces an old one."""
     cast = {}
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu()
@@ -255,7 +255,7 @@ def fingerprint(tensors: dict[str, Tensor]) -> str:
 
 
 def check_sizes(sizes, where: str):
-    """The dataclass `sizes`. Raises InputError for NaN, for 0 or less, for absurd sizes."""
+    """The dataclass `sizes`. Raises InputError for NaN, 0 or less, and absurd sizes."""
     for name, value in asdict(sizes).items():
         if type(value) not in (int, float):
             continue

@@ -29,11 +29,11 @@ from configs.schema import Config
 from data import (
     Samples,
     TrainingSteps,
-    cache_features,
     clean_caption,
     collate,
     draw_samples,
     open_samples,
+    precompute_features,
 )
 from llama import IGNORE
 from plumbing.console import InputError
@@ -702,7 +702,7 @@ def test_each_sample_gets_the_features_of_its_own_pictures(tmp_path, n_workers):
     )
     paths = [f"{tmp_path}/a", f"{tmp_path}/own.jsonl"]
     samples, weights = open_samples(paths, config, TOKENIZER, 8, N)
-    cache_features(samples, encode, config, "cpu")
+    precompute_features(samples, encode, config, "cpu")
     assert samples.features.shape == (15, 2, 3)
     good, (fault,) = samples.first(100)
     assert fault.kind == "FileNotFoundError" or "picture" in fault.kind
@@ -728,7 +728,7 @@ def test_workers_get_all_features_by_one_file_descriptor(tmp_path):
     pictures_of_colors(tmp_path / "0.tar", 200)
     config = Config(num_workers=0)
     samples, _ = open_samples(str(tmp_path), config, TOKENIZER, 8, N)
-    cache_features(samples, encode, config, "cpu")
+    precompute_features(samples, encode, config, "cpu")
     before = len(os.listdir("/proc/self/fd"))
     sent = ForkingPickler.dumps(samples)
     assert len(os.listdir("/proc/self/fd")) <= before + 4
@@ -750,7 +750,7 @@ def test_two_processes_share_the_features_that_each_computes(tmp_path, monkeypat
         monkeypatch.setattr("data.process_rank", lambda rank=rank: rank)
         monkeypatch.setattr("data.n_processes", lambda: 2)
         monkeypatch.setattr("data.gather", gather)
-        cache_features(samples, encode, config, "cpu")
+        precompute_features(samples, encode, config, "cpu")
     assert counts == {0: 3, 1: 2} and len(samples.features) == 5
     good, faults = samples.first(100)
     assert [images[0].mean().item() for images, _, _ in good] == [0, 1, 2, 3, 4]

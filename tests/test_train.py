@@ -225,7 +225,7 @@ def test_trained_parts_compute_in_the_dtype_of_the_frozen_ones(world, tmp_path):
     trainable = ("qformer", "proj")
     config = micro(world, tmp_path, dtype="bfloat16", trainable=trainable)
     model = train.build(config, CPU)
-    model.forward = train.autocast(model.forward, CPU, config.dtype)  # as on a GPU
+    train.mix_precision(model, config, CPU)  # as build does on a GPU
     seen = []
     fc1 = model.bridge.layers[0].fc1
     fc1.register_forward_hook(lambda module, x, y: seen.append(y.dtype))
