@@ -120,12 +120,18 @@ def train_step(
 
 @torch.no_grad()
 def evaluate(
-    model: MiniGPT4, samples: Samples, config: Config, device, interrupted=None
+    model: MiniGPT4,
+    samples: Samples,
+    config: Config,
+    device,
+    stop: StopSignals | None = None,
 ) -> tuple[float, list[dict]] | None:
     """The mean loss per answer token, and some greedy answers beside the data's.
 
-    interrupted: asked before each batch; once it returns True, the result is None.
+    A signal to stop cuts it short; the result is None then.
     """
+    # A sharded model needs all ranks at each batch: none may leave early.
+    may_leave = stop is not None and not config.shard
     examples, faults = samples.first(config.eval_samples)
     if faults:
         note(
@@ -135,7 +141,7 @@ def evaluate(
     loss_sum = 0.0
     n_targets = 0
     for batch in DataLoader(examples, config.batch_size, collate_fn=collate):
-        if interrupted and interrupted():
+        if may_leave and stop.received_here():
             return None
         images, tokens, targets = batch.to(device)
         loss_sum += model(images, tokens, targets).item() * batch.n_targets
@@ -336,10 +342,8 @@ def run_steps(
     is_first_rank = steps.rank == 0
     optimizer, scaler = checkpoint.optimizer, checkpoint.scaler
     stop = StopSignals(meter.device)
-    # Rank 0 evaluates, and stops for a signal. Only where LLaMA is sharded do all ranks
-    # have to take part, to the end.
+    # Rank 0 evaluates alone, but a sharded model needs all ranks.
     evaluates = heldout and (is_first_rank or config.shard)
-    interrupted = None if config.shard else stop.received_here
     ddp_model = data_parallel(model)  # the model itself if there is one process
 
     for step, source, batches in meter.time_waiting(steps.read(start=done + 1)):
@@ -366,7 +370,7 @@ def run_steps(
                 log.bad_samples(step, steps.account)
             is_due = step % config.eval_interval == 0 and not stopping
             if evaluates and (finished or is_due):
-                result = evaluate(model, heldout, config, meter.device, interrupted)
+                result = evaluate(model, heldout, config, meter.device, stop)
                 log.evaluation(step, result)
         if last:
             break

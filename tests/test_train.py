@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -253,10 +254,16 @@ def test_a_signal_cuts_an_evaluation_short(world, tmp_path):
     config = micro(world, tmp_path, heldout_data=world["data"])
     model = train.build(config, CPU)
     _, _, heldout = train.open_data(config, model, CPU)
-    answers = iter([False, True])
-    result = train.evaluate(model, heldout, config, CPU, lambda: next(answers))
-    assert result is None
-    assert list(answers) == []
+    stop = train.StopSignals(CPU)
+    forward = model.forward
+
+    def forward_and_signal(*batch):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return forward(*batch)
+
+    model.forward = forward_and_signal
+    assert train.evaluate(model, heldout, config, CPU, stop) is None
+    assert len(stop.received) == 1  # after one batch
 
 
 def test_a_held_out_conversation_may_have_its_picture_in_a_later_turn(world, tmp_path):
