@@ -1,10 +1,14 @@
 """Training data: samples as ids and targets, their order, batches.
 
-A sample's ids are a list with IMAGE (-1) once per image token; its targets are the same
-ids where the model is to predict them, IGNORE elsewhere. As in the original, each text
-and each answer is tokenized on its own, and an answer that is cut loses its end.
-The batches depend only on the seed and the step number: a resumed run needs no other
-state. Bad samples are left out and counted.
+plumbing/sources.py reads files as `Sample`s: a list `images`, and a `caption`, or the
+`turns` of a conversation, or a plain `text` with the `context` before it. Here they
+become ids and targets. The ids have IMAGE (-1) once per image token; the targets are
+the same ids where the model is to predict them, IGNORE elsewhere. As in the original,
+each text and each answer is tokenized on its own, and an answer that is too long is cut
+with its end symbol. Bad samples are left out and counted.
+
+The batches of a run depend only on the seed and the step number: a resumed run needs no
+other state.
 """
 
 import math
@@ -48,18 +52,18 @@ from vision import load_image
 
 
 class Key(NamedTuple):
-    """A sample of the data."""
+    """The place of a sample, and the number of its draw, which seeds its choices."""
 
     source: int
     shard: int
     row: int
-    draw: int  # seeds what is random about the sample
+    draw: int
 
 
 class Example(NamedTuple):
-    """A sample for the model."""
+    """A tokenized sample. Its images are files first, and then decoded."""
 
-    images: list  # paths or Members; decoded: uint8 (3, S, S), or features (N, D)
+    images: list  # decoded: uint8 (3, S, S), or features (N, D)
     ids: list[int]
     targets: list[int]
 
@@ -73,19 +77,18 @@ class Samples(Dataset):
         self.tokenizer = tokenizer
         self.image_size = image_size  # pixels, both sides
         self.n_image_tokens = n_image_tokens  # of one picture
-        # Instead of pictures, their features (pictures, N, D), where there are some,
-        # and which of them are a sample's, by (source, shard, row).
+        # precompute_features sets these: all features (pictures, N, D), and the rows
+        # of a sample's pictures in them, by (source, shard, row).
         self.features: Tensor | None = None
         self.feature_rows = defaultdict(list)
 
     def all_keys(self):
         """Yield the keys of all samples, one of each source in turn."""
         places = [source.places() for source in self.sources]
-        turns = zip_longest(*places)
-        for draw, turn in enumerate(turns):
-            for source, place in enumerate(turn):
-                if place:
-                    yield Key(source, *place, draw)
+        for draw, turn in enumerate(zip_longest(*places)):
+            for i, place in enumerate(turn):
+                if place:  # None: source i has no more
+                    yield Key(i, *place, draw)
 
     def first(self, n: int):
         """The first n good samples, always the same, and the faults met before them."""
@@ -116,13 +119,14 @@ class Samples(Dataset):
             return self.read(key)
 
     def read(self, key):
-        """A sample with decoded pictures, or with their features; or BadSample."""
+        """A sample with decoded pictures, or with their features. Raises BadSample."""
         return self.decode(key, self.read_text(key))
 
     def read_text(self, key: Key) -> Example:
         """A sample with the files of its pictures. Raises BadSample."""
         source = self.sources[key.source]
         sample = source[key.shard, key.row]
+        # Text alone teaches the parts before the language model nothing.
         if not sample.images and "llama" not in self.config.trainable:
             raise BadSample(
                 "no picture, and only the way from pictures to text is trained"
@@ -133,21 +137,23 @@ class Samples(Dataset):
             raise BadSample("nothing to predict")
         return Example(sample.images, ids, targets)
 
-    def decode(self, key, text) -> Example:
+    def decode(self, key, text: Example) -> Example:
         """Replace files by pictures, or by their features. Raises BadSample."""
         if not text.images:
             return text
         if self.features is None:
-            size = self.image_size
-            with foreign_bytes():
-                files = map(content_of, text.images)
-                images = [load_image(file, size, smallest=2) for file in files]
+            with foreign_bytes():  # whatever decoders raise becomes BadSample
+                images = [self.load_image(file) for file in text.images]
         else:
             rows = self.feature_rows[key[:3]]
+            if not rows:
+                raise BadSample("picture cannot be read")
             images = [self.features[row] for row in rows]
-        if not images:
-            raise BadSample("picture cannot be read")
         return text._replace(images=images)
+
+    def load_image(self, file) -> Tensor:
+        # A picture of one pixel is what trackers put on web pages.
+        return load_image(content_of(file), self.image_size, smallest=2)
 
     def tokenize(self, sample, rng):
         """The ids and the targets of a sample."""
@@ -155,38 +161,41 @@ class Samples(Dataset):
         end = self.config.answer_end
         if sample.text is not None:
             template = end = ""
-        turns = self.choose_turns(sample, rng)
+        turns = self.choose_turns(sample, template, rng)
+        # Some conversations begin with the system text, as chat's do.
         as_chat = template and rng.random() < self.config.chat_share
+        # Before each answer, a list of texts and of the markers IMAGE, BOS and END.
         prompts = training_segments(turns, len(sample.images), template, end, as_chat)
 
         ids, targets = [], []
         for prompt, (_, answer) in zip(prompts, turns):
             prompt_ids = encode_segments(self.tokenizer, prompt, self.n_image_tokens)
             if end:
-                answer = harmless(answer, end)
+                answer = harmless(answer, end)  # nothing in it may look like the end
             answer_ids = encode_answer(self.tokenizer, answer, end)
             answer_ids = answer_ids[: self.config.max_txt_len]
             ids += prompt_ids + answer_ids
             targets += [IGNORE] * len(prompt_ids) + answer_ids
         return ids, targets
 
-    def choose_turns(self, sample, rng):
+    def choose_turns(self, sample, template, rng):
         """A sample's turns: (the user's message as text or segments, the answer)."""
-        template = self.config.template
         if sample.text is not None:
             return [(sample.context, sample.text)]
+        # A conversation of one turn may have a caption, too, for runs without template.
         if sample.turns is None or (sample.caption is not None and not template):
             message = str(rng.choice(INSTRUCTIONS)) if template else ""
-            return [(message, self.check_caption(sample))]
+            return [(message, self.caption_of(sample))]
         if sample.images and not template:
             raise BadSample(
                 "a conversation about pictures needs a template, vicuna or llama2"
             )
-        if sample.is_marked:
+        if sample.is_marked:  # by <image>, which becomes a segment
             return [(placed_message(user), answer) for user, answer in sample.turns]
         return sample.turns
 
-    def check_caption(self, sample):
+    def caption_of(self, sample):
+        """The caption, cleaned if the config says so. Raises BadSample."""
         caption = sample.caption
         if not caption.strip():
             raise BadSample("empty caption")
@@ -265,10 +274,14 @@ def split(items: list, n: int):
 
 # ---- the order of the samples ------------------------------------------------------
 
+# An epoch of a source shuffles its shards, cuts their list into windows of `width`
+# shards, and shuffles the samples of each window: few files are open at a time. `seed`
+# is a tuple: the run's, and the number of the source.
+
 
 @lru_cache(maxsize=16)
 def shuffled_shards(source, seed, epoch):
-    """A source's shards in an epoch's order, and how many samples come before each."""
+    """The shards in an epoch's order, and how many samples come before each."""
     rng = np.random.default_rng((*seed, epoch))
     shards = rng.permutation(len(source.counts))
     counts = np.array(source.counts)[shards]
@@ -276,45 +289,43 @@ def shuffled_shards(source, seed, epoch):
 
 
 @lru_cache(maxsize=16)
-def shuffled_rows(source, seed, epoch, window, n_shards):
-    """(shard, row) of the samples in a window of shards, int64 (samples, 2)."""
+def shuffled_window(source, seed, epoch, window, width):
+    """(shard, row) of the samples of a window, int64 (samples, 2)."""
     shards, _ = shuffled_shards(source, seed, epoch)
+    first = window * width
     rows = []
-    for shard in shards[window * n_shards :][:n_shards]:
+    for shard in shards[first : first + width]:
         n_rows = source.counts[shard]
         rows += [(shard, row) for row in range(n_rows)]
     rng = np.random.default_rng((*seed, epoch, window))
     return rng.permutation(rows)
 
 
-def draw_samples(source, seed, n_shards, draws):
-    """Yield (shard, row) of some draws of a source, each sample once per epoch.
-
-    An epoch shuffles the shards, then the samples in each window of n_shards shards.
-    seed: the run's, and the number of the source. draws: from 0 on in the first epoch.
-    """
+def draw_samples(source, seed, width, draws):
+    """Yield (shard, row) for the numbers of draws: each sample once per epoch."""
     n_samples = sum(source.counts)
     for draw in draws:
         epoch, place = divmod(draw, n_samples)
         _, starts = shuffled_shards(source, seed, epoch)
-        shard = int(np.searchsorted(starts, place, side="right")) - 1
-        window = shard // n_shards
-        rows = shuffled_rows(source, seed, epoch, window, n_shards)
-        yield rows[place - starts[window * n_shards]].tolist()
+        position = int(np.searchsorted(starts, place, side="right")) - 1  # of its shard
+        window = position // width
+        rows = shuffled_window(source, seed, epoch, window, width)
+        yield rows[place - starts[window * width]].tolist()
 
 
 # ---- the steps of a run ------------------------------------------------------------
 
-# settings that must not change in a run
+# The settings that batches depend on: --resume refuses to change them.
 KEPT = "seed shuffle_shards length_group template clean_captions max_txt_len chat_share"
 
 
 class TrainingSteps(Dataset):
     """One rank's batches of a run, a pure function of the seed and the step.
 
-    A group is `length_group` successive steps. Each group draws a source by weight, and
-    samples of similar length share a step of the group: less padding. Groups count
-    from 0, steps from 1.
+    Data workers make groups of `length_group` successive steps: self[group]. A group
+    draws its source by weight, takes the source's next samples and sorts them by
+    length, so that a step has similar ones: less padding. Groups count from 0, steps
+    from 1.
     """
 
     def __init__(self, samples, weights: dict, config: Config, rank=0, world=1):
@@ -322,17 +333,16 @@ class TrainingSteps(Dataset):
         self.weights = weights
         self.config = config
         self.rank, self.world = rank, world
-        self.samples_per_step = world * config.batch_size * config.grad_accum  # samples
+        self.samples_per_step = world * config.batch_size * config.grad_accum
         n_groups = math.ceil(config.max_steps / config.length_group)
         shares = np.array(list(weights.values())) / sum(weights.values())
         rng = np.random.default_rng(config.seed)
-        # the number of each group's source
-        self.drawn = rng.choice(len(shares), n_groups, p=shares).tolist()
+        self.source_of_group = rng.choice(len(shares), n_groups, p=shares).tolist()
         self.account = Account(list(weights), config.max_bad_fraction)
 
     @property
     def identity(self):
-        """What must not change in a run."""
+        """What must not change in a run, as JSON values."""
         data = [
             [source.digest(), sum(source.counts), weight]
             for source, weight in zip(self.samples.sources, self.weights.values())
@@ -341,15 +351,17 @@ class TrainingSteps(Dataset):
         identity["answer_end"] = format_end(self.config.answer_end)
         identity["processes x batch_size x grad_accum"] = self.samples_per_step
         identity["data"] = data
-        if len(data) > 1 and self.config.length_group > 1:  # each step drew one before
+        # Earlier versions drew a source for each step; such a run cannot go on.
+        if len(data) > 1 and self.config.length_group > 1:
             identity["order of samples"] = "one source per length_group steps"
         return identity
 
     def keys(self, group: int) -> list[Key]:
-        """The samples of a group, for all ranks, in the order of their source."""
-        i = self.drawn[group]
+        """The samples of a group, for all ranks: its source's next ones."""
+        i = self.source_of_group[group]
         n = self.samples_per_step * self.config.length_group
-        first = n * self.drawn[:group].count(i)
+        # Each earlier group of this source drew as many.
+        first = n * self.source_of_group[:group].count(i)
         draws = range(first, first + n)
         places = draw_samples(
             self.samples.sources[i],
@@ -360,7 +372,10 @@ class TrainingSteps(Dataset):
         return [Key(i, *place, draw) for place, draw in zip(places, draws)]
 
     def arrange(self, group, read_text):
-        """The samples of each step of a group, for all ranks."""
+        """The samples of each step of a group, for all ranks.
+
+        Steps have equal shares of the good samples and of the bad ones, within one.
+        """
         keys = self.keys(group)
         n_steps = self.config.length_group
         if n_steps == 1:
@@ -373,19 +388,21 @@ class TrainingSteps(Dataset):
         bad = [key for key in keys if key not in lengths]
         parts = zip(split(good, n_steps), split(bad, n_steps))
         steps = [good_part + bad_part for good_part, bad_part in parts]
-        seed = (self.config.seed, group, self.drawn[group])
+        seed = (self.config.seed, group, self.source_of_group[group])
         np.random.default_rng(seed).shuffle(steps)
         return steps
 
     def describe(self, step):
-        """The places of a step's samples, of all ranks."""
+        """The places of a step's samples, of all ranks, for messages."""
         group, i = divmod(step - 1, self.config.length_group)
         steps = self.arrange(group, cache(self.samples.read_text))
         return [self.samples.describe(key) for key in steps[i]]
 
     def __getitem__(self, group):
         """This rank's micro-batches of each step, the number of samples, the faults."""
-        read_text = cache(self.samples.read_text)  # once per sample
+        # Read each text once. Exceptions are not cached: a bad sample, which `arrange`
+        # ignores, is read again below, and noted.
+        read_text = cache(self.samples.read_text)
         n_read = 0
         steps, faults = [], []
         for keys in self.arrange(group, read_text):
@@ -408,13 +425,15 @@ class TrainingSteps(Dataset):
         """
         n_steps = self.config.length_group
         first = (start - 1) // n_steps
-        order = range(first, len(self.drawn))
+        order = range(first, len(self.source_of_group))
         groups = start_workers(self, order, self.config.num_workers)
         for group, (steps, n_read, faults) in zip(order, groups):
-            source = self.drawn[group]
+            source = self.source_of_group[group]
             self.account.add(source, n_read, faults)
+            # Of few samples any share may be bad, but not all those of a whole run.
             is_whole_run = start == 1 and group == order[-1]
             self.account.check(source, is_whole_run)
+            # All were bad so far: is there a good one anywhere?
             if self.account.n_good == 0 and not self.samples.first(1)[0]:
                 raise InputError(
                     "not one sample of the data can be used; the first is "
@@ -448,6 +467,7 @@ def precompute_features(samples: Samples, encode, config: Config, device):
     remaining = iter(keys)
     for batch in loader if rank else progress(loader, "features"):
         images = []
+        # batch comes first: zip asks it first, and then loses none of the keys.
         for sample, key in zip(batch, remaining):
             if sample:
                 images += sample.images

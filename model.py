@@ -15,15 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from configs.prompts import IMAGE, is_end
-from llama import (
-    IGNORE,
-    KVCache,
-    Llama,
-    LlamaConfig,
-    Tokenizer,
-    beam_search,
-    sample,
-)
+from llama import IGNORE, KVCache, Llama, LlamaConfig, Tokenizer, sample
+from llama import beam_search as search_beams
 from plumbing.console import InputError
 from plumbing.weights import (
     Part,
@@ -44,11 +37,12 @@ from plumbing.weights import (
 from qformer import JoinPatches, QFormer, QFormerConfig
 from vision import VisionConfig, VisionTransformer
 
-TOWERS = {tower.config_class: tower for tower in (VisionTransformer,)}
-# What the metadata of a part's file may say: {kind: the class of its sizes}.
+# The vision towers to choose from, by the class of their sizes.
+TOWERS = {VisionConfig: VisionTransformer}
+# A part's file names its kind. {part: {kind: the class of its sizes}}, for from_files.
 KINDS = {
-    "vision": {tower.kind: sizes for sizes, tower in TOWERS.items()},
-    "qformer": {QFormer.kind: QFormerConfig},
+    "vision": {tower.kind: config for config, tower in TOWERS.items()},
+    "qformer": {"qformer": QFormerConfig},
     "llama": {"llama": LlamaConfig},
 }
 LOGITS_AT_ONCE = 256  # positions; 33 MB of float32 with a vocabulary of 32,000
@@ -63,9 +57,9 @@ class MiniGPT4(nn.Module):
         qformer: QFormerConfig | None,
         llama: LlamaConfig,
         image_size: int = 0,
-        from_files: Collection[str] = (),
+        on_disk: Collection[str] = (),
     ):
-        """Build the parts, without memory for those whose weights come `from_files`.
+        """Build the parts, without memory for those whose weights are `on_disk`.
 
         Without `vision` it is a language model alone, without `qformer` the bridge
         joins neighboring patches. image_size 0 takes the size of the vision part.
@@ -74,31 +68,35 @@ class MiniGPT4(nn.Module):
         self.vision = self.bridge = self.proj = None
         self.image_size = self.n_image_tokens = 0
         if vision:
-            with empty_if("vision" in from_files):
+            with empty_if("vision" in on_disk):
                 self.vision = TOWERS[type(vision)](vision)
-            with empty_if("qformer" in from_files):
+            with empty_if("qformer" in on_disk):
                 self.bridge = make_bridge(qformer, self.vision)
             self.proj = nn.Linear(self.bridge.width, llama.hidden_size)
             self.image_size = image_size or vision.image_size
             n_patches = self.vision.n_patches(self.image_size)
             self.n_image_tokens = self.bridge.n_image_tokens(n_patches)
-        with empty_if("llama" in from_files):
+        with empty_if("llama" in on_disk):
             self.llama = Llama(llama)
 
-        # The table of parts: a part is a file, and the modules whose tensors it holds.
+        # The table of parts. A part is a file: modules, whose tensors are in the file,
+        # by the prefix of their names there.
         self.parts: dict[str, Part] = {}
         if vision:
-            # A Q-Former's file has an ln_vision; without one, a vision file's counts.
-            eyes = {"": self.vision}
+            # A bridge begins with a LayerNorm, ln_vision. The Q-Former's file has it.
+            # JoinPatches has no file: its ln_vision is in the vision file or, as in the
+            # original, in none, and keeps its initial values.
+            modules = {"": self.vision}
             if not qformer:
-                eyes["ln_vision."] = self.bridge.ln_vision
-            self.parts["vision"] = Part(eyes, optional=("ln_vision.",))
+                modules["ln_vision."] = self.bridge.ln_vision
+            self.parts["vision"] = Part(modules, optional=("ln_vision.",))
             if qformer:
                 self.parts["qformer"] = Part({"": self.bridge})
             self.parts["proj"] = Part({"proj.": self.proj})
         self.parts["llama"] = Part({"": self.llama})
         self.tokenizer: Tokenizer | None = None
-        self.fingerprints: dict[str, str] = {}  # of the frozen parts, as loaded
+        # Identify the parts beside a projection, its companions, as they were loaded.
+        self.fingerprints: dict[str, str] = {}
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Project pictures, (B, 3, S, S) uint8 or normalized float -> (B, N, d_llama).
@@ -107,7 +105,7 @@ class MiniGPT4(nn.Module):
         """
         is_features = images.dim() == 3
         features = images if is_features else self.image_features(images)
-        dtype = next(self.proj.parameters()).dtype
+        dtype = next(self.proj.parameters()).dtype  # proj may be any module
         return self.proj(features.to(dtype))
 
     def image_features(self, images: Tensor) -> Tensor:
@@ -121,8 +119,8 @@ class MiniGPT4(nn.Module):
 
         image_embeds: (pictures, N, d_llama), as many vectors as there are IMAGE ids.
         """
-        x = self.llama.embed_tokens(tokens.clamp(min=0))
         is_image = tokens == IMAGE
+        x = self.llama.embed_tokens(tokens.masked_fill(is_image, 0))
         n_given = 0 if image_embeds is None else image_embeds.shape[:-1].numel()
         if tokens.is_cpu:  # a GPU would have to be waited for
             n_wanted = int(is_image.sum())
@@ -139,8 +137,9 @@ class MiniGPT4(nn.Module):
         """Mean cross entropy over all targets of the batch, float32; 0 without targets.
 
         images: all pictures of the batch, (pictures, 3, S, S), or their features.
-        tokens: int64 (B, T), padded on the right. targets: the same ids where they are
-        to be predicted, IGNORE elsewhere; the shift by one position happens here.
+        tokens: int64 (B, T), padded on the right with any id: attention is causal, so
+        that needs no mask. targets: the same ids where they are to be predicted, IGNORE
+        elsewhere; the shift by one position happens here.
         """
         image_embeds = None if images is None else self.encode_image(images)
         hidden = self.llama(self.embed(tokens, image_embeds))
@@ -159,7 +158,7 @@ class MiniGPT4(nn.Module):
             logits = self.llama.logits(hidden).float()
             return F.cross_entropy(logits, targets, reduction="sum")
 
-        total = 0.0
+        total = torch.zeros((), device=hidden.device)
         hidden_chunks = hidden.split(LOGITS_AT_ONCE)
         target_chunks = targets.split(LOGITS_AT_ONCE)
         for h, t in zip(hidden_chunks, target_chunks):
@@ -221,17 +220,18 @@ class MiniGPT4(nn.Module):
     ) -> Iterator[list[int]]:
         """Yield the next id of each of B prompts, max_new_tokens times.
 
-        cache: holds the first tokens of the prompts already. min_length: the end token
-        comes no earlier; counts `<s>`. context: tokens of prompt and answer together,
-        which cut the beginning of the prompt; 0 takes the model's own.
+        min_length: ids of an answer before the end token may come, with a `<s>` counted
+        in front of them. context: the most tokens of prompt and answer together; the
+        beginning of a longer prompt is cut off. 0: the model's own. cache: may hold a
+        beginning of the prompts; then nothing may have to be cut off.
         """
-        x, start, max_new_tokens = self.embed_prompts(
+        x, max_new_tokens = self.embed_prompts(
             prompts, image_embeds, max_new_tokens, context
         )
         seen = self.penalized_ids(len(prompts))
         if cache is None:
             cache = KVCache()
-        x = x[:, max(start, cache.length) :]
+        x = x[:, cache.length :]
         for n in range(1, max_new_tokens + 1):
             hidden = self.llama(x, cache)
             logits = self.llama.logits(hidden[:, -1]).float()
@@ -258,20 +258,18 @@ class MiniGPT4(nn.Module):
 
         options: num_beams, length_penalty, repetition_penalty and min_length.
         """
-        x, start, max_new_tokens = self.embed_prompts(
+        x, max_new_tokens = self.embed_prompts(
             [tokens], image_embeds, max_new_tokens, context
         )
         seen = self.penalized_ids(1)
         stops = ([self.tokenizer.eos], *stop)
-        return beam_search(
-            self.llama, x[:, start:], seen, max_new_tokens, stops=stops, **options
-        )
+        return search_beams(self.llama, x, seen, max_new_tokens, stops=stops, **options)
 
     def embed_prompts(self, prompts, image_embeds, max_new_tokens: int, context: int):
-        """Embed B prompts, (B, T, d_llama), and share the context with the answer.
+        """Embed what the context has room for of B prompts; returns (B, T, d_llama).
 
-        Also returns where to start in the prompts, and the length of the answer: by
-        default it gets what the prompt leaves, at least a third.
+        Also returns the length of the answer, which may be less than max_new_tokens:
+        in the model's own context it gets what the prompt leaves, or a third.
         """
         n_prompt = len(prompts[0])
         if not context:
@@ -284,12 +282,13 @@ class MiniGPT4(nn.Module):
                 f"beside max_new_tokens {max_new_tokens}"
             )
         x = self.embed(torch.tensor(prompts, device=self.device), image_embeds)
-        return x, max(0, n_prompt + max_new_tokens - context), max_new_tokens
+        n_cut = max(0, n_prompt + max_new_tokens - context)
+        return x[:, n_cut:], max_new_tokens
 
     def penalized_ids(self, n_prompts: int) -> Tensor:
         """The ids that the repetition penalty starts with, bool (B, V).
 
-        Quirk kept: `<s>`, and nothing of the prompt.
+        Quirk of the original kept: `<s>`, and nothing of the prompt.
         """
         ids = torch.arange(self.llama.config.vocab_size, device=self.device)
         return (ids == self.tokenizer.bos).repeat(n_prompts, 1)
@@ -320,25 +319,29 @@ class MiniGPT4(nn.Module):
         """
         sources = {"vision": vision, "qformer": qformer, "proj": proj, "llama": llama}
         check_sources(sources, trainable or (), dtype, tokenizer)
+        # {part: its file's tensors and sizes}; a new part has sizes alone.
         files = read_parts(sources, LlamaConfig)
+        # For int8 and int4, LLaMA's sizes now say so, and other parts are bfloat16.
         dtype = choose_quantization(files, dtype, trainable or ())
         if trainable is None:
             trainable = ("proj",) if vision else ()
         tokenizer = Tokenizer(tokenizer or f"{llama}/tokenizer.model")
-        sizes = read_sizes(files, KINDS, tokenizer.vocab_size, image_size)
+        vision_config, qformer_config, llama_config = read_sizes(
+            files, KINDS, tokenizer.vocab_size, image_size
+        )
+        check_vocabulary(tokenizer, llama_config.vocab_size)
         on_disk = [name for name, file in files.items() if file.tensors]
-        model = cls(*sizes, image_size, on_disk)
+        model = cls(vision_config, qformer_config, llama_config, image_size, on_disk)
         model.tokenizer = tokenizer
-        check_vocabulary(tokenizer, model.llama.config.vocab_size)
         for name, part in model.parts.items():
-            in_float32 = name in (*trainable, "proj")
-            part_dtype = torch.float32 if in_float32 else getattr(torch, dtype)
             if name in on_disk:
+                in_float32 = name in (*trainable, "proj")
+                part_dtype = torch.float32 if in_float32 else getattr(torch, dtype)
                 load_part(name, part, files[name], part_dtype, device)
             for module in part.modules.values():
                 module.to(device).requires_grad_(name in trainable)
         model.fingerprints = identify(model.parts, files)
-        check_companions(files, model.fingerprints)
+        check_companions(files, model.fingerprints)  # warns if proj had others
         return model.eval()
 
     def part_tensors(self, name: str) -> dict[str, Tensor]:
@@ -367,7 +370,7 @@ class MiniGPT4(nn.Module):
     def drop_vision(self, to_save: Collection[str] = ()):
         """Free vision tower and bridge once all features are computed.
 
-        Parts `to_save` only leave the forward pass.
+        Those named in `to_save` stay in the table of parts, for save_part.
         """
         self.vision = self.bridge = None
         for name in {"vision", "qformer"} - set(to_save):

@@ -1,11 +1,12 @@
-"""Train MiniGPT-4: both stages, and every part of the tiny world, from a config file.
+"""Train MiniGPT-4, stage 1 or stage 2, from a config file.
 
     python train.py configs/tiny_stage1.py                    one process, a laptop
     torchrun --nproc-per-node 4 train.py configs/stage1.py    the paper's stage 1
     python train.py configs/stage2.py --max_steps=400 --resume
 
 The command line overrides any field of the config. out_dir then holds proj.safetensors,
-config.json, log.jsonl, and state.pt, from which --resume continues a killed run.
+config.json, log.jsonl, and state.pt, from which --resume continues a killed run. Other
+configs train other parts: a language model alone has no vision part and no projection.
 """
 
 import math
@@ -80,9 +81,9 @@ def train_step(
     """Take a step along the gradient of the mean loss over all answer tokens.
 
     "All" means those of all micro-batches on all ranks. Returns this mean loss, and
-    whether the step was finite; both are the same on all ranks. A step that is not
-    finite changes no weight. In float16 an infinite gradient still counts as finite:
-    the scaler expects some, skips their step and lowers its scale.
+    whether loss and gradient are finite; both are the same on all ranks. If not, no
+    weight changes. In float16 only the loss is checked: the scaler takes care of
+    infinite gradients, skips their step and lowers its scale.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     device = parameters[0].device
@@ -93,13 +94,13 @@ def train_step(
         # DDP averages the gradients over the ranks after the last micro-batch.
         model.require_backward_grad_sync = i == len(batches)
         images, tokens, targets = batch.to(device)
-        # The model returns a mean over the batch; its share in the mean over all is
-        # mean * batch.n_targets / n_targets. n_processes() undoes DDP's average.
-        batch_sum = model(images, tokens, targets) * batch.n_targets
+        batch_sum = model(images, tokens, targets) * batch.n_targets  # it gives a mean
         loss_sum += batch_sum.detach()
         if images is None:
             # The projection is not used then, but DDP waits for its gradient: zero.
             batch_sum = batch_sum + 0 * sum(p.sum() for p in parameters)
+        # The sum of all batch_sum / n_targets is the mean over all answer tokens. DDP
+        # averages over the ranks where a sum is wanted: n_processes() makes up for it.
         scaler.scale(batch_sum * (n_processes() / n_targets)).backward()
 
     for group in optimizer.param_groups:
@@ -184,7 +185,7 @@ def answer_example(
 def build(config: Config, device: torch.device) -> MiniGPT4:
     """The model, its blocks sharded, checkpointed and compiled as the config says.
 
-    It is and stays in eval mode: no part has dropout in training.
+    It stays in eval mode: training uses no dropout.
     """
     if config.shard and n_processes() == 1:
         raise InputError(
@@ -201,7 +202,7 @@ def build(config: Config, device: torch.device) -> MiniGPT4:
     if config.shard:
         shard_llama(model, device)
     model.llama.grad_checkpoint = config.grad_checkpoint
-    if device.type == "cuda":  # on a CPU it is slower
+    if device.type == "cuda":  # on a CPU, float32 is faster
         mix_precision(model, config, device)
     if config.compile:
         for part in (model.vision, model.bridge, model.llama):
@@ -212,7 +213,8 @@ def build(config: Config, device: torch.device) -> MiniGPT4:
 def mix_precision(model: MiniGPT4, config: Config, device: torch.device):
     """Let trained parts, kept in float32, compute in the dtype of the frozen ones.
 
-    The projection alone is too small to be worth it.
+    Otherwise each part casts its input to the dtype of its weights. The projection
+    alone is too small to be worth it.
     """
     if config.dtype != "float32" and config.trainable != ("proj",):
         mixed = torch.autocast(device.type, getattr(torch, config.dtype))
@@ -220,10 +222,12 @@ def mix_precision(model: MiniGPT4, config: Config, device: torch.device):
 
 
 def shard_llama(model: MiniGPT4, device: torch.device):
-    """Spread the frozen LLaMA's blocks over the ranks; each has all the other weights.
+    """Spread the blocks of the frozen LLaMA over the ranks.
 
-    fully_shard moves a block from the CPU to the device, so that no device ever holds
-    all of them. Trained parts are not sharded: DDP averages their gradients as always.
+    Each rank has a copy of all other weights.
+
+    fully_shard moves a block from the CPU to the device: no device ever holds all of
+    them. Trained parts are not sharded; DDP averages their gradients as always.
     """
     from torch.distributed.fsdp import fully_shard  # takes a second to import
 
@@ -242,15 +246,15 @@ def open_data(
     heldout = None
     if config.heldout_data:
         heldout, _ = open_samples(config.heldout_data, config, *encoding)
-        usable, _ = heldout.first(1)
-        if not usable:
+        first_usable, _ = heldout.first(1)
+        if not first_usable:
             raise InputError(
                 f"heldout_data {config.heldout_data}: "
                 "not one of its samples can be used; fix it"
             )
     if config.cache_features:
-        # From here on the samples hold features in place of pictures; the model takes
-        # both. It keeps the vision side only as far as its files have to be written.
+        # From here on the samples have features in place of pictures; the model takes
+        # both. Its vision side is freed, but for new parts that have to be saved.
         precompute_features(samples, model.image_features, config, device)
         if heldout:
             precompute_features(heldout, model.image_features, config, device)
@@ -259,11 +263,13 @@ def open_data(
 
 
 def open_folder(config: Config) -> RunFolder:
-    """out_dir. Raises InputError for another run, or another program's config.json."""
-    written = list(config.part_files().values())  # of trained and new parts
-    folder = RunFolder(config.out_dir, written, config.resume)
+    """out_dir, checked: a run must neither overwrite another one nor other files."""
+    # The files of the parts that the run trains or makes from a dict of sizes.
+    part_files = list(config.part_files().values())
+    # Raises InputError if there is a run and no --resume, or if it lost its state.pt.
+    folder = RunFolder(config.out_dir, part_files, config.resume)
     if (folder.path / "config.json").exists():
-        read_saved_config(config.out_dir)  # raises InputError unless it is ours
+        read_saved_config(config.out_dir)  # raises InputError for another program's
     return folder
 
 
@@ -272,8 +278,8 @@ def make_checkpoint(
 ) -> Checkpoint:
     """What learns, its optimizer and gradient scaler, and how to save them.
 
-    identity: settings that --resume refuses to change. Other frozen parts than before,
-    told by their fingerprints, only get a warning.
+    identity: settings that must be the same when a run is resumed. The frozen parts are
+    compared by their fingerprints; other ones only cause a warning.
     """
     tensors = {}
     for name in config.trainable:
@@ -286,10 +292,12 @@ def make_checkpoint(
         "trainable": config.trainable,
         "use of float16": scaler.is_enabled(),
     }
-    fingerprints = dict(model.fingerprints)  # of all parts but the projection
-    if model.proj:
-        fingerprints["proj"] = fingerprint(model.part_tensors("proj"))
-    frozen = {k: v for k, v in fingerprints.items() if k not in config.trainable}
+    # The model has the fingerprints of a projection's companions: the other parts.
+    frozen = dict(model.fingerprints)
+    if config.vision:
+        frozen["proj"] = fingerprint(model.part_tensors("proj"))
+    for name in config.trainable:
+        frozen.pop(name, None)
 
     def save_parts():
         for name in config.part_files():
@@ -314,18 +322,20 @@ def train(config: Config, device: torch.device, rank: int = 0, world: int = 1) -
     samples, source_weights, heldout = open_data(config, model, device)
     steps = TrainingSteps(samples, source_weights, config, rank, world)
     checkpoint = make_checkpoint(folder, model, config, steps.identity, device)
-    done = checkpoint.load() if config.resume else 0
-    check_same_everywhere((done, steps.identity), "checkpoint or data")
-    if done >= config.max_steps:
+    n_done = checkpoint.load() if config.resume else 0
+    check_same_everywhere((n_done, steps.identity), "checkpoint or data")
+    if n_done >= config.max_steps:
         if rank == 0:
-            checkpoint.save_missing_parts()
-        note(f"{config.out_dir}: its run is already at step {done:,}")
+            checkpoint.save_missing_parts()  # it was killed after it saved state.pt
+        note(f"{config.out_dir}: its run is already at step {n_done:,}")
         return False
     meter = Meter(list(source_weights), device, 1e12 * config.peak_tflops)
-    with RunLog(folder, config.max_steps, done, is_silent=rank > 0) as log:
+    with RunLog(folder, config.max_steps, n_done, is_silent=rank > 0) as log:
         if rank == 0:
             write_saved_config(config)  # not earlier: a refused run changes nothing
-        return run_steps(config, model, steps, heldout, checkpoint, meter, log, done)
+        return run_steps(
+            config, model, steps, heldout, checkpoint, meter, log, n_done, device
+        )
 
 
 def run_steps(
@@ -336,17 +346,17 @@ def run_steps(
     checkpoint: Checkpoint,
     meter: Meter,
     log: RunLog,
-    done: int,
+    n_done: int,
+    device: torch.device,
 ) -> bool:
-    """The training loop, from step `done` + 1 on. Returns whether Ctrl-C ended it."""
-    is_first_rank = steps.rank == 0
+    """The training loop, after `n_done` steps. Returns whether Ctrl-C ended it."""
     optimizer, scaler = checkpoint.optimizer, checkpoint.scaler
-    stop = StopSignals(meter.device)
+    stop = StopSignals(device)
     # Rank 0 evaluates alone, but a sharded model needs all ranks.
-    evaluates = heldout and (is_first_rank or config.shard)
+    evaluates = heldout and (steps.rank == 0 or config.shard)
     ddp_model = data_parallel(model)  # the model itself if there is one process
 
-    for step, source, batches in meter.time_waiting(steps.read(start=done + 1)):
+    for step, source, batches in meter.time_waiting(steps.read(start=n_done + 1)):
         lr = learning_rate(step - 1, config)
         with meter.counting_flops(batches):
             loss, is_finite = train_step(
@@ -362,15 +372,16 @@ def run_steps(
         last = finished or stopping
         log.advance()
         if last or step % config.log_interval == 0:
-            log.speed(step, lr, step * steps.samples_per_step, meter.report())
+            # The report has the mean loss, and the speed, since the last one.
+            log.progress(step, lr, step * steps.samples_per_step, meter.report())
         with meter.paused():
             # Save first: an evaluation that fails costs nothing.
-            if is_first_rank and (last or step % config.save_interval == 0):
+            if steps.rank == 0 and (last or step % config.save_interval == 0):
                 checkpoint.save(step)
-                log.bad_samples(step, steps.account)
+                log.bad_samples(step, steps.account)  # as many as rank 0 has met
             is_due = step % config.eval_interval == 0 and not stopping
             if evaluates and (finished or is_due):
-                result = evaluate(model, heldout, config, meter.device, stop)
+                result = evaluate(model, heldout, config, device, stop)
                 log.evaluation(step, result)
         if last:
             break
@@ -384,14 +395,14 @@ def main(argv: list[str]):
     paths, options = parse_args(argv, __doc__, "CONFIG", Config)
     config = load_config(paths[0], options)
     outlive_reader(sys.stderr)  # a run goes on when nobody reads its messages any more
-    # Huge pages on Linux: pictures are normalized faster.
+    # PyTorch's allocator then uses huge pages on Linux: pictures are normalized faster.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     with process_group(config.device) as (device, rank, world):
         if rank == 0:
             print(to_json(config), file=sys.stderr)
         was_interrupted = train(config, device, rank, world)
     if was_interrupted:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt  # exit status 130; a run that SIGTERM ended is in order
     if rank == 0:
         command = ["python", "chat.py"]
         if config.vision:

@@ -16,7 +16,6 @@ class Meter:
     def __init__(self, sources: list[str], device, peak_flops: float = 0.0):
         """peak_flops: FLOP/s of one device; with it, reports have `mfu`."""
         self.sources = sources
-        self.device = device
         self.peak_flops = peak_flops * n_processes()
         self.flops_per_token = 0.0
         # Of each source: the loss, answer tokens, pictures (or texts), tokens.

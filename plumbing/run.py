@@ -106,7 +106,7 @@ class RunLog:
                 f"finite; {ADVICE}"
             )
 
-    def speed(self, step: int, lr: float, seen: int, report: dict):
+    def progress(self, step: int, lr: float, seen: int, report: dict):
         """What a meter reports; nothing if no step was finite."""
         if report:
             append_row(self.file, step=step, lr=lr, seen=seen, **report)

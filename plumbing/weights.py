@@ -71,7 +71,7 @@ def save_tensors(
     dtype: str,
     metadata: dict[str, str],
 ):
-    """Write a safetensors file, floats as `dtype`; at the end it replaces an old one."""
+    """Write a safetensors file, floats as `dtype`; at the end it replaces an older."""
     cast = {}
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu()

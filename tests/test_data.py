@@ -243,10 +243,10 @@ def rows(batches):
 def global_batches(runs):
     """[step] -> (source, the token ids of all samples of all ranks, sorted)."""
     found = []
-    for group in range(len(runs[0].drawn)):
+    for group in range(len(runs[0].source_of_group)):
         for shares in zip(*(run[group][0] for run in runs)):
             texts = [row for batches in shares for row in rows(batches)]
-            found.append((runs[0].drawn[group], sorted(texts)))
+            found.append((runs[0].source_of_group[group], sorted(texts)))
     return found
 
 
@@ -265,7 +265,7 @@ def test_a_global_batch_depends_on_the_product_of_processes_batch_size_and_grad_
     for way in rng.permutation(ways)[:4].tolist():
         assert global_batches(ranks(shape, *way)) == wanted, way
     # sorting by length keeps a group's samples
-    for group in range(len(one.drawn)):
+    for group in range(len(one.source_of_group)):
         drawn = [samples[key] for key in one.keys(group)]
         good = [tuple(each.ids) for each in drawn if each]
         first = group * config.length_group
@@ -277,7 +277,7 @@ def test_a_global_batch_depends_on_the_product_of_processes_batch_size_and_grad_
 def test_several_processes_count_each_sample_once(shape):
     (one,) = ranks(shape, 1, shape[3], 1)
     runs = ranks(shape, 2, shape[3] // 2, 1)
-    for group in range(len(one.drawn)):
+    for group in range(len(one.source_of_group)):
         _, n_read, faults = one[group]
         shares = [run[group] for run in runs]
         assert n_read == sum(n for _, n, _ in shares) == len(one.keys(group))
@@ -286,7 +286,9 @@ def test_several_processes_count_each_sample_once(shape):
 
 def test_each_sample_comes_once_per_epoch_of_its_source(shape):
     (steps,) = ranks(shape, 1, shape[3], 1)
-    drawn = [key for group in range(len(steps.drawn)) for key in steps.keys(group)]
+    drawn = [
+        key for group in range(len(steps.source_of_group)) for key in steps.keys(group)
+    ]
     for i, source in enumerate(shape[0].sources):
         order, n = [key[1:3] for key in drawn if key.source == i], sum(source.counts)
         for epoch in (order[at : at + n] for at in range(0, len(order), n)):
@@ -348,7 +350,7 @@ def test_the_order_is_the_same_in_all_versions():
         {"a": 1, "b": 1},
         Config(max_steps=12, batch_size=1),
     )
-    assert steps.drawn == [1, 0, 1, 1, 0, 1, 1, 1, 0, 0, 0, 1]
+    assert steps.source_of_group == [1, 0, 1, 1, 0, 1, 1, 1, 0, 0, 0, 1]
 
 
 def test_the_mixture_is_drawn_by_weight():
@@ -356,7 +358,7 @@ def test_the_mixture_is_drawn_by_weight():
     weights = {"a": 115, "b": 14}
     for length_group in (1, 4):
         config = Config(max_steps=100_000 * length_group, length_group=length_group)
-        drawn = TrainingSteps(samples, weights, config).drawn
+        drawn = TrainingSteps(samples, weights, config).source_of_group
         assert len(drawn) == 100_000
         assert abs(np.mean(drawn) - 14 / 129) < 0.01 * 14 / 129
 

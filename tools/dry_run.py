@@ -5,7 +5,7 @@
 
 Sizes come from the headers of weight files and LLaMA's config.json, or are the official
 ones where files are missing. --world is the number of processes. Peak memory is an
-estimate: weights, gradients, AdamW's moments, what autograd keeps for the backward pass.
+estimate: weights, gradients, AdamW's moments, and what the backward pass needs.
 """
 
 import sys

@@ -103,7 +103,7 @@ def report_range(label: str, values: list[int]):
 def padding(steps: TrainingSteps) -> float:
     """The share of padding among the tokens of a run."""
     n_tokens, n_places = 0, 0
-    for group in range(len(steps.drawn)):
+    for group in range(len(steps.source_of_group)):
         batches, _, _ = steps[group]
         for batch in sum(batches, []):
             if batch.n_targets:
