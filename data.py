@@ -133,7 +133,7 @@ class Samples(Dataset):
             )
         seed = (self.config.seed, key.source, key.draw)
         ids, targets = self.tokenize(sample, np.random.default_rng(seed))
-        if set(targets[1:]) <= {IGNORE}:
+        if set(targets[1:]) <= {IGNORE}:  # nothing comes before the first id
             raise BadSample("nothing to predict")
         return Example(sample.images, ids, targets)
 
@@ -244,7 +244,7 @@ class Batch(NamedTuple):
 
     @property
     def n_tokens(self) -> int:
-        return int((self.tokens != 0).sum())
+        return int((self.tokens != 0).sum())  # 0 is padding
 
     def to(self, device) -> "Batch":
         moved = [t if t is None else t.to(device, non_blocking=True) for t in self]
@@ -385,7 +385,7 @@ class TrainingSteps(Dataset):
             with suppress(BadSample):
                 lengths[key] = len(read_text(key).ids)
         good = sorted(lengths, key=lengths.get)
-        bad = [key for key in keys if key not in lengths]
+        bad = [key for key in keys if key not in lengths]  # to be counted
         parts = zip(split(good, n_steps), split(bad, n_steps))
         steps = [good_part + bad_part for good_part, bad_part in parts]
         seed = (self.config.seed, group, self.source_of_group[group])
@@ -426,6 +426,7 @@ class TrainingSteps(Dataset):
         n_steps = self.config.length_group
         first = (start - 1) // n_steps
         order = range(first, len(self.source_of_group))
+        # Data workers compute self[group] ahead, in this order.
         groups = start_workers(self, order, self.config.num_workers)
         for group, (steps, n_read, faults) in zip(order, groups):
             source = self.source_of_group[group]

@@ -87,21 +87,24 @@ def train_step(
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     device = parameters[0].device
-    n_own_targets = float(sum(batch.n_targets for batch in batches))
-    n_targets = all_sum(torch.tensor(n_own_targets, device=device)).clamp(min=1)
+    n_on_this_rank = float(sum(batch.n_targets for batch in batches))
+    n_targets = all_sum(torch.tensor(n_on_this_rank, device=device)).clamp(min=1)
+    # The model returns the mean loss of a micro-batch. The mean over all answer tokens
+    # is the sum, over ranks and micro-batches, of mean * batch.n_targets / n_targets.
+    # DDP averages gradients over the ranks instead: n_processes() makes it a sum.
+    weight = n_processes() / n_targets
     loss_sum = torch.zeros_like(n_targets)
     for i, batch in enumerate(batches, 1):
-        # DDP averages the gradients over the ranks after the last micro-batch.
+        # DDP does so after the last micro-batch. (A model without DDP ignores this.)
         model.require_backward_grad_sync = i == len(batches)
         images, tokens, targets = batch.to(device)
-        batch_sum = model(images, tokens, targets) * batch.n_targets  # it gives a mean
+        batch_sum = model(images, tokens, targets) * batch.n_targets
         loss_sum += batch_sum.detach()
         if images is None:
-            # The projection is not used then, but DDP waits for its gradient: zero.
+            # The projection is not used then, but DDP waits for the gradients of all
+            # parameters: add zero times each.
             batch_sum = batch_sum + 0 * sum(p.sum() for p in parameters)
-        # The sum of all batch_sum / n_targets is the mean over all answer tokens. DDP
-        # averages over the ranks where a sum is wanted: n_processes() makes up for it.
-        scaler.scale(batch_sum * (n_processes() / n_targets)).backward()
+        scaler.scale(batch_sum * weight).backward()
 
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -352,10 +355,12 @@ def run_steps(
     """The training loop, after `n_done` steps. Returns whether Ctrl-C ended it."""
     optimizer, scaler = checkpoint.optimizer, checkpoint.scaler
     stop = StopSignals(device)
-    # Rank 0 evaluates alone, but a sharded model needs all ranks.
-    evaluates = heldout and (steps.rank == 0 or config.shard)
+    # Rank 0 evaluates, and the others wait in the next step; but a sharded model needs
+    # all ranks for it.
+    evaluates = heldout is not None and (steps.rank == 0 or config.shard)
     ddp_model = data_parallel(model)  # the model itself if there is one process
 
+    # A step's samples, its micro-batches of `batches`, all come from one source.
     for step, source, batches in meter.time_waiting(steps.read(start=n_done + 1)):
         lr = learning_rate(step - 1, config)
         with meter.counting_flops(batches):
@@ -381,6 +386,7 @@ def run_steps(
                 log.bad_samples(step, steps.account)  # as many as rank 0 has met
             is_due = step % config.eval_interval == 0 and not stopping
             if evaluates and (finished or is_due):
+                # None if a signal cut it short: the next step is the last one then.
                 result = evaluate(model, heldout, config, device, stop)
                 log.evaluation(step, result)
         if last:
@@ -395,7 +401,8 @@ def main(argv: list[str]):
     paths, options = parse_args(argv, __doc__, "CONFIG", Config)
     config = load_config(paths[0], options)
     outlive_reader(sys.stderr)  # a run goes on when nobody reads its messages any more
-    # PyTorch's allocator then uses huge pages on Linux: pictures are normalized faster.
+    # PyTorch's allocator reads this when it is first used. With huge pages (on Linux)
+    # pictures are normalized faster.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     with process_group(config.device) as (device, rank, world):
         if rank == 0:
