@@ -37,9 +37,9 @@ from plumbing.weights import (
 from qformer import JoinPatches, QFormer, QFormerConfig
 from vision import VisionConfig, VisionTransformer
 
-# The vision towers to choose from, by the class of their sizes.
+# The vision towers to choose from, by the class of their config.
 TOWERS = {VisionConfig: VisionTransformer}
-# A part's file names its kind. {part: {kind: the class of its sizes}}, for from_files.
+# A part's file says of which kind it is: {part: {kind: the class of its config}}.
 KINDS = {
     "vision": {tower.kind: config for config, tower in TOWERS.items()},
     "qformer": {"qformer": QFormerConfig},
@@ -79,13 +79,14 @@ class MiniGPT4(nn.Module):
         with empty_if("llama" in on_disk):
             self.llama = Llama(llama)
 
-        # The table of parts. A part is a file: modules, whose tensors are in the file,
-        # by the prefix of their names there.
+        # The table of parts. Each has a file, and modules whose tensors are in it:
+        # Part({prefix of their names in the file: module}).
         self.parts: dict[str, Part] = {}
         if vision:
             # A bridge begins with a LayerNorm, ln_vision. The Q-Former's file has it.
             # JoinPatches has no file: its ln_vision is in the vision file or, as in the
-            # original, in none, and keeps its initial values.
+            # original, in none, and keeps its initial values. Optional means so, or that
+            # the file has one that is not used.
             modules = {"": self.vision}
             if not qformer:
                 modules["ln_vision."] = self.bridge.ln_vision
@@ -95,11 +96,11 @@ class MiniGPT4(nn.Module):
             self.parts["proj"] = Part({"proj.": self.proj})
         self.parts["llama"] = Part({"": self.llama})
         self.tokenizer: Tokenizer | None = None
-        # Identify the parts beside a projection, its companions, as they were loaded.
+        # {part: hash of its weights as loaded}, for the companions of a projection.
         self.fingerprints: dict[str, str] = {}
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Project pictures, (B, 3, S, S) uint8 or normalized float -> (B, N, d_llama).
+        """Pictures, (B, 3, S, S) uint8 or normalized float -> (B, N, d_llama).
 
         Also takes the features that `image_features` computed, (B, N, bridge.width).
         """
@@ -220,10 +221,10 @@ class MiniGPT4(nn.Module):
     ) -> Iterator[list[int]]:
         """Yield the next id of each of B prompts, max_new_tokens times.
 
-        min_length: ids of an answer before the end token may come, with a `<s>` counted
-        in front of them. context: the most tokens of prompt and answer together; the
-        beginning of a longer prompt is cut off. 0: the model's own. cache: may hold a
-        beginning of the prompts; then nothing may have to be cut off.
+        min_length: the end token is not allowed among the first min_length - 1 ids.
+        context: the most tokens of prompt and answer together (0: the model's own); a
+        longer prompt loses its beginning. cache: may hold the first tokens of the
+        prompts, if these do not lose any.
         """
         x, max_new_tokens = self.embed_prompts(
             prompts, image_embeds, max_new_tokens, context
@@ -266,10 +267,11 @@ class MiniGPT4(nn.Module):
         return search_beams(self.llama, x, seen, max_new_tokens, stops=stops, **options)
 
     def embed_prompts(self, prompts, image_embeds, max_new_tokens: int, context: int):
-        """Embed what the context has room for of B prompts; returns (B, T, d_llama).
+        """Embed B prompts, (B, T, d_llama), and find the length of the answer.
 
-        Also returns the length of the answer, which may be less than max_new_tokens:
-        in the model's own context it gets what the prompt leaves, or a third.
+        Where a context is given, the answer has max_new_tokens, and a prompt that is
+        too long loses its beginning. In the model's own context (0) the answer has only
+        what the prompt leaves, but at least a third of the context.
         """
         n_prompt = len(prompts[0])
         if not context:
@@ -319,9 +321,10 @@ class MiniGPT4(nn.Module):
         """
         sources = {"vision": vision, "qformer": qformer, "proj": proj, "llama": llama}
         check_sources(sources, trainable or (), dtype, tokenizer)
-        # {part: its file's tensors and sizes}; a new part has sizes alone.
+        # {part: its file's tensors and sizes}; a new part has sizes alone. LlamaConfig
+        # reads config.json; other files have their sizes in their metadata.
         files = read_parts(sources, LlamaConfig)
-        # For int8 and int4, LLaMA's sizes now say so, and other parts are bfloat16.
+        # Changes LLaMA's sizes in `files` for int8 and int4; other parts are bfloat16.
         dtype = choose_quantization(files, dtype, trainable or ())
         if trainable is None:
             trainable = ("proj",) if vision else ()
@@ -334,7 +337,7 @@ class MiniGPT4(nn.Module):
         model = cls(vision_config, qformer_config, llama_config, image_size, on_disk)
         model.tokenizer = tokenizer
         for name, part in model.parts.items():
-            if name in on_disk:
+            if name in on_disk:  # new parts are float32, and stay it
                 in_float32 = name in (*trainable, "proj")
                 part_dtype = torch.float32 if in_float32 else getattr(torch, dtype)
                 load_part(name, part, files[name], part_dtype, device)
