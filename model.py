@@ -85,8 +85,8 @@ class MiniGPT4(nn.Module):
         if vision:
             # A bridge begins with a LayerNorm, ln_vision. The Q-Former's file has it.
             # JoinPatches has no file: its ln_vision is in the vision file or, as in the
-            # original, in none, and keeps its initial values. Optional means so, or that
-            # the file has one that is not used.
+            # original, in none, and keeps its initial values. "Optional" covers this,
+            # and a vision file whose ln_vision is not used.
             modules = {"": self.vision}
             if not qformer:
                 modules["ln_vision."] = self.bridge.ln_vision
