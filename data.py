@@ -4,8 +4,8 @@ plumbing/sources.py reads files as `Sample`s: a list `images`, and a `caption`, 
 `turns` of a conversation, or a plain `text` with the `context` before it. Here they
 become ids and targets. The ids have IMAGE (-1) once per image token; the targets are
 the same ids where the model is to predict them, IGNORE elsewhere. As in the original,
-each text and each answer is tokenized on its own, and an answer that is too long is cut
-with its end symbol. Bad samples are left out and counted.
+each text and each answer is tokenized on its own, and an answer that is too long loses
+its end symbol, too. Bad samples are left out and counted.
 
 The batches of a run depend only on the seed and the step number: a resumed run needs no
 other state.
@@ -52,12 +52,12 @@ from vision import load_image
 
 
 class Key(NamedTuple):
-    """The place of a sample, and the number of its draw, which seeds its choices."""
+    """The place of a sample, and what seeds its random choices."""
 
     source: int
     shard: int
     row: int
-    draw: int
+    draw: int  # in training, how many samples of the source were drawn before
 
 
 class Example(NamedTuple):
@@ -85,8 +85,8 @@ class Samples(Dataset):
     def all_keys(self):
         """Yield the keys of all samples, one of each source in turn."""
         places = [source.places() for source in self.sources]
-        for draw, turn in enumerate(zip_longest(*places)):
-            for i, place in enumerate(turn):
+        for draw, one_of_each in enumerate(zip_longest(*places)):
+            for i, place in enumerate(one_of_each):
                 if place:  # None: source i has no more
                     yield Key(i, *place, draw)
 
@@ -126,7 +126,7 @@ class Samples(Dataset):
         """A sample with the files of its pictures. Raises BadSample."""
         source = self.sources[key.source]
         sample = source[key.shard, key.row]
-        # Text alone teaches the parts before the language model nothing.
+        # Without pictures, only a language model can learn.
         if not sample.images and "llama" not in self.config.trainable:
             raise BadSample(
                 "no picture, and only the way from pictures to text is trained"
@@ -182,7 +182,7 @@ class Samples(Dataset):
         """A sample's turns: (the user's message as text or segments, the answer)."""
         if sample.text is not None:
             return [(sample.context, sample.text)]
-        # A conversation of one turn may have a caption, too, for runs without template.
+        # A caption, or a conversation of one turn that can also serve as a caption.
         if sample.turns is None or (sample.caption is not None and not template):
             message = str(rng.choice(INSTRUCTIONS)) if template else ""
             return [(message, self.caption_of(sample))]
@@ -307,7 +307,8 @@ def draw_samples(source, seed, width, draws):
     for draw in draws:
         epoch, place = divmod(draw, n_samples)
         _, starts = shuffled_shards(source, seed, epoch)
-        position = int(np.searchsorted(starts, place, side="right")) - 1  # of its shard
+        # place in the epoch -> its shard's position in the shuffled list -> the window
+        position = int(np.searchsorted(starts, place, side="right")) - 1
         window = position // width
         rows = shuffled_window(source, seed, epoch, window, width)
         yield rows[place - starts[window * width]].tolist()
@@ -348,7 +349,7 @@ class TrainingSteps(Dataset):
             for source, weight in zip(self.samples.sources, self.weights.values())
         ]
         identity = {name: getattr(self.config, name) for name in KEPT.split()}
-        identity["answer_end"] = format_end(self.config.answer_end)
+        identity["answer_end"] = format_end(self.config.answer_end)  # a text
         identity["processes x batch_size x grad_accum"] = self.samples_per_step
         identity["data"] = data
         # Earlier versions drew a source for each step; such a run cannot go on.
@@ -374,7 +375,8 @@ class TrainingSteps(Dataset):
     def arrange(self, group, read_text):
         """The samples of each step of a group, for all ranks.
 
-        Steps have equal shares of the good samples and of the bad ones, within one.
+        The numbers of good samples in two steps differ by at most one; those of bad
+        ones likewise.
         """
         keys = self.keys(group)
         n_steps = self.config.length_group
@@ -431,7 +433,8 @@ class TrainingSteps(Dataset):
         for group, (steps, n_read, faults) in zip(order, groups):
             source = self.source_of_group[group]
             self.account.add(source, n_read, faults)
-            # Of few samples any share may be bad, but not all those of a whole run.
+            # Raises InputError above max_bad_fraction, once enough samples were read,
+            # and at the end of a whole run if all were bad.
             is_whole_run = start == 1 and group == order[-1]
             self.account.check(source, is_whole_run)
             # All were bad so far: is there a good one anywhere?
@@ -468,7 +471,7 @@ def precompute_features(samples: Samples, encode, config: Config, device):
     remaining = iter(keys)
     for batch in loader if rank else progress(loader, "features"):
         images = []
-        # batch comes first: zip asks it first, and then loses none of the keys.
+        # Pair samples and keys. zip asks `batch` first, and so loses none of the keys.
         for sample, key in zip(batch, remaining):
             if sample:
                 images += sample.images
