@@ -96,7 +96,7 @@ class MiniGPT4(nn.Module):
             self.parts["proj"] = Part({"proj.": self.proj})
         self.parts["llama"] = Part({"": self.llama})
         self.tokenizer: Tokenizer | None = None
-        # {part: hash of its weights as loaded}, for the companions of a projection.
+        # {part: hash of its weights as loaded}
         self.fingerprints: dict[str, str] = {}
 
     def encode_image(self, images: Tensor) -> Tensor:

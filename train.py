@@ -46,7 +46,6 @@ from plumbing.processes import (
 )
 from plumbing.quantized import compile_blocks
 from plumbing.run import Checkpoint, RunFolder, RunLog
-from plumbing.weights import fingerprint
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -95,7 +94,8 @@ def train_step(
     weight = n_processes() / n_targets
     loss_sum = torch.zeros_like(n_targets)
     for i, batch in enumerate(batches, 1):
-        # DDP does so after the last micro-batch. (A model without DDP ignores this.)
+        # DDP exchanges gradients only after the last micro-batch. (Without DDP, this
+        # sets an attribute that nobody reads.)
         model.require_backward_grad_sync = i == len(batches)
         images, tokens, targets = batch.to(device)
         batch_sum = model(images, tokens, targets) * batch.n_targets
@@ -165,8 +165,8 @@ def answer_example(
     start = is_answer.index(True)
     wanted = list(takewhile(lambda target: target != IGNORE, targets[start:]))
     prompt = ids[:start]
-    # The id IMAGE comes once for each token of a picture. Later turns, which are not
-    # asked here, may have pictures of their own.
+    # A picture has n_image_tokens places in the ids, each with the id IMAGE. The first
+    # pictures are the prompt's; later turns, which are not asked here, may have others.
     image_embeds = None
     if IMAGE in prompt:
         n_images = prompt.count(IMAGE) // model.n_image_tokens
@@ -177,7 +177,7 @@ def answer_example(
         stop=stop_sequences(model.tokenizer, config.answer_end),
         max_new_tokens=config.max_txt_len,
         temperature=0,
-        context=start + config.max_txt_len,
+        context=start + config.max_txt_len,  # cut nothing, however long the prompt is
     )
     return {
         "answer": model.tokenizer.decode(list(answer)),
@@ -208,7 +208,7 @@ def build(config: Config, device: torch.device) -> MiniGPT4:
     if device.type == "cuda":  # on a CPU, float32 is faster
         mix_precision(model, config, device)
     if config.compile:
-        for part in (model.vision, model.bridge, model.llama):
+        for part in (model.vision, model.bridge, model.llama):  # the first may be None
             compile_blocks(part, device)
     return model
 
@@ -216,8 +216,8 @@ def build(config: Config, device: torch.device) -> MiniGPT4:
 def mix_precision(model: MiniGPT4, config: Config, device: torch.device):
     """Let trained parts, kept in float32, compute in the dtype of the frozen ones.
 
-    Otherwise each part casts its input to the dtype of its weights. The projection
-    alone is too small to be worth it.
+    This concerns the loss, not `generate`. Without autocast each part computes in the
+    dtype of its own weights. The projection alone is too small to be worth it.
     """
     if config.dtype != "float32" and config.trainable != ("proj",):
         mixed = torch.autocast(device.type, getattr(torch, config.dtype))
@@ -257,7 +257,7 @@ def open_data(
             )
     if config.cache_features:
         # From here on the samples have features in place of pictures; the model takes
-        # both. Its vision side is freed, but for new parts that have to be saved.
+        # both. Its vision side is freed, except for parts that the run has to save.
         precompute_features(samples, model.image_features, config, device)
         if heldout:
             precompute_features(heldout, model.image_features, config, device)
@@ -267,7 +267,8 @@ def open_data(
 
 def open_folder(config: Config) -> RunFolder:
     """out_dir, checked: a run must neither overwrite another one nor other files."""
-    # The files of the parts that the run trains or makes from a dict of sizes.
+    # The run saves the parts that it trains, and those that a config makes from a dict
+    # of sizes, with random weights.
     part_files = list(config.part_files().values())
     # Raises InputError if there is a run and no --resume, or if it lost its state.pt.
     folder = RunFolder(config.out_dir, part_files, config.resume)
@@ -281,8 +282,8 @@ def make_checkpoint(
 ) -> Checkpoint:
     """What learns, its optimizer and gradient scaler, and how to save them.
 
-    identity: settings that must be the same when a run is resumed. The frozen parts are
-    compared by their fingerprints; other ones only cause a warning.
+    identity: settings that must be the same when a run is resumed. A frozen part with
+    another fingerprint only causes a warning.
     """
     tensors = {}
     for name in config.trainable:
@@ -295,12 +296,11 @@ def make_checkpoint(
         "trainable": config.trainable,
         "use of float16": scaler.is_enabled(),
     }
-    # The model has the fingerprints of a projection's companions: the other parts.
-    frozen = dict(model.fingerprints)
-    if config.vision:
-        frozen["proj"] = fingerprint(model.part_tensors("proj"))
-    for name in config.trainable:
-        frozen.pop(name, None)
+    frozen = {
+        name: fingerprint
+        for name, fingerprint in model.fingerprints.items()
+        if name not in config.trainable
+    }
 
     def save_parts():
         for name in config.part_files():
@@ -329,7 +329,8 @@ def train(config: Config, device: torch.device, rank: int = 0, world: int = 1) -
     check_same_everywhere((n_done, steps.identity), "checkpoint or data")
     if n_done >= config.max_steps:
         if rank == 0:
-            checkpoint.save_missing_parts()  # it was killed after it saved state.pt
+            # It may have been killed between its first state.pt and its first parts.
+            checkpoint.save_missing_parts()
         note(f"{config.out_dir}: its run is already at step {n_done:,}")
         return False
     meter = Meter(list(source_weights), device, 1e12 * config.peak_tflops)
@@ -360,7 +361,7 @@ def run_steps(
     evaluates = heldout is not None and (steps.rank == 0 or config.shard)
     ddp_model = data_parallel(model)  # the model itself if there is one process
 
-    # A step's samples, its micro-batches of `batches`, all come from one source.
+    # Steps count from 1. The micro-batches of a step, `batches`, are of one source.
     for step, source, batches in meter.time_waiting(steps.read(start=n_done + 1)):
         lr = learning_rate(step - 1, config)
         with meter.counting_flops(batches):
@@ -383,10 +384,10 @@ def run_steps(
             # Save first: an evaluation that fails costs nothing.
             if steps.rank == 0 and (last or step % config.save_interval == 0):
                 checkpoint.save(step)
-                log.bad_samples(step, steps.account)  # as many as rank 0 has met
+                log.bad_samples(step, steps.account)  # counted by rank 0, on its share
             is_due = step % config.eval_interval == 0 and not stopping
             if evaluates and (finished or is_due):
-                # None if a signal cut it short: the next step is the last one then.
+                # None if a signal cut it short; the loop then ends with the next step.
                 result = evaluate(model, heldout, config, device, stop)
                 log.evaluation(step, result)
         if last:
@@ -409,7 +410,7 @@ def main(argv: list[str]):
             print(to_json(config), file=sys.stderr)
         was_interrupted = train(config, device, rank, world)
     if was_interrupted:
-        raise KeyboardInterrupt  # exit status 130; a run that SIGTERM ended is in order
+        raise KeyboardInterrupt  # status 130; after SIGTERM or SIGUSR1 it is 0
     if rank == 0:
         command = ["python", "chat.py"]
         if config.vision:

@@ -175,8 +175,8 @@ def describe_part(
     kind = getattr(module, "kind", type(module).__name__.lower())
     if hasattr(module, "config"):
         return {"kind": kind, "config": json.dumps(asdict(module.config))}
-    companions = dict(fingerprints)
-    for other in fingerprints.keys() & parts.keys():
+    companions = {other: mark for other, mark in fingerprints.items() if other != name}
+    for other in companions.keys() & parts.keys():
         tensors = parts[other].tensors()
         if any(tensor.requires_grad for tensor in tensors.values()):
             companions[other] = fingerprint(tensors)  # it has learned, too
@@ -189,14 +189,13 @@ def empty_if(is_from_file: bool):
 
 
 def identify(parts: dict[str, Part], files: dict[str, PartFile]) -> dict[str, str]:
-    """Fingerprints of all parts but the projection, whose companions they are."""
+    """The fingerprints of all parts, as loaded."""
     marks = {}
     for name, part in parts.items():
         tensors = part.tensors()
         if name in files and files[name].tensors:
             tensors = files[name].tensors
-        if name != "proj":
-            marks[name] = fingerprint(tensors)
+        marks[name] = fingerprint(tensors)
     # That of the weights before they were converted to int8 or int4.
     original = getattr(files["llama"].sizes, "fingerprint", "")
     return marks | ({"llama": original} if original else {})
