@@ -90,7 +90,7 @@ def train_step(
     n_targets = all_sum(torch.tensor(n_on_this_rank, device=device)).clamp(min=1)
     # The model returns the mean loss of a micro-batch. The mean over all answer tokens
     # is the sum, over ranks and micro-batches, of mean * batch.n_targets / n_targets.
-    # DDP averages gradients over the ranks instead: n_processes() makes it a sum.
+    # DDP divides the sum over the ranks by n_processes(): multiply by it.
     weight = n_processes() / n_targets
     loss_sum = torch.zeros_like(n_targets)
     for i, batch in enumerate(batches, 1):
@@ -159,7 +159,7 @@ def answer_example(
     model: MiniGPT4, example: Example, config: Config, device
 ) -> dict[str, str]:
     """The greedy answer to the first question of a sample, beside the data's answer."""
-    # ids and targets are aligned: a target is its id, or IGNORE if it is not learned.
+    # targets[i] is ids[i], not shifted, or IGNORE where nothing is to be predicted.
     images, ids, targets = example
     is_answer = [target != IGNORE for target in targets]
     start = is_answer.index(True)
@@ -208,8 +208,9 @@ def build(config: Config, device: torch.device) -> MiniGPT4:
     if device.type == "cuda":  # on a CPU, float32 is faster
         mix_precision(model, config, device)
     if config.compile:
-        for part in (model.vision, model.bridge, model.llama):  # the first may be None
-            compile_blocks(part, device)
+        for part in (model.vision, model.bridge, model.llama):
+            if part is not None:  # a language model alone has no vision and no bridge
+                compile_blocks(part, device)
     return model
 
 
@@ -273,7 +274,7 @@ def open_folder(config: Config) -> RunFolder:
     # Raises InputError if there is a run and no --resume, or if it lost its state.pt.
     folder = RunFolder(config.out_dir, part_files, config.resume)
     if (folder.path / "config.json").exists():
-        read_saved_config(config.out_dir)  # raises InputError for another program's
+        read_saved_config(config.out_dir)  # raises InputError if it is not a run's
     return folder
 
 
@@ -370,7 +371,7 @@ def run_steps(
             )
         if is_finite:
             meter.add(source, loss, batches)
-        else:  # too many in a row raise InputError
+        else:  # raises InputError after too many successive steps
             log.failure(step, steps.describe(step))
 
         finished = step == config.max_steps

@@ -197,14 +197,14 @@ def can_compile(device: torch.device) -> bool:
     return device.type != "cpu" or bool(shutil.which(os.environ.get("CXX", "g++")))
 
 
-def compile_blocks(part: nn.Module | None, device: torch.device):
+def compile_blocks(part: nn.Module, device: torch.device):
     """Compile a part's blocks: one graph for all of them and any number of tokens."""
     if not can_compile(device):
         raise InputError(
             "compile = True: on a CPU it needs a C++ compiler; "
             "install g++ or switch it off"
         )
-    for child in part.children() if part else ():
+    for child in part.children():
         if isinstance(child, nn.ModuleList):
             for block in child:
                 block.compile(dynamic=True)
