@@ -1,6 +1,5 @@
 """Data on disk -> samples: tar shards, files of JSON rows, lists of paths."""
 
-import glob
 import hashlib
 import json
 import os
@@ -9,6 +8,7 @@ import tarfile
 from collections import Counter, deque
 from contextlib import contextmanager, suppress
 from functools import lru_cache
+from glob import escape, glob
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,16 +33,13 @@ class BadSample(Exception):
 
 
 @contextmanager
-def foreign_bytes(malformed: tuple = ()):
-    """Report errors of other people's files as BadSample, `malformed` ones too."""
+def foreign_bytes():
+    """Report errors of other people's files as BadSample."""
     try:
         yield
     except (InputError, OSError) as e:
         cause = e.__cause__ or e
         raise BadSample(type(cause).__name__, str(e)) from e
-    except malformed as e:
-        kind = type(e).__name__
-        raise BadSample(kind, f"malformed, {kind}: {e}") from e
 
 
 class Fault(NamedTuple):
@@ -58,7 +55,7 @@ class Account:
     def __init__(self, paths: list[str], max_bad_fraction: float):
         self.paths = paths  # of the sources
         self.max_bad_fraction = max_bad_fraction
-        self.n_read = 0
+        self.n_read = self.n_good = 0
         self.skipped = Counter()
         # for each source, whether its last samples were bad
         self.recent = [deque(maxlen=RECENT) for _ in paths]
@@ -69,20 +66,17 @@ class Account:
             if kind not in self.skipped:
                 note(f"skipped, the first of its kind: {message}")
             self.skipped[kind] += 1
+        n_good = n_read - len(faults)
         self.n_read += n_read
+        self.n_good += n_good
         recent = self.recent[source]
         recent.extend([True] * len(faults))
-        recent.extend([False] * (n_read - len(faults)))
-
-    @property
-    def n_good(self) -> int:
-        return self.n_read - self.skipped.total()
+        recent.extend([False] * n_good)
 
     @property
     def text(self) -> str:
         n_bad = self.skipped.total()
-        found = [f"{kind} {n}" for kind, n in self.skipped.most_common()]
-        kinds = ", ".join(found)
+        kinds = ", ".join(f"{kind} {n}" for kind, n in self.skipped.most_common())
         return printable(f"{n_bad} of {self.n_read} samples cannot be used ({kinds})")
 
     def check(self, source: int, is_whole_run: bool):
@@ -118,7 +112,7 @@ class Member(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def open_tar(path: str, process: int):
+def open_tar(path, process):
     """Open a tar file once per process: a child would share its parent's position."""
     return open(path, "rb", buffering=0)
 
@@ -143,7 +137,17 @@ class Source:
     """A source of samples, of which source[shard, row] is one.
 
     counts: the number of rows of each shard. content: changes when the samples do.
+    read_sample(shard, row): may raise MALFORMED.
     """
+
+    def __getitem__(self, place: tuple[int, int]) -> Sample:
+        """Raises BadSample."""
+        try:
+            with foreign_bytes():
+                return self.read_sample(*place)
+        except MALFORMED as e:
+            kind = type(e).__name__
+            raise BadSample(kind, f"malformed, {kind}: {e}") from e
 
     def places(self):
         """Yield (shard, row) of all samples."""
@@ -174,7 +178,7 @@ def check_caption(caption):
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 SUFFIXES = (*PICTURES, "json", "txt")
-NO_FILE = (0, -1)  # offset and size
+NO_FILE = (0, 0)  # offset and size
 # A tar file ends with at least one block of zeros, padded to a whole record.
 BLOCK, MOST_PADDING = 512, 20_480  # bytes
 MOST_SAMPLES = 1_000_000  # of a shard; an index that says more is wrong
@@ -190,17 +194,15 @@ class TarTable:
         self.path = path
         self.keys = list(files)
         # offset and size of the file with each suffix: (samples, 6, 2)
-        spans = list(files.values())
-        self.spans = np.array(spans, dtype=np.int64)
+        self.spans = np.array(list(files.values()), dtype=np.int64)
 
-    def __len__(self) -> int:
+    def __len__(self):
         return len(self.keys)
 
-    def __getitem__(self, row: int):
+    def __getitem__(self, row):
         files = {}
-        spans = self.spans[row].tolist()
-        for suffix, (offset, size) in zip(SUFFIXES, spans):
-            if size >= 0:
+        for suffix, (offset, size) in zip(SUFFIXES, self.spans[row].tolist()):
+            if size:
                 files[suffix] = Member(self.path, offset, size)
         return self.keys[row], files
 
@@ -236,25 +238,25 @@ def index_tar(path: str) -> TarTable:
     return TarTable(path, files)
 
 
-def add_member(files: dict[str, list], member: tarfile.TarInfo, n_bytes: int):
-    """Add a member of a tar file to {key: (offset, size) for each of SUFFIXES}."""
+def add_member(files, member: tarfile.TarInfo, n_bytes):
+    """Add a member of a tar file to {key: (offset, size) for each of SUFFIXES}.
+
+    An empty file is the same as none.
+    """
     key, _, suffix = member.name.rpartition(".")
     is_note_of_mac = os.path.basename(key).startswith("._")
     if not member.isfile() or is_note_of_mac:
         return
     spans = files.setdefault(key, [NO_FILE] * len(SUFFIXES))
     suffix = suffix.lower()
-    if suffix in SUFFIXES:
-        # A damaged header may say anything: then reading finds too little.
-        offset = min(member.offset_data, n_bytes)
-        size = min(max(member.size, 0), n_bytes)
-        spans[SUFFIXES.index(suffix)] = (offset, size)
+    # A damaged header may say any size.
+    if suffix in SUFFIXES and 0 < member.size <= n_bytes:
+        spans[SUFFIXES.index(suffix)] = (member.offset_data, member.size)
 
 
 def split_files(files: dict[str, Member]):
     """A sample's picture and the file of its caption, None for a missing one."""
-    pictures = [files[suffix] for suffix in PICTURES if suffix in files]
-    picture = pictures[0] if pictures else None
+    picture = next((files[suffix] for suffix in PICTURES if suffix in files), None)
     return picture, files.get("json") or files.get("txt")
 
 
@@ -268,8 +270,9 @@ class Shards(Source):
 
     def __init__(self, paths: list[str]):
         self.paths = paths
+        self.counts, self.content = [], []
         known = known_counts({Path(path).parent for path in paths})
-        self.counts, faults = [], []
+        faults = []
         for path in progress(paths, "reading tar headers", delay=1):
             try:
                 count = known.get(Path(path)) or len(index_tar(path))
@@ -277,74 +280,62 @@ class Shards(Source):
                 count = 0
                 faults.append(e)
             self.counts.append(count)
-        if faults and sum(self.counts) == 0:
+            self.content.append([Path(path).parts[-2:], count])
+        if faults and not any(self.counts):
             raise faults[0]
         if faults:
             note(
                 f"warning: {len(faults):,} of {len(paths):,} shards are left out, "
                 f"the first is {faults[0]}"
             )
-        self.content = []
-        for path, count in zip(paths, self.counts):
-            self.content.append([Path(path).parts[-2:], count])
 
-    def describe(self, shard: int, row: int) -> str:
+    def describe(self, shard, row) -> str:
         """The place of a sample, for messages: "data/00000.tar:000001234"."""
         name = f"sample {row}"
         with suppress(InputError, OSError, IndexError):  # if the shard is broken
             name, _ = index_tar(self.paths[shard])[row]
         return f"{self.paths[shard]}:{name}"
 
-    def __getitem__(self, place: tuple[int, int]) -> Sample:
-        """Raises BadSample."""
-        shard, row = place
-        with foreign_bytes(MALFORMED):
-            table = index_tar(self.paths[shard])
-            if row >= len(table):
-                raise BadSample("missing in its tar file")
-            _, files = table[row]
-            return read_tar_sample(files)
+    def read_sample(self, shard, row):
+        table = index_tar(self.paths[shard])
+        if row >= len(table):
+            raise BadSample("missing in its tar file")
+        _, files = table[row]
+        return read_tar_sample(files)
 
 
-def known_counts(folders: set[Path]) -> dict:
+def known_counts(folders):
     """{shard: number of its samples}, as far as files in their folders say."""
     known = {}
     for folder in folders:
         for file in [*folder.glob("*_stats.json"), folder / "index.json"]:
-            with suppress(InputError, OSError):  # missing, or no JSON object
+            with suppress(InputError, OSError, *MALFORMED):  # missing, or odd
                 content = read_json(file)
-                stem = file.stem.removesuffix("_stats")
-                own = {f"{stem}.tar": content.get("successes")}
-                known |= valid_counts(folder, content.get("samples", own))
+                shard = file.name.replace("_stats.json", ".tar")
+                counts = content.get("samples", {shard: content.get("successes")})
+                known |= {
+                    folder / name: int(count)
+                    for name, count in dict(counts).items()
+                    if 0 < count < MOST_SAMPLES
+                }
     return known
 
 
-def valid_counts(folder: Path, counts) -> dict:
-    if not isinstance(counts, dict):
-        return {}
-    return {
-        folder / name: count
-        for name, count in counts.items()
-        if type(count) is int and 0 < count < MOST_SAMPLES
-    }
-
-
-def read_tar_sample(files: dict[str, Member]) -> Sample:
+def read_tar_sample(files):
     """A picture with its caption: `caption` of the .json, or else the .txt."""
     picture, source = split_files(files)
-    if not picture or not picture.size:
+    if not picture:
         raise BadSample("no picture")
-    if not source or not source.size:
+    if not source:
         raise BadSample("no caption")
-    content = {}
+    caption = None
     if "json" in files:
         # dict() raises for what is no JSON object
-        content = dict(json.loads(source.read()))
-    if "txt" in files and content.get("caption") is None:
-        text = files["txt"].read().decode("utf-8-sig", "replace")
-        content = {"caption": text}
-    check_caption(content["caption"])
-    return Sample([picture], content["caption"])
+        caption = dict(json.loads(source.read())).get("caption")
+    if "txt" in files and caption is None:
+        caption = files["txt"].read().decode("utf-8-sig", "replace")
+    check_caption(caption)
+    return Sample([picture], caption)
 
 
 # ---- files of JSON rows ------------------------------------------------------------
@@ -357,54 +348,50 @@ class Rows(Source):
     """
 
     def __init__(self, path: Path):
-        self.path = path
         start_of(path)
-        is_lines = path.suffix == ".jsonl"
+        self.path = path
         # (place in the file, JSON or the object)
-        self.rows = read_lines(path) if is_lines else read_list(path)
+        self.rows = read_lines(path) if path.suffix == ".jsonl" else read_list(path)
         self.counts = [len(self.rows)]
         self.content = self.rows
 
-    def describe(self, shard: int, row: int) -> str:
+    def describe(self, shard, row) -> str:
         """The place of a sample, for messages: "own/data.jsonl, line 7"."""
         place, _ = self.rows[row]
         return f"{self.path}, {place}"
 
-    def __getitem__(self, place: tuple[int, int]) -> Sample:
-        """Raises BadSample."""
-        _, row = place
+    def read_sample(self, shard, row):
         _, content = self.rows[row]
-        with foreign_bytes(MALFORMED):
-            if isinstance(content, str):
-                content = json.loads(content)
-            return read_row(content, self.path.parent)
+        if isinstance(content, str):
+            content = json.loads(content)
+        return read_row(content, self.path.parent)
 
 
-def read_lines(path: Path) -> list[tuple]:
-    """(place, JSON) of the lines of a .jsonl file that are not blank."""
+def read_lines(path: Path):
+    """[(place, line)] of the lines of a text file that are not blank."""
     lines = path.read_text("utf-8-sig", "surrogateescape").split("\n")
     numbered = enumerate(lines, 1)
     return [(f"line {i}", line) for i, line in numbered if line.strip()]
 
 
-def read_list(path: Path) -> list[tuple]:
-    """(place, row) of a JSON list, as JSON to save memory, or of `annotations`."""
+def read_list(path: Path):
+    """[(place, row)] of a JSON list, as JSON to save memory, or of `annotations`."""
     try:
         content = json.loads(path.read_bytes())
-        if path.name != "filter_cap.json" and isinstance(content, list):
+        if isinstance(content, list):
             rows = [json.dumps(row) for row in content]
         else:
             rows = content["annotations"]
         if not isinstance(rows, list):
             raise TypeError("`annotations` is no list")
-    except (ValueError, KeyError, TypeError, RecursionError) as e:
+    except MALFORMED as e:
         raise InputError(
             f"{path}: no JSON list or `annotations` ({e}); JSON lines: .jsonl"
         ) from e
     return [(f"annotation {i}", row) for i, row in enumerate(rows, 1)]
 
 
-def read_row(row: dict, folder: Path) -> Sample:
+def read_row(row, folder) -> Sample:
     """Read a row in the format that its keys tell."""
     if not isinstance(row, dict):
         raise TypeError(f"{row!r:.50} is not a JSON object")
@@ -417,47 +404,42 @@ def read_row(row: dict, folder: Path) -> Sample:
     return read_caption(row, folder)
 
 
-def read_caption(row: dict, folder: Path) -> Sample:
+def read_caption(row, folder):
     """{"image": path or paths, "caption": ...}, or cc_sbu_align's "image_id"."""
     images = find_images(row, folder)
     check_caption(row.get("caption"))
     return Sample(images, row["caption"])
 
 
-def read_plain_text(row: dict, folder: Path) -> Sample:
+def read_plain_text(row, folder):
     """{"text": ..., "context": ...}: the text is to be predicted after its context."""
+    if find_images(row, folder):
+        raise BadSample("a text with a picture (name it caption)")
     context = row.get("context", "")
-    if find_images(row, folder) or not isinstance(context, str):
-        raise BadSample(
-            "a text with a picture (name it caption), or a context that is no text"
-        )
     check_text(row["text"])
     check_text(context)
     return Sample(text=row["text"], context=context)
 
 
-def read_conversation(row: dict, folder: Path) -> Sample:
+def read_conversation(row, folder):
     """{"conversation": [{"user": ...}, {"assistant": ...}, ...]}, perhaps "image"."""
     messages = []
     for message in row["conversation"]:
         items = dict(message).items()  # raises for what is no JSON object
         messages.append(next(iter(items)))
-    return Sample(find_images(row, folder), turns=pair_up(messages))
+    turns = pair_up(messages, ("user", "assistant"))
+    return Sample(find_images(row, folder), turns=turns)
 
 
-def read_llava(row: dict, folder: Path) -> Sample:
+def read_llava(row, folder):
     """{"conversations": [{"from": "human", "value": "<image>\\nWhat?"}, ...]}.
 
-    The other speaker is "gpt". Pictures may be in images/ or image/ beside the file.
-    A single turn about pictures can also be used as their caption.
+    The other speaker is "gpt". A single turn about pictures can also be used as their
+    caption.
     """
-    roles = {"human": "user", "gpt": "assistant"}
-    messages = []
-    for message in row["conversations"]:
-        role = roles.get(message["from"])
-        messages.append((role, message["value"]))
-    turns = pair_up(messages)
-    images = find_images(row, folder, ("images", "image", ""))
+    messages = [(each["from"], each["value"]) for each in row["conversations"]]
+    turns = pair_up(messages, ("human", "gpt"))
+    images = find_images(row, folder)
     n_marks = sum(user.count("<image>") for user, _ in turns)
     if images and n_marks == 0:
         (user, answer), *later = turns
@@ -465,44 +447,41 @@ def read_llava(row: dict, folder: Path) -> Sample:
         n_marks = 1
     if n_marks != len(images):
         raise BadSample("not as many <image> as pictures")
-    caption = None
-    if images and len(turns) == 1:
-        ((_, caption),) = turns
+    caption = turns[0][1] if images and len(turns) == 1 else None
     return Sample(images, caption, turns, is_marked=True)
 
 
-def pair_up(messages: list[tuple]) -> list[tuple]:
+def pair_up(messages, speakers):
     """[("user", "Hi"), ("assistant", "Hello")] -> [("Hi", "Hello")]."""
     roles, texts = zip(*messages)
-    n_turns = len(roles) // 2
-    if list(roles) != ["user", "assistant"] * n_turns:
+    if roles != speakers * (len(texts) // 2):
         raise BadSample("user and assistant do not alternate, the assistant last")
     for text in texts:
         check_text(text)
     return list(zip(texts[::2], texts[1::2]))
 
 
-def find_images(row: dict, folder: Path, subfolders=("",)) -> list[str]:
+def find_images(row, folder) -> list[str]:
     """The paths of a row's pictures; of several possible ones, the first that exists.
 
-    cc_sbu_align's "image_id": "2" means image/2.jpg (or .png, .jpeg).
+    They may be in images/ or image/ beside the file. cc_sbu_align's "image_id": "2"
+    means image/2.jpg (or .png, .jpeg).
     """
     if "image_id" in row:
-        stem = f"{folder}/image/{row['image_id']}"
-        paths = [f"{stem}.jpg", f"{stem}.png", f"{stem}.jpeg"]
-        return [first_existing(paths)]
+        stem = f"image/{row['image_id']}"
+        return [first_existing(folder, f"{stem}.jpg", f"{stem}.png", f"{stem}.jpeg")]
     names = row.get("image") or []
     if isinstance(names, str):
         names = [names]
-    images = []
-    for name in names:
-        paths = [str(folder / subfolder / name) for subfolder in subfolders]
-        images.append(first_existing(paths))
-    return images
+    return [
+        first_existing(folder, name, f"images/{name}", f"image/{name}")
+        for name in names
+    ]
 
 
-def first_existing(paths: list[str]) -> str:
-    """The first path that exists, or else the first one."""
+def first_existing(folder, *names):
+    """The path of the first file that exists, or else of the first one."""
+    paths = [str(folder / name) for name in names]
     return next(filter(os.path.exists, paths), paths[0])
 
 
@@ -514,8 +493,7 @@ def open_source(path: str) -> Shards | Rows:
     file = Path(path)
     is_rows = file.suffix in (".jsonl", ".json")
     rows = file if is_rows else file / "filter_cap.json"
-    has_rows = rows.is_file()
-    source = Rows(rows) if has_rows else Shards(existing_shards(path))
+    source = Rows(rows) if rows.is_file() else Shards(existing_shards(path))
     if sum(source.counts) == 0:
         there = "" if file.exists() else ", for nothing is there"
         raise InputError(
@@ -525,13 +503,11 @@ def open_source(path: str) -> Shards | Rows:
     return source
 
 
-def existing_shards(path: str) -> list[str]:
+def existing_shards(path):
     """The tar files that a path names, with a warning for missing ones."""
     shards = shard_paths(path)
-    existing, missing = [], []
-    for shard in shards:
-        found = existing if Path(shard).exists() else missing
-        found.append(shard)
+    existing = list(filter(os.path.exists, shards))
+    missing = sorted(set(shards) - set(existing))
     if existing and missing:  # downloads of LAION always have holes
         note(
             f"warning: {path}: {len(missing):,} of {len(shards):,} shards are missing "
@@ -540,24 +516,17 @@ def existing_shards(path: str) -> list[str]:
     return existing
 
 
-def shard_paths(path: str) -> list[str]:
+def shard_paths(path) -> list[str]:
     """A tar file, a .txt list, a{08..10}.tar, a folder or a glob -> paths."""
     file = Path(path)
     if file.is_dir():
-        return sorted(glob.glob(f"{glob.escape(path)}/*.tar"))
+        return sorted(glob(f"{escape(path)}/*.tar"))
     if file.is_file():
-        return listed_paths(file) if file.suffix == ".txt" else [path]
+        is_list = file.suffix == ".txt"
+        return [line.strip() for _, line in read_lines(file)] if is_list else [path]
     braces = re.fullmatch(r"(.*)\{(\d{1,7})\.\.(\d{1,7})\}(.*)", path)
-    return expand_braces(*braces.groups()) if braces else sorted(glob.glob(path))
-
-
-def listed_paths(file: Path) -> list[str]:
-    """The lines of a text file that are not blank."""
-    lines = file.read_text("utf-8-sig", "surrogateescape").splitlines()
-    return [line.strip() for line in lines if line.strip()]
-
-
-def expand_braces(before: str, first: str, last: str, after: str) -> list[str]:
-    """("a", "08", "10", ".tar") -> ["a08.tar", "a09.tar", "a10.tar"]."""
+    if not braces:
+        return sorted(glob(path))
+    before, first, last, after = braces.groups()
     numbers = range(int(first), int(last) + 1)
     return [f"{before}{number:0{len(first)}d}{after}" for number in numbers]

@@ -463,7 +463,7 @@ def test_a_tenth_of_bad_samples_is_left_out_counted_and_named_once(tmp_path, cap
         ({"json": b""}, "no caption"),
         ({"json": None}, "no caption"),
         ({"json": b'{"caption": "a d'}, "JSONDecodeError"),
-        ({"json": b'{"url": "x"}'}, "KeyError"),
+        ({"json": b'{"url": "x"}'}, "caption is not a text"),
         ({"json": b'{"caption": 7}'}, "caption is not a text"),
         ({"json": b'{"caption": null}'}, "caption is not a text"),
     ]
