@@ -21,6 +21,12 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 @pytest.fixture(autouse=True)
+def seed():
+    """Tests draw the same random numbers in any order."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def signals():
     """Training in this process catches them."""
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)

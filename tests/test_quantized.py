@@ -117,7 +117,8 @@ def test_a_small_row_beside_a_large_one_keeps_its_precision(kind):
     x = torch.randn(2, 128).bfloat16()
     x[1] *= 2**-10
     together, alone = linear(x)[1], linear(x[1:])[0]
-    assert (together - alone).abs().max() < 0.02 * alone.abs().max()
+    # With the scale of the large row it would be all zeros.
+    assert (together - alone).abs().max() < 0.1 * alone.abs().max()
 
 
 @pytest.mark.parametrize("kind", KINDS)
