@@ -208,9 +208,7 @@ def build(config: Config, device: torch.device) -> MiniGPT4:
     if device.type == "cuda":  # on a CPU, float32 is faster
         mix_precision(model, config, device)
     if config.compile:
-        for part in (model.vision, model.bridge, model.llama):
-            if part is not None:  # a language model alone has no vision and no bridge
-                compile_blocks(part, device)
+        compile_blocks(model, device)
     return model
 
 

@@ -7,7 +7,7 @@ of an output has a scale and an offset in bfloat16.
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections import defaultdict
 from functools import partial
 
 import torch
@@ -22,8 +22,11 @@ GROUP = 64  # inputs that share an int4 scale
 # Linears with a common input, and the method of their module that returns all their
 # products. One fused product replaces the method: decoding gets faster.
 FUSED = {
-    "qkv": ("q_proj", "k_proj", "v_proj"),
-    "gate_up": ("gate_proj", "up_proj"),
+    "q_proj": "qkv",
+    "k_proj": "qkv",
+    "v_proj": "qkv",
+    "gate_proj": "gate_up",
+    "up_proj": "gate_up",
 }
 
 
@@ -34,11 +37,9 @@ def quantize(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     int4: two columns in a uint8 (out, in / 2), the even one in the high bits;
     bfloat16 (in / 64, out, 2) holds each group's scale and the value of 8.
     """
-    return quantize_int8(weight) if kind == "int8" else quantize_int4(weight)
-
-
-def quantize_int8(weight):
     weight = weight.float()
+    if kind == "int4":
+        return quantize_int4(weight)
     scale = weight.abs().amax(1).clamp(min=1e-12) / 127
     return (weight / scale[:, None]).round_().to(torch.int8), scale
 
@@ -50,10 +51,9 @@ def quantize_int4(weight):
             f"int4: a matrix of {tuple(weight.shape)}, not multiples of 16 and "
             f"{GROUP}; take int8"
         )
-    groups = weight.float().unflatten(1, (-1, GROUP))
+    groups = weight.unflatten(1, (-1, GROUP))
     low, high = groups.aminmax(dim=2, keepdim=True)
-    scale = ((high - low) / 15).clamp(min=1e-12)
-    scale = scale.bfloat16().float()
+    scale = ((high - low) / 15).clamp(min=1e-12).bfloat16().float()
     middle = (low + 8 * scale).bfloat16().float()
     steps = ((groups - middle) / scale).round_()
     steps = steps.add_(8).clamp_(0, 15).to(torch.uint8).flatten(1)
@@ -62,12 +62,16 @@ def quantize_int4(weight):
     return packed, scales.transpose(0, 1).contiguous()
 
 
-def matrix_shape(tensor: Tensor) -> tuple[int, ...]:
-    """The shape before quantization; a uint8 holds two int4."""
-    shape = tuple(tensor.shape)
-    if tensor.dtype == torch.uint8 and len(shape) == 2:
-        return shape[0], 2 * shape[1]
-    return shape
+def shapes_of(tensors: dict[str, Tensor]) -> dict[str, tuple]:
+    """{name: shape before quantization}, without scales. A uint8 holds two int4."""
+    shapes = {}
+    for name, tensor in tensors.items():
+        shape = tuple(tensor.shape)
+        if tensor.dtype == torch.uint8 and len(shape) == 2:
+            shape = (shape[0], 2 * shape[1])
+        if not name.endswith(".weight_scale"):
+            shapes[name] = shape
+    return shapes
 
 
 def pack(weight: Tensor, scale: Tensor) -> Tensor:
@@ -77,9 +81,7 @@ def pack(weight: Tensor, scale: Tensor) -> Tensor:
         zeros = torch.zeros(len(weight), dtype=torch.long)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecated, but fastest
-            weight = torch._make_per_channel_quantized_tensor(
-                weight, scale.double(), zeros, 0
-            )
+            weight = torch._make_per_channel_quantized_tensor(weight, scale, zeros, 0)
         return torch.ops.quantized.linear_prepack(weight, None)
     if is_int8:
         return weight
@@ -102,14 +104,13 @@ def multiply_int8_on_cpu(rows: Tensor, packed) -> Tensor:
     return multiply(rows / largest, packed) * largest
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear:
     """x (..., in) -> x @ W.T + bias, for one W of `quantize`.
 
     For several W with the same `in`, a tuple of their products, computed together.
     """
 
-    def __init__(self, matrices: list[tuple[Tensor, Tensor]], biases, device):
-        super().__init__()
+    def __init__(self, matrices, biases, device):
         weights, scales = zip(*matrices)
         self.is_int8 = weights[0].dtype == torch.int8
         self.scale = torch.cat(scales, dim=0 if self.is_int8 else 1).to(device)
@@ -117,40 +118,36 @@ class QuantizedLinear(nn.Module):
         self.bias = torch.cat(biases).to(device) if biases else None
         self.sizes = [len(weight) for weight in weights]
 
-    def forward(self, x):
-        rows = x.flatten(0, -2)
-        y = self.product(rows)
-        y = y.unflatten(0, x.shape[:-1])
+    def __call__(self, x):
+        y = self.product(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y if len(self.sizes) == 1 else y.split(self.sizes, -1)
 
     def product(self, rows):
+        dtype = rows.dtype
         if self.is_int8 and rows.is_cpu:
-            return multiply_int8_on_cpu(rows, self.weight).to(rows.dtype)
+            return multiply_int8_on_cpu(rows, self.weight).to(dtype)
         if self.is_int8:
-            y = F.linear(rows, self.weight.to(rows.dtype))
-            return y * self.scale.to(rows.dtype)
-        kernels = torch.ops.aten
+            return F.linear(rows, self.weight.to(dtype)) * self.scale.to(dtype)
         if rows.is_cpu:
-            multiply = kernels._weight_int4pack_mm_for_cpu
+            multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
         else:
-            multiply = kernels._weight_int4pack_mm
+            multiply = torch.ops.aten._weight_int4pack_mm
         return multiply(rows, self.weight, GROUP, self.scale)
 
 
-def linear_groups(module: nn.Module) -> dict[str, tuple[str, ...]]:
+def linear_groups(module: nn.Module) -> dict[str, list[str]]:
     """{attribute to set: names of linears} of a module, without its children's."""
-    names = [k for k, m in module.named_children() if isinstance(m, nn.Linear)]
-    groups = {}
-    for method, fused in FUSED.items():
-        if set(fused) <= set(names):
-            groups[method] = fused
-            names = [name for name in names if name not in fused]
-    return groups | {name: (name,) for name in names}
+    groups = defaultdict(list)
+    for name, child in module.named_children():
+        if isinstance(child, nn.Linear):
+            method = FUSED.get(name, name)
+            groups[method if hasattr(module, method) else name].append(name)
+    return groups
 
 
-def quantized_matrix(tensors: dict[str, Tensor], name: str, kind: str, check):
+def quantized_matrix(tensors, name, kind, check):
     """A matrix with its scales, from the file or computed."""
     matrix = tensors[name]
     if f"{name}_scale" in tensors:
@@ -160,13 +157,7 @@ def quantized_matrix(tensors: dict[str, Tensor], name: str, kind: str, check):
     return quantize(check(matrix, name), kind)
 
 
-def quantize_linears(
-    model: nn.Module,
-    kind: str,
-    read_tensors: Callable[[], dict[str, Tensor]],
-    check: Callable[[Tensor, str], Tensor],
-    device,
-):
+def quantize_linears(model: nn.Module, kind: str, read_tensors, check, device):
     """Replace each nn.Linear of a model, perhaps on the meta device.
 
     read_tensors() maps the weight files and returns {name: tensor}. It is called for
@@ -175,21 +166,19 @@ def quantize_linears(
     """
     modules = [(k, m) for k, m in model.named_modules() if linear_groups(m)]
     label = f"quantizing to {kind}"
-    for module_name, module in progress(modules, label, delay=1, leave=False):
-        prefix = f"{module_name}." if module_name else ""
+    for path, module in progress(modules, label, delay=1, leave=False):
         tensors = read_tensors()
         for attribute, names in linear_groups(module).items():
             matrices, biases = [], []
             for name in names:
-                weight = f"{prefix}{name}.weight"
+                full_name = f"{path}.{name}".removeprefix(".")
+                weight = f"{full_name}.weight"
                 matrices.append(quantized_matrix(tensors, weight, kind, check))
                 if getattr(module, name).bias is not None:
-                    biases.append(tensors[f"{prefix}{name}.bias"])
-                setattr(module, name, None)
-            linear = QuantizedLinear(matrices, biases, device)
-            # A bound method hides the class's method; a module would not.
-            is_method = attribute in FUSED
-            setattr(module, attribute, linear.forward if is_method else linear)
+                    biases.append(tensors[f"{full_name}.bias"])
+                delattr(module, name)
+            # It may hide a method of the class; an nn.Module could not.
+            setattr(module, attribute, QuantizedLinear(matrices, biases, device))
 
 
 def can_compile(device: torch.device) -> bool:
@@ -197,16 +186,19 @@ def can_compile(device: torch.device) -> bool:
     return device.type != "cpu" or bool(shutil.which(os.environ.get("CXX", "g++")))
 
 
-def compile_blocks(part: nn.Module, device: torch.device):
-    """Compile a part's blocks: one graph for all of them and any number of tokens."""
+def compile_blocks(model: nn.Module, device: torch.device):
+    """Compile a model's blocks: one graph per list of them, for any number of tokens.
+
+    Raises InputError without a compiler.
+    """
     if not can_compile(device):
         raise InputError(
             "compile = True: on a CPU it needs a C++ compiler; "
             "install g++ or switch it off"
         )
-    for child in part.children():
-        if isinstance(child, nn.ModuleList):
-            for block in child:
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList):
+            for block in module:
                 block.compile(dynamic=True)
 
 
@@ -222,9 +214,8 @@ def compile_rows(model: nn.Module):
 
     @torch.compile(dynamic=False)
     def row_product(weight, x):
-        products = weight.float() * x.float()
-        y = products.sum(-1).to(x.dtype)
-        return y.view(*x.shape[:-1], -1)
+        y = (weight.float() * x.float()).sum(-1)
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
 
     def forward(weight, x):
         is_row = x.numel() == x.shape[-1]

@@ -16,12 +16,15 @@ from torch import Tensor, nn
 from plumbing.console import InputError, note, progress
 from plumbing.files import read_json, replacing, start_of
 from plumbing.options import override
-from plumbing.quantized import QUANTIZED, matrix_shape, quantize_linears
+from plumbing.quantized import QUANTIZED, quantize_linears, shapes_of
 
 PARTS = ("vision", "qformer", "proj", "llama")
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_SIZE = 1e9  # of a number in a model's sizes; more would exhaust the memory
 MAX_LAYERS = 1000
+
+Tensors = dict[str, Tensor]  # by their names in a file
+Marks = dict[str, str]  # fingerprints of parts, by their names
 
 
 class Part(NamedTuple):
@@ -30,12 +33,11 @@ class Part(NamedTuple):
     modules: dict[str, nn.Module]
     optional: tuple[str, ...] = ()  # how names begin that the file may hold or lack
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> Tensors:
         """Parameters and buffers under their names in the file."""
         tensors = {}
         for prefix, module in self.modules.items():
-            for name, tensor in module.state_dict(keep_vars=True).items():
-                tensors[prefix + name] = tensor
+            module.state_dict(destination=tensors, prefix=prefix, keep_vars=True)
         return tensors
 
 
@@ -43,12 +45,16 @@ class PartFile(NamedTuple):
     """A part's file as it was read; of a new part, the sizes alone."""
 
     path: str
-    tensors: dict[str, Tensor] | None
+    tensors: Tensors | None
     sizes: object  # a LlamaConfig, a dict of sizes, or the companions of a projection
     kind: str = ""  # of module, such as "eva_vit"; unknown in older files
 
 
-def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+Files = dict[str, PartFile]  # by the names of the parts
+Sources = dict[str, str | dict | None]  # their paths, or the sizes of new parts
+
+
+def load_tensors(path: str | Path) -> tuple[Tensors, dict[str, str]]:
     """Memory-map a safetensors file; returns its tensors and its metadata.
 
     Raises InputError for a file that cannot be read.
@@ -65,12 +71,7 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from e
 
 
-def save_tensors(
-    path: str | Path,
-    tensors: dict[str, Tensor],
-    dtype: str,
-    metadata: dict[str, str],
-):
+def save_tensors(path: str | Path, tensors: Tensors, dtype: str, metadata):
     """Write a safetensors file, floats as `dtype`; at the end it replaces an older."""
     cast = {}
     for name, tensor in tensors.items():
@@ -82,9 +83,7 @@ def save_tensors(
         save_file(cast, temporary, {"format": "pt"} | metadata)
 
 
-def read_parts(
-    sources: dict[str, str | dict | None], llama_config: type
-) -> dict[str, PartFile]:
+def read_parts(sources: Sources, llama_config: type) -> Files:
     """The files of a model's parts; for a new part, just the sizes in `sources`.
 
     llama_config: the dataclass that reads LLaMA's config.json.
@@ -104,10 +103,10 @@ def read_part(name: str, path: str) -> PartFile:
     """The file of a part other than LLaMA. Raises InputError for something else."""
     tensors, metadata = load_tensors(path)
     try:
-        if name in ("vision", "qformer"):
-            sizes = metadata["config"]
-        else:
+        if name == "proj":
             sizes = metadata.get("trained_with", "{}")
+        else:
+            sizes = metadata["config"]
         content = dict(json.loads(sizes))
     except (KeyError, ValueError, TypeError, RecursionError) as e:
         raise InputError(
@@ -124,13 +123,7 @@ def load_part(name: str, part: Part, file: PartFile, dtype: torch.dtype, device)
     for key, tensor in file.tensors.items():
         if key in expected or not key.startswith(part.optional):
             tensors[key] = tensor
-    shapes = {
-        key: matrix_shape(tensor)
-        for key, tensor in tensors.items()
-        if not key.endswith(".weight_scale")
-    }
-    wanted = {key: tuple(tensor.shape) for key, tensor in expected.items()}
-    check_fit(file.path, name, shapes, wanted)
+    check_fit(file.path, name, shapes_of(tensors), shapes_of(expected))
     if name == "llama" and file.sizes.quantization:
         quantize_linears(
             part.modules[""],
@@ -145,7 +138,7 @@ def load_part(name: str, part: Part, file: PartFile, dtype: torch.dtype, device)
         for key in progress(initial, f"loading {name}", delay=1, leave=False):
             tensor = tensors[prefix + key]
             if initial[key].is_floating_point():
-                tensor = finite(tensor, f"{file.path}: {prefix}{key}").to(dtype=dtype)
+                tensor = finite(tensor, f"{file.path}: {prefix}{key}").to(dtype)
             state[key] = tensor.to(device)
         module.load_state_dict(state, assign=True)
         for key, buffer in module.named_buffers():
@@ -157,25 +150,21 @@ def load_part(name: str, part: Part, file: PartFile, dtype: torch.dtype, device)
 
 
 def reset_part(part: Part):
-    """Draw new random weights: by the rule of a module, or of its layers."""
+    """Draw new random weights by the rules of the layers, then of the whole module."""
     for module in part.modules.values():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
-            continue
         for layer in reversed(list(module.modules())):
             if hasattr(layer, "reset_parameters"):
                 layer.reset_parameters()
 
 
-def describe_part(
-    name: str, parts: dict[str, Part], fingerprints: dict[str, str]
-) -> dict[str, str]:
+def describe_part(name, parts: dict[str, Part], fingerprints: Marks) -> dict[str, str]:
     """The metadata of a part's file: its kind, and its sizes or its companions."""
     module = next(iter(parts[name].modules.values()))
     kind = getattr(module, "kind", type(module).__name__.lower())
     if hasattr(module, "config"):
         return {"kind": kind, "config": json.dumps(asdict(module.config))}
-    companions = {other: mark for other, mark in fingerprints.items() if other != name}
+    companions = dict(fingerprints)
+    companions.pop(name, None)
     for other in companions.keys() & parts.keys():
         tensors = parts[other].tensors()
         if any(tensor.requires_grad for tensor in tensors.values()):
@@ -188,26 +177,25 @@ def empty_if(is_from_file: bool):
     return torch.device("meta") if is_from_file else nullcontext()
 
 
-def identify(parts: dict[str, Part], files: dict[str, PartFile]) -> dict[str, str]:
+def identify(parts: dict[str, Part], files: Files) -> Marks:
     """The fingerprints of all parts, as loaded."""
     marks = {}
     for name, part in parts.items():
-        tensors = part.tensors()
-        if name in files and files[name].tensors:
-            tensors = files[name].tensors
+        is_read = name in files and files[name].tensors
+        tensors = files[name].tensors if is_read else part.tensors()
         marks[name] = fingerprint(tensors)
     # That of the weights before they were converted to int8 or int4.
     original = getattr(files["llama"].sizes, "fingerprint", "")
-    return marks | ({"llama": original} if original else {})
+    if original:
+        marks["llama"] = original
+    return marks
 
 
-def check_fit(
-    path: str | Path, part: str, shapes: dict[str, tuple], expected: dict[str, tuple]
-):
+def check_fit(path: str | Path, part: str, shapes: dict, expected: dict):
     """Raise InputError unless a file's {name: shape} is what the part expects."""
     problems = {
-        "missing": sorted(expected.keys() - shapes.keys()),
-        "unexpected": sorted(shapes.keys() - expected.keys()),
+        "missing": expected.keys() - shapes.keys(),
+        "unexpected": shapes.keys() - expected.keys(),
         "of another shape": [
             f"{name} {shapes[name]} instead of {shape}"
             for name, shape in expected.items()
@@ -217,8 +205,9 @@ def check_fit(
     found = []
     for problem, names in problems.items():
         if names:
+            first = ", ".join(sorted(names)[:3])
             more = ", ..." if len(names) > 3 else ""
-            found.append(f"{len(names)} {problem} ({', '.join(names[:3])}{more})")
+            found.append(f"{len(names)} {problem} ({first}{more})")
     if found:
         raise InputError(
             f"{path}: does not fit as {part}: {'; '.join(found)}; "
@@ -226,7 +215,7 @@ def check_fit(
         )
 
 
-def finite(tensor: Tensor, where: str) -> Tensor:
+def finite(tensor, where) -> Tensor:
     """The tensor. Raises InputError unless it holds finite floats.
 
     Of a large tensor it checks one value in each page of the mapped file.
@@ -238,7 +227,7 @@ def finite(tensor: Tensor, where: str) -> Tensor:
     return tensor
 
 
-def fingerprint(tensors: dict[str, Tensor]) -> str:
+def fingerprint(tensors: Tensors) -> str:
     """12 hex digits that identify a part's weights, whatever dtype they are cast to.
 
     They come from the names, the shapes and the first and last values as bfloat16.
@@ -256,10 +245,8 @@ def fingerprint(tensors: dict[str, Tensor]) -> str:
 def check_sizes(sizes, where: str):
     """The dataclass `sizes`. Raises InputError for NaN, 0 or less, and absurd sizes."""
     for name, value in asdict(sizes).items():
-        if type(value) not in (int, float):
-            continue
         limit = MAX_LAYERS if "layers" in name else MAX_SIZE
-        if not 0 < value < limit:
+        if type(value) in (int, float) and not 0 < value < limit:
             raise InputError(
                 f"{where}: {name} {value} is no size; "
                 "it has to be above 0, and not huge"
@@ -268,17 +255,13 @@ def check_sizes(sizes, where: str):
 
 
 @torch.no_grad()
-def init_weights(
-    module: nn.Module,
-    stds: dict[str, float],
-    residual: tuple[str, ...] = (),
-    depth: int = 1,
-):
+def init_weights(module: nn.Module, stds: dict, residual=(), depth=1):
     """Random weights of a transformer: norms one, biases zero, the rest normal.
 
-    The variance of a matrix is 1 / inputs, unless `stds` gives its standard deviation.
-    Outputs to the residual stream, names ending in `residual`, are smaller by the
-    square root of twice the depth. On the meta device there is nothing to do.
+    The variance of a matrix is 1 / inputs, unless `stds` has the standard deviation of
+    its name. Outputs to the residual stream, whose names end in one of `residual`, are
+    smaller by the square root of twice the depth. On the meta device there is nothing
+    to do.
     """
     for name, p in module.named_parameters():
         if p.is_meta:
@@ -296,8 +279,8 @@ def init_weights(
 def read_weight_map(index: Path) -> dict[str, str]:
     """{tensor: file name} of a Hugging Face *.index.json."""
     weight_map = read_json(index).get("weight_map")
-    is_map = isinstance(weight_map, dict) and weight_map
-    if not is_map or not all(isinstance(name, str) for name in weight_map.values()):
+    is_map = isinstance(weight_map, dict)
+    if not is_map or set(map(type, weight_map.values())) != {str}:
         raise InputError(f"{index}: it has no weight_map; fetch it again")
     return weight_map
 
@@ -306,29 +289,32 @@ def indexed_files(index: Path) -> list[Path]:
     """The weight files that a Hugging Face *.index.json names."""
     names = sorted(set(read_weight_map(index).values()))
     files = [index.parent / name for name in names]
-    missing = [file for file in files if not file.is_file()]
-    if missing:
-        raise InputError(
-            f"{missing[0]}: no such weight file, but {index.name} names it; "
-            "fetch it too"
-        )
+    for file in files:
+        require_file(file, index.name)
     return files
+
+
+def require_file(file: Path, origin: str):
+    """Raise InputError for a missing weight file that the file `origin` names."""
+    if not file.is_file():
+        raise InputError(
+            f"{file}: no such weight file, but {origin} names it; fetch it too"
+        )
 
 
 def read_hub_folder(folder: str, llama_config: type) -> PartFile:
     """A language model's folder as the Hugging Face hub has it."""
-    root = Path(folder)
-    if not (root / "config.json").is_file():
+    path = Path(folder, "config.json")
+    if not path.is_file():
         raise InputError(
             f"{folder}: not a LLaMA folder, it has no config.json; see the README"
         )
-    content = read_json(root / "config.json")
-    sizes = llama_config.from_dict(content, f"{folder}/config.json")
+    sizes = llama_config.from_dict(read_json(path), str(path))
     tensors = read_hub_tensors(folder, sizes.tie_word_embeddings)
     return PartFile(folder, tensors, sizes)
 
 
-def read_hub_tensors(folder: str, is_tied: bool) -> dict[str, Tensor]:
+def read_hub_tensors(folder, is_tied) -> Tensors:
     """The tensors of a Hugging Face folder, under their names without `model.`."""
     # These are computed, or a copy of the embeddings.
     unused = ("rotary_emb.inv_freq", "lm_head.weight" if is_tied else "inv_freq")
@@ -341,7 +327,7 @@ def read_hub_tensors(folder: str, is_tied: bool) -> dict[str, Tensor]:
 
 
 def save_hub_folder(
-    folder: str, tensors: dict[str, Tensor], dtype: str, sizes: dict, tokenizer: str
+    folder: str, tensors: Tensors, dtype: str, sizes: dict, tokenizer: str
 ):
     """Write a language model's folder as the Hugging Face hub has it."""
     root = Path(folder)
@@ -361,58 +347,48 @@ def hub_weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a Hugging Face folder; InputError if one is missing."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        files = indexed_files(index)
-    else:
-        files = sorted(folder.glob("[!.]*.safetensors"))
+        return indexed_files(index)
+    files = sorted(folder.glob("[!.]*.safetensors"))
     if not files:
         raise InputError(
             f"{folder}: no *.safetensors file; see the README on getting the weights"
         )
-    names = {file.name for file in files}
-    for name in sorted(names):
-        shard = re.fullmatch(r"(.+)-\d+-of-(\d{5})\.safetensors", name)
-        if not shard:
-            continue
-        stem, total = shard.groups()
-        for i in range(1, int(total) + 1):
-            wanted = f"{stem}-{i:05d}-of-{total}.safetensors"
-            if wanted not in names:
-                raise InputError(
-                    f"{folder}/{wanted}: no such weight file, of {int(total)}; "
-                    "fetch it too"
-                )
+    for file in files:
+        shard = re.fullmatch(r"(.+)-\d+-of-(\d{5})", file.stem)
+        if shard:
+            stem, total = shard.groups()
+            for i in range(1, int(total) + 1):
+                name = f"{stem}-{i:05d}-of-{total}.safetensors"
+                require_file(folder / name, file.name)
     return files
 
 
 def check_sources(
-    sources: dict[str, str | dict | None],
+    sources: Sources,
     trainable: tuple[str, ...],
     dtype: str,
     tokenizer: str | None,
 ):
     """Raise InputError for arguments of from_files that do not go together."""
-    vision, qformer, llama = sources["vision"], sources["qformer"], sources["llama"]
+    vision, llama = sources["vision"], sources["llama"]
     is_new = isinstance(llama, dict)
     known = DTYPES + QUANTIZED
     if dtype not in known:
         raise InputError(f"dtype {dtype!r}: give one of {', '.join(known)}")
-    parts = [
-        name
-        for name in sources
-        if name == "llama" or (vision and (name != "qformer" or qformer))
-    ]
+    if sources["qformer"] and not vision:
+        raise InputError("qformer: it needs a vision part; give vision as well")
+    if not llama:
+        raise InputError("llama: no language model is given; set llama to its folder")
+    if is_new and not tokenizer:
+        raise InputError("llama: a new one needs a tokenizer.model; set tokenizer")
+    with_proj = sources | {"proj": vision}  # each vision part has a projection
+    parts = [name for name, source in with_proj.items() if source]
     for name in trainable:
         if name not in parts:
             raise InputError(
                 f"trainable: {name!r} is no part of this model; "
                 f"it has {', '.join(parts)}"
             )
-    if qformer and not vision:
-        raise InputError("qformer: it needs a vision part; give vision as well")
-    if not llama:
-        raise InputError("llama: no language model is given; set llama to its folder")
-    if is_new and not tokenizer:
-        raise InputError("llama: a new one needs a tokenizer.model; set tokenizer")
     if dtype in QUANTIZED and (trainable or is_new):
         raise InputError(f"dtype {dtype}: not for trained or new parts")
 
@@ -426,50 +402,43 @@ def check_vocabulary(tokenizer, n_ids: int):
         )
 
 
-def choose_quantization(
-    files: dict[str, PartFile], dtype: str, trainable: tuple[str, ...]
-) -> str:
+def choose_quantization(files: Files, dtype: str, trainable: tuple[str, ...]) -> str:
     """Note in LLaMA's sizes how to quantize it; returns the dtype of the other parts.
 
     Raises InputError for a folder that was quantized in another way, or is to learn.
     """
     file = files["llama"]
     converted = getattr(file.sizes, "quantization", "")
-    if not converted and dtype not in QUANTIZED:
+    kind = dtype if dtype in QUANTIZED else converted
+    if not kind:
         return dtype
-    if converted and (trainable or dtype in QUANTIZED and dtype != converted):
+    if converted and (trainable or kind != converted):
         raise InputError(
             f"{file.path}: already {converted}; "
             f"take the original for {dtype}, or to train"
         )
-    sizes = replace(file.sizes, quantization=converted or dtype)
-    files["llama"] = file._replace(sizes=sizes)
+    files["llama"] = file._replace(sizes=replace(file.sizes, quantization=kind))
     return "bfloat16"
 
 
-def check_companions(files: dict[str, PartFile], fingerprints: dict[str, str]):
+def check_companions(files: Files, fingerprints: Marks):
     """Warn if a projection was trained beside other parts than the given ones."""
     if "proj" not in files:
         return
-    proj = files["proj"]
-    companions = proj.sizes
+    path, _, companions, _ = files["proj"]
     if not companions:
-        note(f"note: {proj.path} does not say which parts it was trained with")
-    other = [
-        name
-        for name, mark in fingerprints.items()
-        if companions.get(name, mark) != mark
-    ]
+        note(f"note: {path} does not say which parts it was trained with")
+    other = [k for k, mark in fingerprints.items() if companions.get(k, mark) != mark]
     if other:
         note(
-            f"warning: {proj.path} was trained with another "
+            f"warning: {path} was trained with another "
             f"{' and another '.join(other)}: its answers will be meaningless; "
             "give the parts that it was trained with"
         )
 
 
 def read_sizes(
-    files: dict[str, PartFile],
+    files: Files,
     kinds: dict[str, dict[str, type]],
     vocab_size: int,
     image_size: int = 0,
@@ -480,8 +449,13 @@ def read_sizes(
     Raises InputError for sizes that do not go together.
     """
     vision = read_part_sizes("vision", files, kinds)
-    needed = {"vision_width": vision.width if vision else 0}
-    qformer = read_part_sizes("qformer", files, kinds, needed)
+    width = vision.width if vision else 0
+    qformer = read_part_sizes("qformer", files, kinds, vision_width=width)
+    if qformer and qformer.vision_width != width:
+        raise InputError(
+            f"{files['qformer'].path}: {qformer} does not fit the vision part; "
+            f"needed is vision_width {width}"
+        )
     llama = files["llama"].sizes
     if isinstance(llama, dict):
         llama_config = kinds["llama"]["llama"]
@@ -496,16 +470,16 @@ def read_sizes(
     return vision, qformer, llama
 
 
-def read_part_sizes(name: str, files, kinds, needed: dict[str, int] | None = None):
-    """The sizes of one part; the first of its kinds is that of files without a kind."""
+def read_part_sizes(name: str, files: Files, kinds: dict, **of_new: int):
+    """The sizes of one part; the first of its kinds is that of files without a kind.
+
+    of_new: sizes of a new part that does not give them.
+    """
     if name not in files:
         return None
-    file = files[name]
-    where = file.path
-    sizes = dict(file.sizes)
-    if needed and file.tensors is None:
-        sizes = needed | sizes
-    kind = sizes.pop("kind", file.kind) or next(iter(kinds[name]))
+    where, tensors, sizes, kind = files[name]
+    sizes = dict(sizes) if tensors else of_new | sizes
+    kind = sizes.pop("kind", kind) or next(iter(kinds[name]))
     if kind not in kinds[name]:
         known = " or ".join(kinds[name])
         raise InputError(f"{where}: a {kind} file; as {name}, give {known}")
@@ -514,9 +488,5 @@ def read_part_sizes(name: str, files, kinds, needed: dict[str, int] | None = Non
     if config.width % config.n_heads:
         raise InputError(
             f"{where}: {config}: give a width that is a multiple of n_heads"
-        )
-    if needed and needed.items() - asdict(config).items():
-        raise InputError(
-            f"{where}: {config} does not fit the vision part; needed is {needed}"
         )
     return config
