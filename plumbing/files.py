@@ -29,12 +29,15 @@ def start_of(path: str | Path, kind: str = "file") -> bytes:
     with open(path, "rb") as file:
         start = file.read(64)
     if start.startswith(b"version https://git-lfs"):
-        what = "a Git LFS pointer, not the content"
-        raise InputError(f"{path}: {what}; run `git lfs pull` in its folder")
+        raise InputError(
+            f"{path}: a Git LFS pointer, not the content; "
+            "run `git lfs pull` in its folder"
+        )
     text = start.lstrip(BOM + b" \t\r\n").lower()
     if text.startswith((b"<!doctype", b"<html")):
-        what = "a saved web page, no PyTorch file or other data"
-        raise InputError(f"{path}: {what}; download again")
+        raise InputError(
+            f"{path}: a saved web page, no PyTorch file or other data; download again"
+        )
     return start
 
 
@@ -46,8 +49,9 @@ def read_json(path: Path) -> dict:
     except (ValueError, RecursionError) as e:
         raise InputError(f"{path}: not valid JSON ({e}); fetch or make it again") from e
     if not isinstance(content, dict):
-        what = "it should hold a JSON object"
-        raise InputError(f"{path}: {what}; fetch or make it again")
+        raise InputError(
+            f"{path}: it should hold a JSON object; fetch or make it again"
+        )
     return content
 
 
@@ -70,8 +74,9 @@ def append_row(file, **row):
     except OSError as e:
         with suppress(OSError):  # closing fails, too, and would hide the message
             file.close()
-        what = f"cannot be written ({e.strerror})"
-        raise InputError(f"{file.name}: {what}; what it holds is kept") from e
+        raise InputError(
+            f"{file.name}: cannot be written ({e.strerror}); what it holds is kept"
+        ) from e
 
 
 @contextmanager
@@ -91,8 +96,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except (OSError, RuntimeError, SafetensorError) as e:
-        what = f"cannot be written ({e})"
-        raise InputError(f"{path or '?'}: {what}; what was there before is kept") from e
+        raise InputError(
+            f"{path or '?'}: cannot be written ({e}); what was there before is kept"
+        ) from e
     finally:
         with suppress(OSError):
             temporary.unlink()

@@ -8,7 +8,6 @@ import os
 import sys
 from dataclasses import asdict, field, fields, replace
 from math import inf
-from types import UnionType
 from typing import get_args, get_origin
 
 from plumbing.console import InputError
@@ -20,11 +19,8 @@ BRACKETS = {"{": dict, "[": list}
 def option(default, meaning: str, least=None, most=inf, choices: tuple = ()):
     """A dataclass field with its meaning for --help and the values that it allows."""
     about = f"{meaning} (default: {default!r})"
-    metadata = {
-        "help": about.replace("%", "%%"),  # argparse formats it with %
-        "range": (least, most),
-        "choices": choices,
-    }
+    about = about.replace("%", "%%")  # argparse formats it with %
+    metadata = {"help": about, "range": (least, most), "choices": choices}
     if default == {}:
         return field(default_factory=dict, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -75,17 +71,17 @@ def check_name(name: str, known, where: str) -> str:
     raise InputError(f"{where}: unknown name {name!r}; {hint}")
 
 
-def _convert(name: str, value, kind, where: str):
+def _convert(name, value, kind, where):
     """`value` as `kind`: a type, a union of types, or a tuple of any length."""
     if get_origin(kind) is tuple:
         item_kind = get_args(kind)[0]
         return tuple(_convert(name, x, item_kind, where) for x in _items(value))
-    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    kinds = get_args(kind) or (kind,)
     literal = _parse(value, kinds)
-    for k in kinds:
-        is_float = k is float and type(literal) is int
-        if type(literal) is k or is_float:  # True is no int here
-            return k(literal)
+    if float in kinds and type(literal) is int:
+        return float(literal)
+    if type(literal) in kinds:  # True is no int here
+        return literal
     names = " or ".join(k.__name__ for k in kinds)
     raise InputError(f"{where}: {name} = {literal!r} is not of type {names}")
 
@@ -133,7 +129,6 @@ def parse_args(
     parser = _Parser(
         usage=usage,
         description=doc,
-        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for name, f in known.items():
@@ -156,14 +151,12 @@ def _spell_out(argv, known):
     """["--batch-size=4", "--resume"] -> ["--batch_size=4", "--resume=True"]."""
     words = []
     for word, following in zip(argv, [*argv[1:], ""]):
-        if not word.startswith("--") or word == "--help":
-            words.append(word)
-            continue
-        key, equals, value = word.removeprefix("--").partition("=")
-        name = check_name(key.replace("-", "_"), known, "command line")
-        is_bare = not equals and following.lower() not in BOOLEANS
-        if is_bare and known[name].type is bool:
-            words.append(f"--{name}=True")
-        else:
-            words.append(f"--{name}{equals}{value}")
+        if word.startswith("--") and word != "--help":
+            key, equals, value = word.removeprefix("--").partition("=")
+            name = check_name(key.replace("-", "_"), known, "command line")
+            word = f"--{name}{equals}{value}"
+            is_bare = not equals and following.lower() not in BOOLEANS
+            if is_bare and known[name].type is bool:
+                word += "=True"
+        words.append(word)
     return words

@@ -190,7 +190,7 @@ class TarTable:
     table[row] is (key, {suffix: Member}).
     """
 
-    def __init__(self, path: str, files: dict[str, list]):
+    def __init__(self, path, files):
         self.path = path
         self.keys = list(files)
         # offset and size of the file with each suffix: (samples, 6, 2)
@@ -442,8 +442,8 @@ def read_llava(row, folder):
     images = find_images(row, folder)
     n_marks = sum(user.count("<image>") for user, _ in turns)
     if images and n_marks == 0:
-        (user, answer), *later = turns
-        turns = [(f"<image>{user}", answer), *later]
+        user, answer = turns[0]
+        turns[0] = (f"<image>{user}", answer)
         n_marks = 1
     if n_marks != len(images):
         raise BadSample("not as many <image> as pictures")
@@ -491,8 +491,7 @@ def first_existing(folder, *names):
 def open_source(path: str) -> Shards | Rows:
     """The source at a path of the config's `data`. Raises InputError for no samples."""
     file = Path(path)
-    is_rows = file.suffix in (".jsonl", ".json")
-    rows = file if is_rows else file / "filter_cap.json"
+    rows = file if file.suffix in (".jsonl", ".json") else file / "filter_cap.json"
     source = Rows(rows) if rows.is_file() else Shards(existing_shards(path))
     if sum(source.counts) == 0:
         there = "" if file.exists() else ", for nothing is there"

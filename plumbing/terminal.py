@@ -54,7 +54,7 @@ def find_pictures(message: str) -> tuple[str, list[str]]:
         return "", [whole]
     paths = []
 
-    def take(word: re.Match) -> str:
+    def take(word):
         path = _picture_in(word)
         if not path:
             return word[0]
@@ -67,7 +67,7 @@ def find_pictures(message: str) -> tuple[str, list[str]]:
     return re.sub(" {2,}", " ", text).strip(), paths
 
 
-def _picture_in(word: re.Match) -> str:
+def _picture_in(word: re.Match):
     """The path of the picture that a word of a message names; "" if there is none."""
     in_double_quotes, in_quotes, escaped = word.groups(default="")
     path = in_double_quotes or in_quotes.replace(r"'\''", "'")
@@ -81,16 +81,26 @@ def _picture_in(word: re.Match) -> str:
     return ""
 
 
-def _is_picture(path: str) -> bool:
+def _is_picture(path):
     return path.lower().endswith(SUFFIXES) and os.path.isfile(path)
 
 
 def read_message(commands: Collection[str]) -> tuple[str, str]:
     """Read a command with its argument, or "" with a message.
 
-    Raises EOFError when stdin has ended.
+    A message is a line, or the lines between two \"\"\". Raises EOFError when stdin has
+    ended.
     """
-    text, is_long = _read_lines()
+    you, more = ("you> ", "...> ") if sys.stdin.isatty() else ("", "")
+    text = input(you)
+    is_long = text.lstrip().startswith(LONG)
+    if is_long:
+        with suppress(EOFError):  # the end of stdin closes them, too
+            while text.count(LONG) < 2:
+                text += "\n" + input(more)
+        text = text.split(LONG, 1)[1].replace(LONG, " ")
+    text = text.replace("\0", "").strip()
+
     first, *rest = text.split(maxsplit=1) or [""]
     if is_long or not first.startswith("/"):
         return "", text
@@ -101,22 +111,6 @@ def read_message(commands: Collection[str]) -> tuple[str, str]:
     return first, "".join(rest)
 
 
-def _read_lines() -> tuple[str, bool]:
-    """A line, or the lines between two \"\"\"; and whether it was the latter.
-
-    The end of stdin closes them, too.
-    """
-    you, more = ("you> ", "...> ") if sys.stdin.isatty() else ("", "")
-    text = input(you)
-    is_long = text.lstrip().startswith(LONG)
-    if is_long:
-        with suppress(EOFError):
-            while text.count(LONG) < 2:
-                text += "\n" + input(more)
-        text = text.split(LONG, 1)[1].replace(LONG, " ")
-    return text.replace("\0", "").strip(), is_long
-
-
 def read_piped_text(is_optional: bool) -> str:
     """The text on stdin, without white space around it; "" from a terminal.
 
@@ -125,7 +119,7 @@ def read_piped_text(is_optional: bool) -> str:
     """
     if sys.stdin.isatty():
         return ""
-    if is_optional and not _has_input(PIPE_SECONDS):
+    if is_optional and not _has_input():
         note(
             f"note: nothing arrived on stdin within {PIPE_SECONDS} s; "
             "continuing without it (</dev/null saves the wait)"
@@ -136,10 +130,10 @@ def read_piped_text(is_optional: bool) -> str:
     return ""
 
 
-def _has_input(seconds: float) -> bool:
-    """Whether stdin is a file, has ended, or gets data within this time."""
+def _has_input():
+    """Whether stdin is a file, has ended, or gets data within PIPE_SECONDS."""
     try:
-        readable, _, _ = select.select([sys.stdin], [], [], seconds)
+        readable, _, _ = select.select([sys.stdin], [], [], PIPE_SECONDS)
     except (OSError, ValueError):  # select knows no pipe on Windows and no StringIO
         return True
     return bool(readable)
@@ -157,16 +151,16 @@ def set_up_readline(commands: Collection[str], history: str):
         import readline
     except ImportError:  # on Windows
         return
-    path = Path(os.path.expanduser(history))
+    path = Path(history).expanduser()
     with suppress(OSError):  # no folder to write to
         path.touch()
         readline.read_history_file(path)
         atexit.register(readline.write_history_file, path)
 
-    def complete(text: str, index: int) -> str | None:
+    def complete(text, index):
         at_start = readline.get_begidx() == 0
         found = completions(text, commands if at_start else ())
-        return found[index] if index < len(found) else None
+        return [*found, None][index]  # None ends the list
 
     readline.set_completer(complete)
     readline.set_completer_delims(" \t\n\"'")
@@ -179,9 +173,7 @@ def completions(text: str, commands: Collection[str]) -> list[str]:
 
     Readline hides exceptions raised here.
     """
-    found = []
-    if text.startswith("/"):
-        found += [command for command in commands if command.startswith(text)]
+    found = [command for command in commands if text and command.startswith(text)]
     for path in glob(escape(os.path.expanduser(text)) + "*"):
         found.append(path + "/" if os.path.isdir(path) else path)
     return found

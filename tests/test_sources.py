@@ -182,6 +182,13 @@ def test_pictures_of_several_kinds_are_taken_in_a_fixed_order(tmp_path):
     assert picture_file.read() == picture() and caption == "A dog"
 
 
+def test_an_empty_file_of_a_tar_is_the_same_as_none(tmp_path):
+    members = {"a.jpg": b"", "a.png": picture(), "a.json": b"", "a.txt": b"A dog"}
+    write_tar(tmp_path / "0.tar", [], **members)
+    ((picture_file,), caption, *_) = open_source(str(tmp_path))[0, 0]
+    assert picture_file.read() == picture() and caption == "A dog"
+
+
 @pytest.mark.parametrize("content", [b"[1]", b"null", b'"abc"', b"7", b"[" * 100_000])
 def test_any_odd_json_of_a_tar_is_one_bad_sample(tmp_path, content):
     for names in ({"a.txt": b"text"}, {}):
@@ -222,7 +229,18 @@ def test_a_count_that_no_shard_can_have_is_not_believed(tmp_path):
     assert open_source(str(tmp_path)).counts == [2]
 
 
-@pytest.mark.parametrize("content", ["[" * 100_000, '{"samples": [1]}', "\xff", "[]"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param("[" * 100_000, id="deep"),
+        pytest.param('{"samples": [1]}', id="a list of counts"),
+        pytest.param('{"samples": {"0.tar": null}}', id="no number"),
+        pytest.param('{"samples": {"0.tar": NaN}}', id="not a number"),
+        pytest.param('{"samples": {"0.tar": "7"}}', id="a text"),
+        pytest.param("\xff", id="no UTF-8"),
+        pytest.param("[]", id="a list"),
+    ],
+)
 def test_an_odd_index_is_not_used(tmp_path, content):
     write_tar(tmp_path / "0.tar", ["a"])
     (tmp_path / "index.json").write_text(content, "latin-1")
@@ -248,6 +266,16 @@ def test_caption_folder(tmp_path):
         file.write_text(content)
         with pytest.raises(InputError, match="filter_cap.json"):
             open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("folder", [".", "images", "image"])
+def test_the_pictures_of_rows_are_beside_the_file_or_in_a_folder(tmp_path, folder):
+    path = tmp_path / folder / "a.jpg"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(picture())
+    (tmp_path / "own.jsonl").write_text('{"image": "a.jpg", "caption": "A dog."}')
+    sample = open_source(f"{tmp_path}/own.jsonl")[0, 0]
+    assert sample.images == [str(path)]
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "jpeg"])
