@@ -314,9 +314,9 @@ def known_counts(folders):
                 shard = file.name.replace("_stats.json", ".tar")
                 counts = content.get("samples", {shard: content.get("successes")})
                 known |= {
-                    folder / name: int(count)
+                    folder / name: count
                     for name, count in dict(counts).items()
-                    if 0 < count < MOST_SAMPLES
+                    if type(count) is int and 0 < count < MOST_SAMPLES
                 }
     return known
 

@@ -236,6 +236,7 @@ def test_a_count_that_no_shard_can_have_is_not_believed(tmp_path):
         pytest.param('{"samples": [1]}', id="a list of counts"),
         pytest.param('{"samples": {"0.tar": null}}', id="no number"),
         pytest.param('{"samples": {"0.tar": NaN}}', id="not a number"),
+        pytest.param('{"samples": {"0.tar": 2.5}}', id="a fraction"),
         pytest.param('{"samples": {"0.tar": "7"}}', id="a text"),
         pytest.param("\xff", id="no UTF-8"),
         pytest.param("[]", id="a list"),
