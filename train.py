@@ -145,7 +145,7 @@ def evaluate(
     loss_sum = 0.0
     n_targets = 0
     for batch in DataLoader(examples, config.batch_size, collate_fn=collate):
-        if may_leave and stop.received_here():
+        if may_leave and stop.received:
             return None
         images, tokens, targets = batch.to(device)
         loss_sum += model(images, tokens, targets).item() * batch.n_targets

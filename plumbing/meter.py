@@ -30,10 +30,12 @@ class Meter:
     def add(self, source: int, loss: torch.Tensor, batches: list):
         """Count a step. loss: its mean over the answer tokens of all ranks."""
         n_targets = sum(batch.n_targets for batch in batches)
-        n_images = sum(
-            len(batch.tokens if batch.images is None else batch.images)
-            for batch in batches
-        )
+        n_images = 0
+        for batch in batches:
+            if batch.images is not None:
+                n_images += len(batch.images)
+            elif batch.n_targets:  # not a batch without samples
+                n_images += len(batch.tokens)
         row = self.sums[source]
         row[0] += loss * n_targets
         row[1] += n_targets
@@ -53,15 +55,11 @@ class Meter:
 
     def time_waiting(self, items: Iterable) -> Iterator:
         """Yield the items; the time until one is there counts as waiting for data."""
-        items = iter(items)
-        while True:
-            start = time.perf_counter()
-            try:
-                item = next(items)
-            except StopIteration:
-                return
+        start = time.perf_counter()
+        for item in items:
             self.waited += time.perf_counter() - start
             yield item
+            start = time.perf_counter()
 
     @contextmanager
     def paused(self):

@@ -22,11 +22,7 @@ from torch.utils.data import DataLoader
 from plumbing.console import InputError, note
 
 # that end a run after its step; Windows has not all of them
-SIGNALS = [
-    getattr(signal, name)
-    for name in ("SIGTERM", "SIGUSR1", "SIGINT")
-    if hasattr(signal, name)
-]
+SIGNALS = [s for s in signal.Signals if s.name in ("SIGTERM", "SIGUSR1", "SIGINT")]
 LAUNCHER = os.getppid()  # torchrun, or a shell
 
 
@@ -88,17 +84,13 @@ class StopSignals:
         if len(self.received) > 2:
             signal.default_int_handler(number, frame)
 
-    def received_here(self) -> bool:
-        """Whether this process got a signal."""
-        return len(self.received) > 0
-
     def received_anywhere(self) -> bool:
         """Whether to stop; the same on all processes, which have to ask together."""
-        is_orphan = n_processes() > 1 and os.getppid() != LAUNCHER
-        stop = float(self.received_here() or is_orphan)
-        if n_processes() > 1:
-            stop = all_sum(torch.tensor(stop, device=self.device)).item()
-        return stop > 0
+        if n_processes() == 1:
+            return bool(self.received)
+        stop = len(self.received) > 0 or os.getppid() != LAUNCHER
+        n_stopping = all_sum(torch.tensor(float(stop), device=self.device))
+        return n_stopping.item() > 0
 
     def was_ctrl_c(self) -> bool:
         """Whether Ctrl-C was pressed."""
@@ -113,9 +105,7 @@ def process_group(device_name: str) -> Iterator[tuple[torch.device, int, int]]:
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(device_name, int(os.environ.get("LOCAL_RANK", 0)))
-    rank = 0
-    if world > 1:
-        rank = join_group(device, world)
+    rank = join_group(device, world) if world > 1 else 0
     try:
         yield device, rank, world
         if world > 1:
@@ -169,9 +159,8 @@ def peak_mib(device: torch.device | str) -> float:
     with suppress(ImportError):
         from resource import RUSAGE_SELF, getrusage
 
-        peak = getrusage(RUSAGE_SELF).ru_maxrss
-        is_mac = sys.platform == "darwin"
-        return peak / (2**20 if is_mac else 2**10)  # bytes, or KiB
+        unit = 2**20 if sys.platform == "darwin" else 2**10  # of bytes, or of KiB
+        return getrusage(RUSAGE_SELF).ru_maxrss / unit
     return float("nan")
 
 
@@ -224,15 +213,13 @@ def make_missing(prepare: dict[str, str], used: list[str]):
     that exist are left alone. Raises InputError when a command fails.
     """
     missing = [path for path in prepare if not Path(path).exists()]
-    if not any(is_within(path, missing) for path in used):
+    is_needed = any(
+        Path(path).is_relative_to(folder) for path in used for folder in missing
+    )
+    if not is_needed:
         return
     for path in missing:
         note(f"{path} is missing; making it: python {prepare[path]}")
         command = [sys.executable, *shlex.split(prepare[path])]
         if subprocess.run(command).returncode != 0:
             raise InputError(f"{path} could not be made: the command above failed")
-
-
-def is_within(path: str, folders: list[str]) -> bool:
-    """Whether a path is one of `folders`, or lies in one."""
-    return any(f"{path}/".startswith(f"{folder}/") for folder in folders)

@@ -5,6 +5,8 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -13,6 +15,7 @@ from tqdm import tqdm
 
 from plumbing.console import InputError, note
 from plumbing.files import append_row, replacing
+from plumbing.quantized import shapes_of
 
 ADVICE = (
     "the last checkpoint is kept; "
@@ -37,10 +40,9 @@ class RunFolder:
         self.older_state = self.path / "state.old.pt"
         states = [file for file in (self.state, self.older_state) if file.exists()]
         results = [file for file in self.weights if file.exists()]
-        logs = []
+        held = states + results
         if self.log.is_file() and self.log.stat().st_size > 0:
-            logs.append(self.log)
-        held = states + results + logs
+            held.append(self.log)
         if held and not resume:
             raise InputError(
                 f"{held[0]}: already holds a run; "
@@ -53,7 +55,7 @@ class RunFolder:
             )
 
 
-class RunLog:
+class RunLog(AbstractContextManager):
     """log.jsonl and the progress bar; silent on all ranks but the first."""
 
     def __init__(self, folder: RunFolder, max_steps: int, done: int, is_silent: bool):
@@ -61,13 +63,10 @@ class RunLog:
 
         Raises InputError if another run writes to the log.
         """
-        self.is_silent = is_silent
         self.n_failed = self.last_failed = 0  # steps in a row, and the last one
-        if is_silent:
-            self.file = open_to_append(os.devnull)
-        else:
-            folder.path.mkdir(parents=True, exist_ok=True)
-            self.file = open_to_append(folder.log)
+        folder.path.mkdir(parents=True, exist_ok=True)
+        self.file = open_to_append(os.devnull if is_silent else folder.log)
+        if not is_silent:
             lock(self.file, folder.path)
             # Through this file: to open and close it once more would end the lock.
             self.file.seek(0)
@@ -79,9 +78,6 @@ class RunLog:
             dynamic_ncols=True,
             disable=is_silent,
         )
-
-    def __enter__(self) -> "RunLog":
-        return self
 
     def __exit__(self, *error):
         self.bar.close()
@@ -134,29 +130,26 @@ class RunLog:
 
     def write(self, text: str):
         """Print above the bar."""
-        if not self.is_silent:
+        if not self.bar.disable:
             self.bar.write(text, file=sys.stderr)
 
 
-def open_to_append(path: str | Path):
-    """A text file whose rows are written at once."""
-    return open(path, "a+", buffering=1, encoding="utf-8", newline="\n")
+def open_to_append(path):
+    """A text file to read and append to."""
+    return open(path, "a+", encoding="utf-8", newline="\n")
 
 
 def lock(file, folder: Path):
     """Keep other runs from writing to a file; ends with this process."""
-    try:
+    with suppress(ImportError, OSError):  # Windows, or a file system without locks
         from fcntl import LOCK_EX, LOCK_NB, lockf
-    except ImportError:  # on Windows
-        return
-    try:
-        lockf(file, LOCK_EX | LOCK_NB)
-    except (BlockingIOError, PermissionError) as e:
-        raise InputError(
-            f"{folder}: another run writes to it; choose another --out_dir"
-        ) from e
-    except OSError:  # a file system without locks
-        return
+
+        try:
+            lockf(file, LOCK_EX | LOCK_NB)
+        except (BlockingIOError, PermissionError) as e:
+            raise InputError(
+                f"{folder}: another run writes to it; choose another --out_dir"
+            ) from e
 
 
 def length_until(log: bytes, done: int) -> int:
@@ -167,22 +160,13 @@ def length_until(log: bytes, done: int) -> int:
     kept = end = 0
     for line in log.split(b"\n")[:-1]:
         end += len(line) + 1
-        if step_of(line) <= done:
-            kept = end
+        with suppress(ValueError, KeyError, TypeError, RecursionError):
+            if json.loads(line)["step"] <= done:
+                kept = end
     return kept
 
 
-def step_of(line: bytes) -> float:
-    """The step of a row of the log; infinity for other content."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return math.inf
-    if isinstance(row, dict) and isinstance(row.get("step"), int):
-        return row["step"]
-    return math.inf
-
-
+@dataclass
 class Checkpoint:
     """What state.pt holds: trained tensors, optimizer, scaler, and the run's identity.
 
@@ -190,24 +174,14 @@ class Checkpoint:
     save_parts() writes the weights.
     """
 
-    def __init__(
-        self,
-        folder: RunFolder,
-        tensors: dict[str, torch.Tensor],
-        optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler,
-        identity: dict,
-        frozen: dict[str, str],
-        save_parts: Callable[[], None],
-    ):
-        self.folder = folder
-        self.tensors = tensors
-        self.optimizer = optimizer
-        self.scaler = scaler
-        self.identity = identity
-        self.frozen = frozen
-        self.save_parts = save_parts
-        self.state_is_damaged = False
+    folder: RunFolder
+    tensors: dict[str, torch.Tensor]
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    identity: dict
+    frozen: dict[str, str]
+    save_parts: Callable[[], None]
+    state_is_damaged: bool = False
 
     def save(self, step: int):
         """Write the weights and the state; the state before is kept as state.old.pt.
@@ -275,29 +249,26 @@ class Checkpoint:
         """
         state = read_state(path)
         for name, now in self.identity.items():
-            before = state["identity"].get(name)
-            if before != now:
+            then = state["identity"].get(name)
+            if then != now:
                 raise InputError(
-                    f"{path}: {name} was {before}, now it is {now}; "
+                    f"{path}: {name} was {then}, now it is {now}; "
                     "keep it or change out_dir"
                 )
         saved = state["parameters"]
-        shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
-        if shapes != {name: tensor.shape for name, tensor in saved.items()}:
+        if shapes_of(saved) != shapes_of(self.tensors):
             raise InputError(
                 f"{path}: its parts have other sizes; give them, or another --out_dir"
             )
-        self.warn_of_other_parts(path, state["frozen"])
+        before = state["frozen"]
+        other = [name for name, mark in self.frozen.items() if before.get(name) != mark]
+        if other:
+            note(f"warning: {path} was trained with another {', '.join(other)}")
         for name, tensor in self.tensors.items():
             tensor.data.copy_(saved[name])
         self.restore_optimizer(state["optimizer"]["state"])
         self.scaler.load_state_dict(state["scaler"])
         return state["step"]
-
-    def warn_of_other_parts(self, path: Path, before: dict[str, str]):
-        other = [name for name, mark in self.frozen.items() if before.get(name) != mark]
-        if other:
-            note(f"warning: {path} was trained with another {', '.join(other)}")
 
     def restore_optimizer(self, moments: dict):
         """Take over the moments, but keep this run's options."""

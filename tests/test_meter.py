@@ -1,10 +1,11 @@
 """What the log says about loss and speed."""
 
 import pytest
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from data import TrainingSteps
+from data import Example, TrainingSteps, collate
 from plumbing.meter import Meter
 from tests.runs import CPU, micro, run
 
@@ -50,6 +51,16 @@ def test_the_log_tells_the_speed_and_with_peak_tflops_mfu(world, tmp_path):
             )
             assert row["mfu"] > 0 if peak else "mfu" not in row
             assert "losses" not in row  # there is only one source
+
+
+def test_texts_count_as_pictures_and_a_batch_without_samples_as_nothing():
+    text = Example([], [1, 5, 6], [-100, 5, 6])
+    pictures = Example([torch.zeros(4, 8)] * 2, [1, -1, -1, 5], [-100] * 4)
+    meter = Meter(["a"], CPU)
+    for samples in ([text, text, text], [pictures], []):
+        meter.add(0, torch.tensor(1.0), [collate(samples)])
+    n_targets, n_images, n_tokens = meter.sums[0, 1:].tolist()
+    assert (n_targets, n_images, n_tokens) == (6, 5, 13)
 
 
 def test_flops_are_those_of_the_first_step(world, tmp_path):
