@@ -137,7 +137,7 @@ class Source:
     """A source of samples, of which source[shard, row] is one.
 
     counts: the number of rows of each shard. content: changes when the samples do.
-    read_sample(shard, row): may raise MALFORMED.
+    read_sample(shard, row): the Sample, of a subclass; may raise any of MALFORMED.
     """
 
     def __getitem__(self, place: tuple[int, int]) -> Sample:

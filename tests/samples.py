@@ -5,9 +5,7 @@ import tarfile
 
 from PIL import Image
 
-from configs.prompts import (
-    IMAGE,
-)
+from configs.prompts import IMAGE
 from llama import IGNORE
 from tests.common import TOKENIZER
 

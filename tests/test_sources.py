@@ -10,14 +10,9 @@ import tracemalloc
 import pytest
 from PIL import Image
 
-from configs.prompts import (
-    IMAGE,
-)
+from configs.prompts import IMAGE
 from configs.schema import Config
-from data import (
-    Samples,
-    open_samples,
-)
+from data import Samples, open_samples
 from plumbing.console import InputError
 from plumbing.sources import BadSample, Sample, index_tar, open_source
 from tests.common import TOKENIZER, readable
