@@ -326,6 +326,11 @@ def read_hub_tensors(folder, is_tied) -> Tensors:
     return tensors
 
 
+def hub_name(name: str) -> str:
+    """Hugging Face's name of a tensor of ours."""
+    return name if name.startswith("lm_head") else f"model.{name}"
+
+
 def save_hub_folder(
     folder: str, tensors: Tensors, dtype: str, sizes: dict, tokenizer: str
 ):
@@ -336,10 +341,7 @@ def save_hub_folder(
         temporary.write_text(json.dumps(sizes, indent=1))
     with replacing(root / "tokenizer.model") as temporary:
         temporary.write_bytes(Path(tokenizer).read_bytes())
-    named = {
-        name if name.startswith("lm_head") else f"model.{name}": tensor
-        for name, tensor in tensors.items()
-    }
+    named = {hub_name(name): tensor for name, tensor in tensors.items()}
     save_tensors(root / "model.safetensors", named, dtype, {})
 
 
@@ -470,15 +472,12 @@ def read_sizes(
     return vision, qformer, llama
 
 
-def read_part_sizes(name: str, files: Files, kinds: dict, **of_new: int):
-    """The sizes of one part; the first of its kinds is that of files without a kind.
-
-    of_new: sizes of a new part that does not give them.
-    """
+def read_part_sizes(name: str, files: Files, kinds: dict, **defaults: int):
+    """The sizes of one part; the first of its kinds is that of files without a kind."""
     if name not in files:
         return None
-    where, tensors, sizes, kind = files[name]
-    sizes = dict(sizes) if tensors else of_new | sizes
+    where, _, given, kind = files[name]
+    sizes = defaults | given
     kind = sizes.pop("kind", kind) or next(iter(kinds[name]))
     if kind not in kinds[name]:
         known = " or ".join(kinds[name])

@@ -56,7 +56,7 @@ from plumbing.options import (
 from plumbing.processes import peak_mib, pick_device
 from plumbing.quantized import compile_rows
 from plumbing.sources import Sample, index_tar, split_files
-from plumbing.weights import PARTS, read_hub_folder
+from plumbing.weights import PARTS, hub_name, read_hub_folder
 from qformer import QFormerConfig
 from train import build, make_optimizer, train_step
 from vision import VisionConfig, load_image, normalize, preprocess
@@ -556,9 +556,8 @@ def gguf_file(folder: Path, kind: str) -> Path:
             if tensor.dim() == 1:
                 type_name = "F32"
             number_type = gguf.GGMLQuantizationType[type_name]
-            hub_name = name if name == "lm_head.weight" else f"model.{name}"
             writer.add_tensor(
-                names.get_name(hub_name, (".weight",)),
+                names.get_name(hub_name(name), (".weight",)),
                 gguf.quants.quantize(tensor.float().numpy(), number_type),
                 raw_dtype=number_type,
             )

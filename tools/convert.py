@@ -46,6 +46,7 @@ from plumbing.weights import (
     check_fit,
     check_sizes,
     fingerprint,
+    hub_name,
     indexed_files,
     load_tensors,
     read_weight_map,
@@ -790,11 +791,6 @@ def quantize_llama(source: Source, dtype: str) -> Source:
         return read_quantized(name.removesuffix("_scale"))[name]
 
     return Source(config, layout, read)
-
-
-def hub_name(name: str) -> str:
-    """Hugging Face's name of a tensor of ours."""
-    return name if name.startswith("lm_head") else f"model.{name}"
 
 
 def write_llama(folder: Path, llama: Source, dtype: str = ""):
