@@ -463,12 +463,11 @@ def read_sizes(
         llama_config = kinds["llama"]["llama"]
         override(llama_config(), llama, "llama")  # refuses unknown names
         llama = llama_config.from_dict({"vocab_size": vocab_size} | llama, "llama")
-    if image_size and vision:
-        unit = vision.patch_size if qformer else 2 * vision.patch_size
-        if image_size % unit:
-            raise InputError(
-                f"image_size {image_size}: give a multiple of {unit}, for whole patches"
-            )
+    if vision and image_size % vision.patch_size:
+        raise InputError(
+            f"image_size {image_size}: give a multiple of {vision.patch_size}, "
+            "for whole patches"
+        )
     return vision, qformer, llama
 
 

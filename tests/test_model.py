@@ -85,3 +85,9 @@ def test_a_part_s_file_says_its_kind(world, tmp_path):
         assert metadata["kind"] == kind
     with pytest.raises(InputError, match="a qformer file; as vision, give eva_vit"):
         MiniGPT4.from_files(str(tmp_path / "qformer.safetensors"), None, world["llama"])
+
+
+def test_an_image_size_without_whole_patches_is_refused(world):
+    parts = [world[name] for name in ("vision", "qformer", "llama")]
+    with pytest.raises(InputError, match="image_size 20: give a multiple of 8"):
+        MiniGPT4.from_files(*parts, image_size=20)
