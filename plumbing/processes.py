@@ -74,11 +74,11 @@ class StopSignals:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.received: list[int] = []
+        self.received: list[int] = []  # by this process
         for number in SIGNALS:
             signal.signal(number, self.receive)
 
-    def receive(self, number: int, frame):
+    def receive(self, number, frame):
         """The third signal ends the run at once: torchrun may pass one on twice."""
         self.received.append(number)
         if len(self.received) > 2:
@@ -127,7 +127,7 @@ def process_group(device_name: str) -> Iterator[tuple[torch.device, int, int]]:
             dist.destroy_process_group()
 
 
-def join_group(device: torch.device, world: int) -> int:
+def join_group(device, world) -> int:
     """Meet the other processes; returns the rank of this one."""
     # The others wait while rank 0 makes data, evaluates and saves.
     patience = timedelta(hours=2)
@@ -183,7 +183,7 @@ def pick_device(name: str = "", index: int = 0) -> torch.device:
     return device
 
 
-def ignore_signals(worker: int):
+def ignore_signals(worker):
     """In a data worker: leave SIGNALS, which reach all processes, to the training."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -74,7 +74,7 @@ def shapes_of(tensors: dict[str, Tensor]) -> dict[str, tuple]:
     return shapes
 
 
-def pack(weight: Tensor, scale: Tensor) -> Tensor:
+def pack(weight, scale):
     """The values of a quantized matrix in the layout of its device's kernels."""
     is_int8 = weight.dtype == torch.int8
     if is_int8 and weight.is_cpu:
@@ -93,7 +93,7 @@ def pack(weight: Tensor, scale: Tensor) -> Tensor:
     return torch.ops.aten._convert_weight_to_int4pack(weight, n_tiles)
 
 
-def multiply_int8_on_cpu(rows: Tensor, packed) -> Tensor:
+def multiply_int8_on_cpu(rows, packed):
     """rows (n, in) -> float32 (n, out)."""
     multiply = torch.ops.quantized.linear_dynamic
     rows = rows.float()
@@ -137,7 +137,7 @@ class QuantizedLinear:
         return multiply(rows, self.weight, GROUP, self.scale)
 
 
-def linear_groups(module: nn.Module) -> dict[str, list[str]]:
+def linear_groups(module):
     """{attribute to set: names of linears} of a module, without its children's."""
     groups = defaultdict(list)
     for name, child in module.named_children():
@@ -181,7 +181,7 @@ def quantize_linears(model: nn.Module, kind: str, read_tensors, check, device):
             setattr(module, attribute, QuantizedLinear(matrices, biases, device))
 
 
-def can_compile(device: torch.device) -> bool:
+def can_compile(device) -> bool:
     """Whether torch.compile works: on a CPU it needs a C++ compiler."""
     return device.type != "cpu" or bool(shutil.which(os.environ.get("CXX", "g++")))
 

@@ -139,7 +139,7 @@ def open_to_append(path):
     return open(path, "a+", encoding="utf-8", newline="\n")
 
 
-def lock(file, folder: Path):
+def lock(file, folder):
     """Keep other runs from writing to a file; ends with this process."""
     with suppress(ImportError, OSError):  # Windows, or a file system without locks
         from fcntl import LOCK_EX, LOCK_NB, lockf
@@ -204,7 +204,7 @@ class Checkpoint:
         if not all(file.exists() for file in self.folder.weights):
             self.save_parts()
 
-    def write_state(self, step: int):
+    def write_state(self, step):
         state = {
             "step": step,
             "parameters": {name: t.detach() for name, t in self.tensors.items()},
@@ -242,7 +242,7 @@ class Checkpoint:
             raise InputError(f"{damage}; choose another --out_dir")
         return 0
 
-    def restore(self, path: Path) -> int:
+    def restore(self, path) -> int:
         """Take over a saved state and return its step.
 
         Raises InputError for the state of another run, other errors for a damaged one.
@@ -270,7 +270,7 @@ class Checkpoint:
         self.scaler.load_state_dict(state["scaler"])
         return state["step"]
 
-    def restore_optimizer(self, moments: dict):
+    def restore_optimizer(self, moments):
         """Take over the moments, but keep this run's options."""
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
@@ -291,7 +291,7 @@ def read_state(path: Path) -> dict:
     return state
 
 
-def check_moments(parameter: torch.nn.Parameter, state: dict):
+def check_moments(parameter, state):
     """Raise ValueError unless AdamW's state fits: a step count and two moments."""
     values = [parameter, *state.values()]
     if not all(value.isfinite().all() for value in values):

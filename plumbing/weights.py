@@ -294,7 +294,7 @@ def indexed_files(index: Path) -> list[Path]:
     return files
 
 
-def require_file(file: Path, origin: str):
+def require_file(file, origin):
     """Raise InputError for a missing weight file that the file `origin` names."""
     if not file.is_file():
         raise InputError(
@@ -345,7 +345,7 @@ def save_hub_folder(
     save_tensors(root / "model.safetensors", named, dtype, {})
 
 
-def hub_weight_files(folder: Path) -> list[Path]:
+def hub_weight_files(folder) -> list[Path]:
     """The safetensors files of a Hugging Face folder; InputError if one is missing."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
