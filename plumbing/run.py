@@ -274,9 +274,8 @@ class Checkpoint:
         """Take over the moments, but keep this run's options."""
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                check_moments(parameter, self.optimizer.state[parameter])
+        for parameter, state in self.optimizer.state.items():
+            check_moments(parameter, state)
 
 
 def read_state(path: Path) -> dict:
@@ -298,5 +297,5 @@ def check_moments(parameter, state):
         raise ValueError("a parameter or a moment is not finite")
     shapes = [value.shape for value in state.values()]
     expected = [torch.Size(()), parameter.shape, parameter.shape]
-    if shapes and shapes != expected:  # none before the first step
+    if shapes != expected:
         raise ValueError(f"moments of shapes {shapes} for {tuple(parameter.shape)}")

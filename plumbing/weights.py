@@ -75,10 +75,9 @@ def save_tensors(path: str | Path, tensors: Tensors, dtype: str, metadata):
     """Write a safetensors file, floats as `dtype`; at the end it replaces an older."""
     cast = {}
     for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu()
         if tensor.is_floating_point():
             tensor = tensor.to(getattr(torch, dtype))
-        cast[name] = tensor.contiguous()
+        cast[name] = tensor.detach().cpu().contiguous()
     with replacing(path) as temporary:
         save_file(cast, temporary, {"format": "pt"} | metadata)
 
