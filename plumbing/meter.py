@@ -29,13 +29,12 @@ class Meter:
 
     def add(self, source: int, loss: torch.Tensor, batches: list):
         """Count a step. loss: its mean over the answer tokens of all ranks."""
+        batches = [batch for batch in batches if batch.n_tokens]  # some have no sample
         n_targets = sum(batch.n_targets for batch in batches)
-        n_images = 0
-        for batch in batches:
-            if batch.images is not None:
-                n_images += len(batch.images)
-            elif batch.n_targets:  # not a batch without samples
-                n_images += len(batch.tokens)
+        n_images = sum(
+            len(batch.tokens if batch.images is None else batch.images)
+            for batch in batches
+        )
         row = self.sums[source]
         row[0] += loss * n_targets
         row[1] += n_targets
