@@ -34,12 +34,12 @@ class RunFolder:
         resumed.
         """
         self.path = Path(path)
-        self.weights = [Path(file) for file in weights]
+        self.weights = list(map(Path, weights))
         self.log = self.path / "log.jsonl"
         self.state = self.path / "state.pt"
         self.older_state = self.path / "state.old.pt"
-        states = [file for file in (self.state, self.older_state) if file.exists()]
-        results = [file for file in self.weights if file.exists()]
+        states = list(filter(Path.exists, (self.state, self.older_state)))
+        results = list(filter(Path.exists, self.weights))
         held = states + results
         if self.log.is_file() and self.log.stat().st_size > 0:
             held.append(self.log)
@@ -201,7 +201,7 @@ class Checkpoint:
 
     def save_missing_parts(self):
         """Write the weights if the run was killed before it wrote them once."""
-        if not all(file.exists() for file in self.folder.weights):
+        if not all(map(Path.exists, self.folder.weights)):
             self.save_parts()
 
     def write_state(self, step):
