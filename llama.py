@@ -24,7 +24,7 @@ from plumbing.options import override
 from plumbing.weights import check_sizes, init_weights
 
 IGNORE = -100  # in the targets: no prediction here
-CONTEXT = 2000  # tokens of a long conversation, the original's limit; for estimates
+CONTEXT = 2000  # tokens of a long conversation, the original's limit
 
 
 @dataclass(frozen=True)

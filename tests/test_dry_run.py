@@ -106,8 +106,7 @@ def test_a_dry_run_of_a_run_s_folder_says_what_chat_needs(capsys):
     dry_run.main([str(ROOT / "assets/tiny"), "--dtype=bfloat16"])
     text = capsys.readouterr().out
     assert (
-        re.search(r"proj +16,512 +0 ", text)
-        and "keys and values of 2000 tokens" in text
+        re.search(r"proj +16,512 +0 ", text) and "keys and values of 300 tokens" in text
     )
     assert "FLOPs" not in text and "missing" not in text
 

@@ -523,7 +523,7 @@ def memory_alone(folder):
     return {"rate": 2**30 / n_bytes / seconds(torch.ones(2**28).sum)}
 
 
-def gguf_file(folder: Path, kind: str) -> Path:
+def gguf_file(folder, kind):
     """LLaMA for llama.cpp, made on first use.
 
     The output matrix of Q4_0 is Q8_0, as int4's is int8.
@@ -621,8 +621,8 @@ def llamacpp_answer(path, way, ids, device):
 
 def answers(make_answer, folder, way, units, device):
     """prompt: 1/s until the first token; decode: tokens/s after it."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, VOCAB, (PROMPT,), generator=generator).tolist()
+    torch.manual_seed(0)
+    ids = torch.randint(3, VOCAB, (PROMPT,)).tolist()
     answer = make_answer(folder, way, ids, device)
     first = seconds(partial(answer, 1), 2)
     all_tokens = seconds(partial(answer, 1 + ANSWER), 2)
@@ -726,7 +726,7 @@ def bench_chat(options, device):
 BENCHES = {"data": bench_data, "train": bench_train, "chat": bench_chat}
 
 
-def main(argv: list[str]):
+def main(argv):
     (name,), given = parse_args(argv, __doc__, "|".join(BENCHES), Options)
     check_name(name, BENCHES, "bench")
     options = override(Options(), given)

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import chat
@@ -39,10 +38,12 @@ class Options(chat.Options):
     retry: bool = option(False, "try the pictures that failed again")
 
 
+# Every `talk` is a chat.Chat, every `o` the Options.
+
 # ---- files ---------------------------------------------------------------------------
 
 
-def list_pictures(name: str) -> list[str]:
+def list_pictures(name):
     """The paths of an argument PICTURE. Raises InputError if none of them exists."""
     if os.path.isfile(name) and name.endswith(".txt"):
         text = Path(name).read_text("utf-8-sig", "surrogateescape")
@@ -62,7 +63,7 @@ def list_pictures(name: str) -> list[str]:
     return paths
 
 
-def written_path(path: str, folder: Path) -> str:
+def written_path(path, folder):
     """A picture's path from `folder`, with slashes; absolute if on another drive."""
     parent, name = os.path.split(path)
     path = os.path.join(os.path.realpath(parent), name)
@@ -71,7 +72,7 @@ def written_path(path: str, folder: Path) -> str:
     return Path(path).as_posix()
 
 
-def read_lines(path: Path) -> dict[str, bytes]:
+def read_lines(path):
     """{picture: its line} of a .jsonl; {} if there is no file.
 
     A last line without its newline gets it, or is removed if it was cut.
@@ -92,14 +93,14 @@ def read_lines(path: Path) -> dict[str, bytes]:
     return lines
 
 
-def _picture_of(line: bytes) -> str:
+def _picture_of(line):
     """The picture that a line is about; "" for any other line."""
     with suppress(ValueError, KeyError, TypeError, RecursionError):
         return str(json.loads(line)["image"])
     return ""
 
 
-def forget_failures(errors: Path, pictures: dict[str, str]):
+def forget_failures(errors, pictures):
     """Remove the lines of these pictures; those of others stay."""
     failed = read_lines(errors)
     kept = [line + b"\n" for image, line in failed.items() if image not in pictures]
@@ -110,7 +111,22 @@ def forget_failures(errors: Path, pictures: dict[str, str]):
 # ---- answers -------------------------------------------------------------------------
 
 
-def prompt_ids(talk: chat.Chat, question: str) -> list[int]:
+def start_chat(options):
+    """A conversation with a run. Raises InputError if it sees no pictures."""
+    talk = chat.Chat(*chat.load(options))
+    if talk.model.vision is None:
+        raise InputError(
+            f"{options.ckpt}: this run sees no pictures; give one with vision"
+        )
+    return talk
+
+
+def batches(items, size):
+    """The items in lists of `size`; the last may be shorter."""
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def prompt_ids(talk, question):
     """The ids of a question about one picture, in a conversation of its own."""
     question = question.encode("utf-8", "replace").decode()  # it may be no UTF-8
     picture = chat.Picture("", 1, torch.zeros(0))
@@ -119,36 +135,30 @@ def prompt_ids(talk: chat.Chat, question: str) -> list[int]:
 
 
 @torch.no_grad()
-def encode(talk: chat.Chat, images: list[Tensor]) -> Tensor:
-    """B pictures, uint8 (3, S, S) -> (B, N, d_llama)."""
+def encode(talk, images):
+    """A list of B pictures, uint8 (3, S, S) -> (B, N, d_llama)."""
     return talk.model.encode_image(torch.stack(images).to(talk.options.device))
 
 
-def answers(
-    talk: chat.Chat, prompts: list[list[int]], embeds: Tensor
-) -> list[tuple[str, bool]]:
-    """Answer B prompts of one length, each about one picture, (B, N, d_llama).
+def answers(talk, prompts, embeds):
+    """Answer B prompts (ids) of one length, each about one picture, (B, N, d_llama).
 
     Returns [(answer, whether it is complete)].
     """
     o, model, end = talk.options, talk.model, talk.template.end
     stop = stop_sequences(model.tokenizer, end)
-    common = {
-        "max_new_tokens": o.max_new_tokens,
-        "repetition_penalty": o.repetition_penalty,
-        "min_length": o.min_length,
-    }
     if o.num_beams > 1:
-        common |= {"num_beams": o.num_beams, "length_penalty": o.length_penalty}
         rows = []
         for ids, picture in zip(prompts, embeds.split(1)):
-            rows.append(model.beam_search(ids, picture, stop, **common))
+            rows.append(list(talk.generate(ids, picture, stop)))
     else:
         rows = model.generate_batch(
             prompts,
             embeds,
             stop,
-            **common,
+            max_new_tokens=o.max_new_tokens,
+            repetition_penalty=o.repetition_penalty,
+            min_length=o.min_length,
             temperature=o.temperature,
             top_p=o.top_p,
             generator=talk.generator,
@@ -161,10 +171,10 @@ def answers(
 # ---- main ----------------------------------------------------------------------------
 
 
-def load_images(paths: dict, image_size: int, bad) -> dict[str, Tensor]:
-    """{name: picture} of {name: path}; unreadable ones go to the file `bad`."""
+def load_images(paths, image_size, bad):
+    """{name: picture} of [(name, path)]; unreadable ones go to the file `bad`."""
     images = {}
-    for name, path in paths.items():
+    for name, path in paths:
         try:
             images[name] = load_image(path, image_size, smallest=2)
         except InputError as e:
@@ -172,18 +182,16 @@ def load_images(paths: dict, image_size: int, bad) -> dict[str, Tensor]:
     return images
 
 
-def caption_all(talk: chat.Chat, o: Options, paths: dict, good, bad) -> int:
+def caption_all(talk, o, paths, good, bad):
     """Append the captions of {name: path} to the file `good`, failures to `bad`.
 
     Returns the number of captions that were cut off.
     """
     prompt = prompt_ids(talk, o.prompt)
-    names = list(paths)
-    starts = range(0, len(names), o.batch_size)
     n_cut = 0
-    for start in progress(starts, f"{len(names):,} pictures", unit="batch"):
-        batch = {name: paths[name] for name in names[start : start + o.batch_size]}
-        images = load_images(batch, talk.model.image_size, bad)
+    groups = batches([*paths.items()], o.batch_size)
+    for group in progress(groups, f"{len(paths):,} pictures", unit="batch"):
+        images = load_images(group, talk.model.image_size, bad)
         if not images:
             continue
         try:
@@ -203,7 +211,7 @@ def caption_all(talk: chat.Chat, o: Options, paths: dict, good, bad) -> int:
     return n_cut
 
 
-def main(argv: list[str]):
+def main(argv):
     names, given = parse_args(argv, __doc__, "PICTURE ...", Options)
     o = override(Options(), given)
     set_plain(o.plain)
@@ -223,20 +231,18 @@ def main(argv: list[str]):
 
     failed = read_lines(errors).keys()
     done = read_lines(out).keys()
-    new = sorted(pictures.keys() - done - (set() if o.retry else failed))
+    names = pictures.keys() - done - (set() if o.retry else failed)
+    new = {name: pictures[name] for name in sorted(names)}
     if not new:
         n_failed = len(pictures.keys() & failed)
         what = f"nothing is left to do; {n_failed} have failed"
         print(printable(f"{out}: {what}, --retry tries them again"))
         return
-    talk = chat.Chat(*chat.load(o))
-    if talk.model.vision is None:
-        raise InputError(f"{o.ckpt}: this run sees no pictures; give one with vision")
+    talk = start_chat(o)
     if o.retry:
         forget_failures(errors, pictures)
     with open(out, "a") as good, open(errors, "a") as bad:
-        paths = {name: pictures[name] for name in new}
-        n_cut = caption_all(talk, o, paths, good, bad)
+        n_cut = caption_all(talk, o, new, good, bad)
     print(
         f"{len(read_lines(out))} captions ({n_cut} new ones cut off), "
         f"{len(read_lines(errors))} failures"

@@ -22,7 +22,7 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from math import isqrt
@@ -34,12 +34,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configs.schema import Config, load_config, read_saved_config, write_saved_config
+from configs.schema import load_config, read_saved_config, write_saved_config
 from llama import Llama, LlamaConfig, Tokenizer, check_english
 from model import MiniGPT4
 from plumbing.console import InputError, note, progress, run_main
 from plumbing.files import read_json, replacing, start_of
-from plumbing.options import option, override, parse_args
+from plumbing.options import check_name, check_options, option, override, parse_args
 from plumbing.quantized import QUANTIZED, quantize
 from plumbing.weights import (
     DTYPES,
@@ -59,8 +59,9 @@ TORCH_DTYPES = {"": None} | {name: getattr(torch, name) for name in DTYPES}
 SHARD = 2 * 2**30  # bytes, about the size of each file of a converted LLaMA
 # In the metadata of a part's file
 KINDS = {"vision": VisionTransformer.kind, "qformer": QFormer.kind, "proj": "linear"}
-Tensors = dict[str, Tensor]  # {name: tensor}
-Shapes = dict[str, tuple]  # {name: shape}
+
+# `path`, `folder`, `source` and `target` are Paths; the `source` of a LLaMA that is
+# open is a Source. `tensors` are {name: tensor}, `shapes` {name: shape}.
 
 # The start of an original name -> the part and the start of our name. "#" is the
 # layer's number. Any name that is neither here nor in NOT_USED is an error.
@@ -70,15 +71,15 @@ NAMES = {
     "ln_vision.": "qformer.ln_vision.",
     "query_tokens": "qformer.query_tokens",
     "Qformer.bert.embeddings.LayerNorm.": "qformer.norm.",
-    LAYER + "attention.output.dense.": "qformer.layers.#.self_attn.out.",
-    LAYER + "attention.output.LayerNorm.": "qformer.layers.#.self_attn.norm.",
-    LAYER + "attention.self.": "qformer.layers.#.self_attn.",
-    LAYER + "crossattention.output.dense.": "qformer.layers.#.cross_attn.out.",
-    LAYER + "crossattention.output.LayerNorm.": "qformer.layers.#.cross_attn.norm.",
-    LAYER + "crossattention.self.": "qformer.layers.#.cross_attn.",
-    LAYER + "intermediate_query.dense.": "qformer.layers.#.fc1.",
-    LAYER + "output_query.dense.": "qformer.layers.#.fc2.",
-    LAYER + "output_query.LayerNorm.": "qformer.layers.#.norm.",
+    f"{LAYER}attention.output.dense.": "qformer.layers.#.self_attn.out.",
+    f"{LAYER}attention.output.LayerNorm.": "qformer.layers.#.self_attn.norm.",
+    f"{LAYER}attention.self.": "qformer.layers.#.self_attn.",
+    f"{LAYER}crossattention.output.dense.": "qformer.layers.#.cross_attn.out.",
+    f"{LAYER}crossattention.output.LayerNorm.": "qformer.layers.#.cross_attn.norm.",
+    f"{LAYER}crossattention.self.": "qformer.layers.#.cross_attn.",
+    f"{LAYER}intermediate_query.dense.": "qformer.layers.#.fc1.",
+    f"{LAYER}output_query.dense.": "qformer.layers.#.fc2.",
+    f"{LAYER}output_query.LayerNorm.": "qformer.layers.#.norm.",
     "llama_proj.": "proj.proj.",
 }
 # Hugging Face's names of BLIP-2 -> the original names
@@ -87,15 +88,15 @@ BLIP2_NAMES = {
     "vision_model.embeddings.class_embedding": "visual_encoder.cls_token",
     "vision_model.embeddings.position_embedding": "visual_encoder.pos_embed",
     "vision_model.embeddings.patch_embedding.": "visual_encoder.patch_embed.proj.",
-    HUB_LAYER + "layer_norm": "visual_encoder.blocks.#.norm",
-    HUB_LAYER + "self_attn.projection.": "visual_encoder.blocks.#.attn.proj.",
-    HUB_LAYER + "self_attn.": "visual_encoder.blocks.#.attn.",
-    HUB_LAYER + "mlp.": "visual_encoder.blocks.#.mlp.",
+    f"{HUB_LAYER}layer_norm": "visual_encoder.blocks.#.norm",
+    f"{HUB_LAYER}self_attn.projection.": "visual_encoder.blocks.#.attn.proj.",
+    f"{HUB_LAYER}self_attn.": "visual_encoder.blocks.#.attn.",
+    f"{HUB_LAYER}mlp.": "visual_encoder.blocks.#.mlp.",
     "vision_model.post_layernorm.": "ln_vision.",
     "query_tokens": "query_tokens",
     "qformer.layernorm.": "Qformer.bert.embeddings.LayerNorm.",
-    "qformer.encoder.layer.#.attention.attention.": LAYER + "attention.self.",
-    "qformer.encoder.layer.#.crossattention.attention.": LAYER + "crossattention.self.",
+    "qformer.encoder.layer.#.attention.attention.": f"{LAYER}attention.self.",
+    "qformer.encoder.layer.#.crossattention.attention.": f"{LAYER}crossattention.self.",
     "qformer.": "Qformer.bert.",
 }
 # A part's tensors among Hugging Face's
@@ -139,8 +140,8 @@ NOT_USED = re.compile(
 class Options:
     dtype: str = option(
         "",
-        f"{', '.join(DTYPES)}; llama also int8, int4; "
-        "none: the source's own (export: float32)",
+        "int8 and int4 are for llama; none: the source's own (export: float32)",
+        choices=("", *DTYPES, *QUANTIZED),
     )
     n_layers: int = option(39, "vision: blocks to keep")
     heads: int = option(
@@ -152,15 +153,13 @@ class Options:
     config: str = option("", "proj: the training config that names the other parts")
 
     def __post_init__(self):
-        known = (*DTYPES, *QUANTIZED)
-        if self.dtype and self.dtype not in known:
-            raise InputError(f"--dtype={self.dtype}: give one of {', '.join(known)}")
+        check_options(self)
 
 
 # ---- names, reading, writing -----------------------------------------------------
 
 
-def rename(name: str, table: dict[str, str]) -> str | None:
+def rename(name, table):
     """A tensor's new name; None if the table does not know it.
 
     "layers.3.attention.wq.weight", META_NAMES -> "layers.3.self_attn.q_proj.weight"
@@ -174,9 +173,7 @@ def rename(name: str, table: dict[str, str]) -> str | None:
     return None
 
 
-def rename_all(
-    names: Iterable[str], table: dict[str, str], path: Path
-) -> dict[str, str]:
+def rename_all(names, table, path):
     """{our name: original name} of all tensors in use.
 
     Raises InputError for unknown names.
@@ -199,7 +196,7 @@ def rename_all(
     return originals
 
 
-def report_dropped(names: list[str]):
+def report_dropped(names):
     """Note how many tensors are left out; if of several kinds, how many of each."""
     if not names:
         return
@@ -209,7 +206,7 @@ def report_dropped(names: list[str]):
     note(f"left out on purpose: {len(names)} tensors, such as {names[0]}{details}")
 
 
-def read_pickle(path: Path):
+def read_pickle(path):
     """The content of a .pth or .bin file, memory-mapped if possible.
 
     Raises InputError for a file that is broken or holds more than plain data.
@@ -230,7 +227,7 @@ def read_pickle(path: Path):
 
 
 @lru_cache(maxsize=1)  # only one file is mapped at a time
-def open_weights(path: Path) -> Tensors:
+def open_weights(path):
     """The tensors of a .pth, .bin or .safetensors file, memory-mapped if possible.
 
     Raises InputError for a file that is missing, broken or no weight file.
@@ -256,7 +253,7 @@ def open_weights(path: Path) -> Tensors:
     return tensors
 
 
-def check_tensor(name: str, tensor: Tensor, path: Path):
+def check_tensor(name, tensor, path):
     """Raise InputError for a tensor that holds no weights, or NaN or infinity."""
     is_quantized = tensor.dtype in (torch.int8, torch.uint8)
     is_weight = is_quantized or tensor.is_floating_point()
@@ -277,24 +274,23 @@ def check_tensor(name: str, tensor: Tensor, path: Path):
         )
 
 
-def write(
-    path: Path, tensors: Iterable[tuple[str, Tensor]], dtype: str, **metadata: str
-):
+def write(path, tensors, dtype, **metadata):
     """Write a safetensors file of (name, tensor), cast to dtype unless it is empty."""
     with replacing(path) as temporary:
         cast = {}
         for name, tensor in tensors:
             check_tensor(name, tensor, path)
-            own = tensor.to(dtype=TORCH_DTYPES[dtype], copy=True)
-            cast[name] = own.contiguous()
+            copied = tensor.to(dtype=TORCH_DTYPES[dtype], copy=True)
+            cast[name] = copied.contiguous()
         save_file(cast, temporary, {"format": "pt"} | metadata)
 
 
-def shapes_of(tensors: Tensors) -> Shapes:
+def shapes_of(tensors):
+    """{name: shape} of {name: tensor}."""
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def parameter_shapes(module_class, config) -> Shapes:
+def parameter_shapes(module_class, config):
     """{name: shape} of the parameters of module_class(config)."""
     check_sizes(config, "sizes")
     with torch.device("meta"):
@@ -305,13 +301,13 @@ def parameter_shapes(module_class, config) -> Shapes:
 # ---- vision, qformer, proj -------------------------------------------------------
 
 
-def layer_number(name: str) -> int:
+def layer_number(name):
     """ "layers.3.fc1.weight" -> 3; -1 for a tensor outside of the layers."""
     match = re.match(r"(?:blocks|layers)\.(\d+)\.", name)
     return int(match[1]) if match else -1
 
 
-def vision_sizes(shapes: Shapes, options: Options) -> VisionConfig:
+def vision_sizes(shapes, options):
     """Sizes from {our name: shape}; layers are an option, as a file may hold more."""
     patch_size = shapes["patch_embed.proj.weight"][-1]
     n_patches = shapes["pos_embed"][1] - 1
@@ -325,7 +321,7 @@ def vision_sizes(shapes: Shapes, options: Options) -> VisionConfig:
     )
 
 
-def qformer_sizes(shapes: Shapes, options: Options) -> QFormerConfig:
+def qformer_sizes(shapes, options):
     """Sizes from {our name: shape}, and the number of heads from the options."""
     n_layers = max(map(layer_number, shapes)) + 1
     with_cross = [name for name in shapes if name.endswith("cross_attn.key.weight")]
@@ -342,9 +338,7 @@ def qformer_sizes(shapes: Shapes, options: Options) -> QFormerConfig:
     )
 
 
-def check_part(
-    part: str, source: Path, tensors: Tensors, options: Options
-) -> VisionConfig | QFormerConfig:
+def check_part(part, source, tensors, options):
     """The sizes of a vision part or Q-Former.
 
     Raises InputError unless `tensors` are exactly those of the part.
@@ -369,7 +363,7 @@ def check_part(
     return config
 
 
-def refuse_other_qformers(folder: Path, config: dict):
+def refuse_other_qformers(folder, config):
     """Raise InputError for a Q-Former that MiniGPT-4's projections do not fit."""
     text, vision = config.get("text_config"), config.get("vision_config")
     text = text if isinstance(text, dict) else {}
@@ -398,7 +392,7 @@ def refuse_other_qformers(folder: Path, config: dict):
     )
 
 
-def with_blip2_sizes(options: Options, folder: Path, part: str) -> Options:
+def with_blip2_sizes(options, folder, part):
     """Fill in the sizes that are not given from BLIP-2's config.json.
 
     Raises InputError for a folder of something else.
@@ -431,7 +425,7 @@ def with_blip2_sizes(options: Options, folder: Path, part: str) -> Options:
     return replace(options, heads=heads, n_layers=n_layers)
 
 
-def read_blip2(folder: Path, part: str) -> Tensors:
+def read_blip2(folder, part):
     """A part's tensors from the hub's BLIP-2, under the original names.
 
     Raises InputError for a file or tensor that is missing, or of another model.
@@ -443,7 +437,7 @@ def read_blip2(folder: Path, part: str) -> Tensors:
         only = "model.safetensors"
         files = dict.fromkeys(open_weights(folder / only), only)
     own = [name for name in files if re.match(OF_BLIP2[part], name)]
-    report_dropped([name for name in files if not re.match(OF_BLIP2[part], name)])
+    report_dropped([name for name in files if name not in own])
     hub_names = rename_all(own, BLIP2_NAMES, folder)
     tensors = {}
     # File by file: open_weights keeps only the last one.
@@ -461,7 +455,7 @@ def read_blip2(folder: Path, part: str) -> Tensors:
     return tensors
 
 
-def split_qkv_bias(name: str, bias: Tensor, where: str) -> Tensors:
+def split_qkv_bias(name, bias, where):
     """The biases of queries and values. InputError if the keys have some, too."""
     q_bias, k_bias, v_bias = bias.chunk(3)
     if k_bias.any():
@@ -473,7 +467,7 @@ def split_qkv_bias(name: str, bias: Tensor, where: str) -> Tensors:
     return {f"{block}q_bias": q_bias, f"{block}v_bias": v_bias}
 
 
-def open_original(path: Path, part: str) -> Tensors:
+def open_original(path, part):
     """An official file's tensors under the original names."""
     tensors = open_weights(path)
     if any(name.startswith("vision_model.") for name in tensors):
@@ -487,7 +481,7 @@ def open_original(path: Path, part: str) -> Tensors:
     return tensors
 
 
-def select_part(part: str, source: Path, tensors: Tensors, n_layers: int) -> Tensors:
+def select_part(part, source, tensors, n_layers):
     """A part's tensors under our names, with the first layers of a vision part."""
     by_part = {part: {} for part in KINDS}
     for name, original in rename_all(tensors, NAMES, source).items():
@@ -509,7 +503,7 @@ def select_part(part: str, source: Path, tensors: Tensors, n_layers: int) -> Ten
     return own
 
 
-def new_run(config: str, target: Path) -> Config:
+def new_run(config, target):
     """The run that a converted projection belongs to. InputError if it exists."""
     run = load_config(config, {"out_dir": str(target.parent)})
     if target.name != "proj.safetensors":
@@ -520,7 +514,7 @@ def new_run(config: str, target: Path) -> Config:
     return run
 
 
-def convert_part(part: str, source: Path, target: Path, options: Options) -> int:
+def convert_part(part, source, target, options):
     """Convert a vision part, Q-Former or projection; return its number of tensors."""
     run = None
     if part == "proj" and options.config:
@@ -548,11 +542,11 @@ class Source(NamedTuple):
     """A LLaMA in any format, under our names. Tensors are read on demand."""
 
     config: LlamaConfig
-    layout: Tensors  # all tensors, on the meta device
-    read: Callable[[str], Tensor]
+    layout: dict  # all tensors, on the meta device
+    read: Callable  # name -> tensor
 
 
-def open_llama(folder: Path) -> Source:
+def open_llama(folder):
     """A Hugging Face or Meta folder. Raises InputError when something is missing."""
     if (folder / "params.json").is_file():
         return open_meta(folder)
@@ -579,13 +573,13 @@ def open_llama(folder: Path) -> Source:
     return Source(config, layout, read)
 
 
-def hub_files(folder: Path) -> list[Path]:
+def hub_files(folder):
     """The weight files of a Hugging Face folder, safetensors rather than .bin."""
-    for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
-        index = folder / f"{stem}.{ending}.index.json"
+    for pattern in ("model*.safetensors", "pytorch_model*.bin"):
+        index = folder / f"{pattern.replace('*', '')}.index.json"
         if index.is_file():
             return indexed_files(index)
-        files = sorted(folder.glob(f"{stem}*.{ending}"))
+        files = sorted(folder.glob(pattern))
         if files:
             return files
     raise InputError(
@@ -594,7 +588,7 @@ def hub_files(folder: Path) -> list[Path]:
     )
 
 
-def open_meta(folder: Path) -> Source:
+def open_meta(folder):
     """Meta's own format: consolidated.00.pth ... and params.json."""
     path = folder / "params.json"
     params = read_json(path)
@@ -635,7 +629,7 @@ def open_meta(folder: Path) -> Source:
     return Source(config, layout, read)
 
 
-def join_pieces(name: str, pieces: list[Tensor]) -> Tensor:
+def join_pieces(name, pieces):
     """Join a tensor that Meta split over files: matrices by rows, some by columns."""
     if pieces[0].dim() == 1:  # a norm's, the same in all files
         return pieces[0]
@@ -643,7 +637,7 @@ def join_pieces(name: str, pieces: list[Tensor]) -> Tensor:
     return torch.cat(pieces, dim=1 if by_columns else 0)
 
 
-def pairs_to_halves(weight: Tensor, head_dim: int) -> Tensor:
+def pairs_to_halves(weight, head_dim):
     """Reorder rows for Hugging Face's rotary embedding, whose pairs are (i, i + n/2).
 
     Meta's are (0, 1), (2, 3) ... of each head. weight: (heads * head_dim, in).
@@ -652,7 +646,7 @@ def pairs_to_halves(weight: Tensor, head_dim: int) -> Tensor:
     return pairs.transpose(1, 2).flatten(0, 2)
 
 
-def check_above_0(settings: dict, names: tuple[str, ...], path: Path):
+def check_above_0(settings, names, path):
     """Raise InputError unless each of the settings is a number above 0."""
     for name in names:
         value = settings.get(name)
@@ -662,12 +656,12 @@ def check_above_0(settings: dict, names: tuple[str, ...], path: Path):
             )
 
 
-def n_embeddings(source: Source) -> int:
+def n_embeddings(source):
     """The number of embedding rows; 0 without embeddings."""
     return len(source.layout.get("embed_tokens.weight", ()))
 
 
-def trim(source: Source, vocab_size: int) -> Source:
+def trim(source, vocab_size):
     """The source without the embedding rows from vocab_size on."""
     rows = n_embeddings(source)
     config = replace(source.config, vocab_size=min(rows, vocab_size))
@@ -683,7 +677,7 @@ def trim(source: Source, vocab_size: int) -> Source:
     return Source(config, layout, lambda name: cut(name, source.read(name)))
 
 
-def add_base(delta: Source, base: Source) -> Source:
+def add_base(delta, base):
     """The sum of two models.
 
     Embedding rows that only one of them has, such as Vicuna v0's 32,001st, are dropped.
@@ -704,7 +698,7 @@ def add_base(delta: Source, base: Source) -> Source:
     return delta._replace(read=read)
 
 
-def read_lora(path: Path, layout: Tensors) -> dict[str, Tensors]:
+def read_lora(path, layout):
     """An adapter: {our name: {"A": (r, in), "B": (out, r)}}, float32.
 
     Raises InputError for matrices without a partner, or of another model.
@@ -727,7 +721,7 @@ def read_lora(path: Path, layout: Tensors) -> dict[str, Tensors]:
     return pairs
 
 
-def merge_lora(source: Source, folder: Path) -> Source:
+def merge_lora(source, folder):
     """W + (alpha / r) B A, for each W that the adapter changes."""
     settings_path = folder / "adapter_config.json"
     settings = read_json(settings_path)
@@ -758,15 +752,15 @@ def merge_lora(source: Source, folder: Path) -> Source:
 class LazyTensors(dict):
     """The layout of a Source, whose tensors are read when asked for."""
 
-    def __init__(self, source: Source):
+    def __init__(self, source):
         super().__init__(source.layout)
         self.read = source.read
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name):
         return self.read(name)
 
 
-def quantize_tensor(name: str, tensor: Tensor, dtype: str) -> Tensors:
+def quantize_tensor(name, tensor, dtype):
     """A matrix as int8 or int4 with its scales under NAME_scale; others as bfloat16."""
     if not name.endswith(("_proj.weight", "lm_head.weight")):
         return {name: tensor.bfloat16()}
@@ -775,7 +769,7 @@ def quantize_tensor(name: str, tensor: Tensor, dtype: str) -> Tensors:
     return {name: matrix, f"{name}_scale": scales}
 
 
-def quantize_llama(source: Source, dtype: str) -> Source:
+def quantize_llama(source, dtype):
     """The source with int8 or int4 matrices, each followed by its scales."""
     layout = {}
     for name, tensor in source.layout.items():
@@ -793,7 +787,7 @@ def quantize_llama(source: Source, dtype: str) -> Source:
     return Source(config, layout, read)
 
 
-def write_llama(folder: Path, llama: Source, dtype: str = ""):
+def write_llama(folder, llama, dtype=""):
     """Write weights, one shard in memory at a time, and a Hugging Face config.json."""
     if dtype in QUANTIZED:
         llama, dtype = quantize_llama(llama, dtype), ""
@@ -819,7 +813,7 @@ def write_llama(folder: Path, llama: Source, dtype: str = ""):
             temporary.write_text(json.dumps(content, indent=1))
 
 
-def convert_llama(source: Path, target: Path, options: Options) -> int:
+def convert_llama(source, target, options):
     """Write a folder that from_files and the Hugging Face library read.
 
     Returns its number of tensors.
@@ -854,7 +848,7 @@ def convert_llama(source: Path, target: Path, options: Options) -> int:
     return len(llama.layout)
 
 
-def find_tokenizer(*folders: Path) -> Path:
+def find_tokenizer(*folders):
     """The first tokenizer.model in the folders. InputError if there is none."""
     for folder in folders:
         path = folder / "tokenizer.model"
@@ -868,7 +862,7 @@ def find_tokenizer(*folders: Path) -> Path:
 # ---- the other way, and the command ----------------------------------------------
 
 
-def export(run: Path, target: Path, options: Options) -> int:
+def export(run, target, options):
     """Write a run's projection as the original's checkpoint.
 
     It holds {"model": {"llama_proj.weight": ..., "llama_proj.bias": ...}}. Returns its
@@ -886,14 +880,11 @@ CONVERTERS = {part: partial(convert_part, part) for part in KINDS}
 CONVERTERS |= {"llama": convert_llama, "export": export}
 
 
-def main(argv: list[str]):
-    (what, *paths), given = parse_args(argv, __doc__, "KIND SRC DST", Options)
+def main(argv):
+    usage = f"{'|'.join(CONVERTERS)} SRC DST"
+    (what, *paths), given = parse_args(argv, __doc__, usage, Options)
+    check_name(what, CONVERTERS, "command line")
     options = override(Options(), given)
-    if what not in CONVERTERS:
-        raise InputError(
-            f"usage: python tools/convert.py {'|'.join(CONVERTERS)} SRC DST "
-            "[--key=value ...]"
-        )
     if options.dtype in QUANTIZED and what != "llama":
         raise InputError(f"--dtype={options.dtype}: only llama can be quantized")
     source, target = map(Path, paths)

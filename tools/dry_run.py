@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configs.schema import Config, load_config, read_saved_config
 from data import open_samples
-from llama import CONTEXT, IGNORE, LlamaConfig, Tokenizer
+from llama import IGNORE, LlamaConfig, Tokenizer
 from model import KINDS, MiniGPT4
 from plumbing.console import InputError, run_main
 from plumbing.files import read_json
@@ -44,14 +44,11 @@ class MetaMiniGPT4(MiniGPT4):
         return super().cross_entropy(hidden, targets.to(hidden.device))
 
 
-def meta_model(
-    config: Config, trainable: tuple[str, ...] = ()
-) -> tuple[MetaMiniGPT4, list[str]]:
-    """The model of a config on the meta device, and notes on sizes it had to assume."""
+def meta_model(config: Config, trainable: tuple[str, ...] = ()) -> MetaMiniGPT4:
+    """The model of a config on the meta device. Prints which sizes are assumed."""
     sources = config.parts()
     check_sources(sources, trainable, config.dtype, config.tokenizer)
     files = {}
-    notes = []
     for name in ("vision", "qformer", "llama"):
         source = sources[name]
         if isinstance(source, str) and source:
@@ -59,7 +56,7 @@ def meta_model(
             if files[name]:
                 continue
             size = " (7B)" if name == "llama" else ""
-            notes.append(
+            print(
                 f"note: {source} is missing; "
                 f"official sizes are assumed for the {name} part{size}"
             )
@@ -73,15 +70,13 @@ def meta_model(
     with torch.device("meta"):
         model = MetaMiniGPT4(*sizes, config.image_size)
     model.to(getattr(torch, config.dtype)).requires_grad_(False)
-    for name in (*trainable, "proj"):
-        if name not in model.parts:
-            continue
+    for name in model.parts.keys() & {*trainable, "proj"}:
         for module in model.parts[name].modules.values():
             module.float().requires_grad_(name in trainable)
-    return model, notes
+    return model
 
 
-def read_headers(name: str, path: Path) -> PartFile | None:
+def read_headers(name, path) -> PartFile | None:
     """A part's file, or LLaMA's sizes without its weights; None if it is missing."""
     if name == "llama":
         sizes = path / "config.json"
@@ -92,11 +87,11 @@ def read_headers(name: str, path: Path) -> PartFile | None:
     return read_part(name, str(path)) if path.is_file() else None
 
 
-def gib(tensors) -> float:
+def gib(tensors):
     return sum(t.nbytes for t in tensors) / 2**30
 
 
-def count_parameters(model: MetaMiniGPT4):
+def count_parameters(model):
     """Print a table of the parts: parameters, trainable ones, memory."""
     print(f"{'part':<10}{'parameters':>16}{'trainable':>16}{'GiB':>9}")
     rows = {name: list(model.part_tensors(name).values()) for name in PARTS}
@@ -107,7 +102,7 @@ def count_parameters(model: MetaMiniGPT4):
         print(f"{name:<10}{total:>16,}{trainable:>16,}{gib(tensors):>9.3f}")
 
 
-def describe_training(model: MetaMiniGPT4, config: Config, world: int):
+def describe_training(model, config, world):
     """Print FLOPs and memory of a step over full-length samples, and the epochs."""
     prompt = PROMPT if config.template else 1
     answer = config.max_txt_len
@@ -120,10 +115,10 @@ def describe_training(model: MetaMiniGPT4, config: Config, world: int):
         model.drop_vision()
     model.llama.grad_checkpoint = config.grad_checkpoint
 
-    saved = {id(p): p for p in model.parameters()}
+    saved = list(model.parameters())
 
     def keep(tensor):
-        saved.setdefault(id(tensor), tensor)
+        saved.append(tensor)
         return tensor
 
     counter = FlopCounterMode(display=False)
@@ -131,7 +126,7 @@ def describe_training(model: MetaMiniGPT4, config: Config, world: int):
         tokens = torch.zeros_like(targets, device="meta")
         model(images, tokens, targets).backward()
     storages = {}
-    for tensor in saved.values():
+    for tensor in saved:
         storage = tensor.untyped_storage()
         storages[storage._cdata] = storage.nbytes()
 
@@ -139,7 +134,7 @@ def describe_training(model: MetaMiniGPT4, config: Config, world: int):
     activations = sum(storages.values()) / 2**30 - weights
     state = 3 * gib(p for p in model.parameters() if p.requires_grad)
     if config.shard:
-        kept_elsewhere = 1 - 1 / max(1, world)
+        kept_elsewhere = 1 - 1 / world
         weights -= gib(model.llama.layers.parameters()) * kept_elsewhere
     total = weights + activations + state
     tflop = counter.get_total_flops() * config.grad_accum / 1e12
@@ -156,7 +151,7 @@ def describe_training(model: MetaMiniGPT4, config: Config, world: int):
     print_epochs(config, n_drawn)
 
 
-def print_epochs(config: Config, n_drawn: int):
+def print_epochs(config, n_drawn):
     """Print how often a run draws each sample of its sources."""
     try:
         samples, shares = open_samples(config.data, config, None, 0, 0)
@@ -169,21 +164,22 @@ def print_epochs(config: Config, n_drawn: int):
         print(f"epochs                {epochs:.2f} of the {n:,} in {path}")
 
 
-def describe_chat(model: MetaMiniGPT4, config: Config):
-    """Print the memory of a chat of full length."""
+def describe_chat(model, config):
+    """Print the memory of a chat that fills the model's context."""
     sizes = model.llama.config
+    n_tokens = sizes.max_position_embeddings
     heads = (sizes.num_hidden_layers, sizes.num_key_value_heads)
-    shape = (2, *heads, CONTEXT, sizes.head_dim)
+    shape = (2, *heads, n_tokens, sizes.head_dim)
     dtype = getattr(torch, config.dtype)
     cache = torch.empty(shape, dtype=dtype, device="meta")
     total = gib((*model.parameters(), cache))
     print(
         f"\npeak memory           about {total:.3g} GiB, "
-        f"with keys and values of {CONTEXT} tokens"
+        f"with keys and values of {n_tokens} tokens"
     )
 
 
-def main(argv: list[str]):
+def main(argv):
     (path,), given = parse_args(argv, __doc__, "CONFIG|RUN_FOLDER", Options, Config)
     options = override(Options(), {"world": given.pop("world", 1)})
     is_run = Path(path).is_dir()
@@ -191,9 +187,7 @@ def main(argv: list[str]):
         config = override(read_saved_config(path), given)
     else:
         config = load_config(path, given)
-    model, notes = meta_model(config, () if is_run else config.trainable)
-    for note in notes:
-        print(note)
+    model = meta_model(config, () if is_run else config.trainable)
     count_parameters(model)
     if is_run:
         describe_chat(model, config)

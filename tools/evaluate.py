@@ -133,10 +133,7 @@ def load(run, options):
         device=options.device,
         dtype=options.dtype,
     )
-    talk = chat.Chat(*chat.load(chat_options))
-    if talk.model.vision is None:
-        raise InputError(f"{run}: this run sees no pictures; give one with vision")
-    return talk
+    return caption.start_chat(chat_options)
 
 
 def identity(talk):
@@ -164,7 +161,7 @@ def stamp(picture):
     return f"{info.st_size} {info.st_mtime_ns}"
 
 
-def read_answers(path: Path) -> dict[tuple, tuple[str, bool]]:
+def read_answers(path):
     """{(model, picture, stamp, question): (answer, whether it is complete)}.
 
     A last row that was cut while it was written is removed.
@@ -190,10 +187,6 @@ def read_answers(path: Path) -> dict[tuple, tuple[str, bool]]:
     return known
 
 
-def _split(items, size):
-    return [items[i : i + size] for i in range(0, len(items), size)]
-
-
 def _encode_pictures(talk, paths, batch_size, unreadable):
     """{path: (N, d_llama)}; what is wrong with the others is added to `unreadable`."""
     images = {}
@@ -203,7 +196,7 @@ def _encode_pictures(talk, paths, batch_size, unreadable):
         except InputError as e:
             unreadable.append(str(e))
     embeds = {}
-    for batch in _split([*images], batch_size):
+    for batch in caption.batches([*images], batch_size):
         encoded = caption.encode(talk, [images[path] for path in batch])
         embeds.update(zip(batch, encoded))
     return embeds
@@ -215,7 +208,7 @@ def _new_answers(talk, pairs, batch_size, unreadable):
     for picture, question in pairs:
         questions.setdefault(picture, []).append(question)
     # many pictures at a time, as only prompts of one length are answered together
-    for paths in _split([*questions], 8 * batch_size):
+    for paths in caption.batches([*questions], 8 * batch_size):
         embeds = _encode_pictures(talk, paths, batch_size, unreadable)
         by_length = {}
         for picture in embeds:
@@ -224,13 +217,13 @@ def _new_answers(talk, pairs, batch_size, unreadable):
                 prompt = (ids, Pair(picture, question))
                 by_length.setdefault(len(ids), []).append(prompt)
         for length in sorted(by_length):
-            for batch in _split(by_length[length], batch_size):
+            for batch in caption.batches(by_length[length], batch_size):
                 prompts, asked = zip(*batch)
                 images = torch.stack([embeds[pair.picture] for pair in asked])
                 yield from zip(asked, caption.answers(talk, [*prompts], images))
 
 
-def ask(talk: chat.Chat, options: Options, pairs: list[Pair], label: str) -> dict:
+def ask(talk, options, pairs, label):
     """{Pair: (answer, whether it is complete)}, from --answers or new.
 
     Pairs whose picture cannot be read are left out. Raises InputError if all are.
@@ -311,16 +304,15 @@ def evaluate(talk, drawn, options, label):
             rhymes=world.rhyme_is_right(scene, answers[rhyme][0]),
         )
     right, named, wanted = counts["right"], counts["named"], counts["wanted"]
-    n = counts["scenes"]
-    return {
+    row = {
         "projection": label,
         "precision": percent(right, named),
         "recall": percent(right, wanted),
         "F1": percent(2 * right, named + wanted),
-        "failures": percent(counts["failures"], n),
-        "questions": percent(counts["questions"], n),
-        "rhymes": percent(counts["rhymes"], n),
     }
+    for column in ("failures", "questions", "rhymes"):
+        row[column] = percent(counts[column], counts["scenes"])
+    return row
 
 
 def _read_scenes(folder, n):
@@ -502,7 +494,7 @@ def _parse_question(line, task):
     return row["image"], question, wanted
 
 
-def read_questions(file: str, task: str, options: Options) -> list[tuple]:
+def read_questions(file, task, options):
     """A file with one JSON object a line -> [(Pair, [label] or people's answers)]."""
     questions = []
     for number, line in enumerate(Path(file).read_bytes().splitlines(), 1):
@@ -612,7 +604,7 @@ def _print_row(cells):
     print(printable(f"| {' | '.join(map(str, cells))} |"))
 
 
-def main(argv: list[str]):
+def main(argv):
     task, files, options = _parse_command(argv)
     read_answers(Path(options.answers))  # raises for a wrong file before the work
     try:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import chat
 from configs.prompts import INSTRUCTIONS
-from configs.schema import Config, load_config, write_saved_config
+from configs.schema import load_config, write_saved_config
 from llama import check_english, perplexity
 from model import KINDS, MiniGPT4
 from plumbing.console import InputError, note, printable, run_main
@@ -33,8 +33,10 @@ from tools import convert
 from tools.evaluate import is_fragment, repeats_itself
 from train import open_folder
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(chat.__file__).parent
 BLIP2 = "Salesforce/blip2-flan-t5-xxl"  # has MiniGPT-4's vision part and Q-Former
+# Every `part` is a text such as "proj", `repo` one such as BLIP2, `path` a Path.
+
 # A LLaMA's repo has one of these, preferred in this order; BLIP-2 has the first.
 WEIGHTS = (
     "model.safetensors.index.json",
@@ -55,12 +57,12 @@ class Recipe(NamedTuple):
     settings: dict = {}  # override the config's
 
     @property
-    def by_hand(self) -> str:
+    def by_hand(self):
         """Where a projection that was downloaded by hand is looked for."""
         return f"weights/{self.proj}"
 
     @property
-    def official(self) -> str:
+    def official(self):
         address = f"https://drive.google.com/file/d/{self.drive}"
         return f"{address}, to be saved as {self.by_hand}"
 
@@ -115,7 +117,7 @@ def hub():
     )
 
 
-def explain(error: Exception, repo: str) -> str:
+def explain(error, repo):
     """What an exception of the hub's library means for the user."""
     errors = hub().errors
     reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
@@ -134,7 +136,7 @@ def explain(error: Exception, repo: str) -> str:
 
 
 @contextmanager
-def explained(part: str, repo: str, name: str):
+def explained(part, repo, name):
     """Turn an exception of the hub's library into an InputError of one line."""
     try:
         yield
@@ -144,7 +146,7 @@ def explained(part: str, repo: str, name: str):
         ) from e
 
 
-def look_up(part: str, repo: str, name: str, optional=False):
+def look_up(part, repo, name, optional=False):
     """A file's size, its place in the cache and whether it is there: a DryRunFileInfo.
 
     Returns None for an optional file if the repo (or, without connection, the cache)
@@ -158,19 +160,14 @@ def look_up(part: str, repo: str, name: str, optional=False):
                 raise
 
 
-def incomplete(path: Path) -> Path:
-    """The file that holds the beginning of a download."""
-    return Path(f"{path}.incomplete")
-
-
-def fetch(part: str, repo: str, name: str) -> Path:
+def fetch(part, repo, name):
     """Download a file to the hub's cache, unless it is there; return its path.
 
     hf_hub_download alone would restart an interrupted download from its first byte.
     """
     info = look_up(part, repo, name)
     path = Path(info.local_path)
-    begun = incomplete(path)
+    begun = Path(f"{path}.incomplete")  # holds the beginning of a download
     if info.will_download:
         from huggingface_hub.file_download import http_get
 
@@ -196,14 +193,14 @@ def fetch(part: str, repo: str, name: str) -> Path:
 # ---- where the parts come from ---------------------------------------------------
 
 
-def names_in_index(part: str, index: Path) -> list[str]:
+def names_in_index(part, index):
     """The files that hold a part's tensors; all files of a LLaMA."""
     own = re.compile(convert.OF_BLIP2.get(part, ""))
     weight_map = read_weight_map(index)
     return sorted({file for name, file in weight_map.items() if own.match(name)})
 
 
-def find_projection(repo: str, official: str) -> str:
+def find_projection(repo, official):
     """The projection's file in a repo: of the official name, or the only .pth file."""
     if look_up("proj", repo, official, optional=True):
         return official
@@ -218,7 +215,7 @@ def find_projection(repo: str, official: str) -> str:
     return names[0]
 
 
-def names_in_repo(part: str, repo: str, proj: str) -> list[str]:
+def names_in_repo(part, repo, proj):
     """The files of a repo that a part needs; `proj` is the official projection's name.
 
     Downloads config.json and the index of the weights.
@@ -256,7 +253,7 @@ class Source(NamedTuple):
     files: dict[Path, Size]
 
 
-def check_local(part: str, path: Path):
+def check_local(part, path):
     """Raise InputError for a path that cannot become the part."""
     if part == "proj" and path.is_dir():
         raise InputError(f"--proj={path}: a folder; give the projection's file")
@@ -270,7 +267,7 @@ def check_local(part: str, path: Path):
         read_part_sizes(part, files, KINDS)  # raises InputError
 
 
-def find_local(part: str, path: Path, target: str) -> Source:
+def find_local(part, path, target) -> Source:
     """A path as the source of a part. Raises InputError if it holds something else."""
     files = [path]
     if path.is_dir():
@@ -287,7 +284,7 @@ def find_local(part: str, path: Path, target: str) -> Source:
     return Source(part, str(path), target, [], sizes)
 
 
-def find_in_repo(part: str, repo: str, target: str, proj: str) -> Source:
+def find_in_repo(part, repo, target, proj) -> Source:
     """A repo as the source of a part; `proj` is the official projection's name."""
     names = names_in_repo(part, repo, proj)
     sizes = {}
@@ -295,14 +292,14 @@ def find_in_repo(part: str, repo: str, target: str, proj: str) -> Source:
         info = look_up(part, repo, name)
         path = Path(info.local_path)
         size = missing = info.file_size or 0
-        begun = incomplete(path)
+        begun = Path(f"{path}.incomplete")
         if begun.exists():
             missing -= begun.stat().st_size
         sizes[path] = Size(size, missing if info.will_download else 0)
     return Source(part, repo, target, names, sizes)
 
 
-def find_sources(options: Options, recipe: Recipe, config: Config) -> list[Source]:
+def find_sources(options, recipe, config):
     """The sources of all parts that are still to be made. Prints what is kept."""
     repos = {"llama": recipe.llama, "proj": recipe.mirror}
     sources = []
@@ -333,7 +330,7 @@ def find_sources(options: Options, recipe: Recipe, config: Config) -> list[Sourc
     return sources
 
 
-def find_by_hand(recipe: Recipe) -> str:
+def find_by_hand(recipe):
     """The path of a projection that was downloaded by hand; "" if there is none."""
     if os.path.exists(recipe.by_hand):
         print(f"proj    {recipe.by_hand}")
@@ -348,16 +345,16 @@ def find_by_hand(recipe: Recipe) -> str:
 # ---- making them -----------------------------------------------------------------
 
 
-def as_text(n_bytes: int) -> str:
+def as_text(n_bytes):
     return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.2f} MB"
 
 
-def add_up(sizes: dict[Path, Size]) -> Size:
+def add_up(sizes) -> Size:
     total = sum(size.total for size in sizes.values())
     return Size(total, sum(size.missing for size in sizes.values()))
 
 
-def announce(sources: list[Source]):
+def announce(sources):
     """Print what will be downloaded and made. InputError if a disk is too small."""
     files = {}
     for source in sources:
@@ -376,7 +373,7 @@ def announce(sources: list[Source]):
     check_room(needs)
 
 
-def check_room(needs: dict[str, int]):
+def check_room(needs):
     """Print what each disk needs and has free. InputError if one has too little.
 
     needs: {folder: bytes}. Folders may share a disk, and need not exist yet.
@@ -399,7 +396,7 @@ def check_room(needs: dict[str, int]):
         print(f"disk    {what}")
 
 
-def make(source: Source):
+def make(source):
     """Download a part, and convert it unless it is converted already."""
     part, target, path = source.part, Path(source.target), Path(source.place)
     if source.names:
@@ -417,7 +414,7 @@ def make(source: Source):
     print(f"{part:8}{target}: made")
 
 
-def try_out(run: str, llama: str):
+def try_out(run, llama):
     """Ask about a picture. A bad answer gets a warning with its likely cause."""
     talk = chat.Chat(*chat.load(chat.Options(ckpt=run, temperature=0.0, check=True)))
     talk.add_image(str(ROOT / "assets/tiny/example.png"))
@@ -439,7 +436,7 @@ def try_out(run: str, llama: str):
     note(f"warning: this answer is a fragment or repeats itself: likely {cause}")
 
 
-def main(argv: list[str]):
+def main(argv):
     (name,), given = parse_args(argv, __doc__, "|".join(RECIPES), Options)
     options = override(Options(), given)
     recipe = RECIPES[check_name(name, RECIPES, "command line")]

@@ -108,19 +108,18 @@ class Scene:
     background: str
 
     @property
-    def pairs(self) -> set[tuple[str, str]]:
+    def pairs(self):
+        """The set of (color, shape)."""
         return {(o.color, o.shape) for o in self.objects}
 
-    def to_dict(self) -> dict:
-        return asdict(self)
-
     @classmethod
-    def from_dict(cls, d: dict) -> "Scene":
+    def from_dict(cls, d):
+        """The inverse of asdict."""
         objects = tuple(Object(**o) for o in d["objects"])
         return cls(objects, d["background"])
 
 
-def is_heldout(scene: Scene) -> bool:
+def is_heldout(scene):
     """Whether the scene's set of (color, shape) belongs to the held-out tenth."""
     pairs = repr(sorted(scene.pairs))
     return zlib.crc32(pairs.encode()) % 10 == 0
@@ -136,7 +135,7 @@ def _random_object(cell, rng):
     )
 
 
-def random_scene(rng: Random, heldout: bool = False, n_objects: int = 0) -> Scene:
+def random_scene(rng, heldout=False, n_objects=0):
     """A scene of training combinations or of held-out ones.
 
     With n_objects=0, 20 % of the scenes have 1 object, 45 % have 2, 35 % have 3.
@@ -330,15 +329,15 @@ def _words(text):
     return re.findall(r"[a-z]+|\d+", text.lower())
 
 
-def repeats(text: str, n: int = 4) -> bool:
+def repeats(text, n=4):
     """Whether any n consecutive words occur twice in the text."""
     words = _words(text)
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     return len(set(grams)) < len(grams)
 
 
-def named_objects(text: str) -> set[tuple[str, str]]:
-    """The (color, shape) pairs in a text.
+def named_objects(text):
+    """The set of (color, shape) in a text.
 
     Between the two words there may only be sizes, colors and textures.
     """
@@ -394,14 +393,13 @@ def told(scene, rng):
     """
     if rng.random() < 0.75:
         return told_list(scene)
-    has_articles = rng.random() < 0.4
+    article = "a " if rng.random() < 0.4 else ""
     has_short_places = rng.random() < 0.4
     parts = []
     for o in scene.objects:
         place = CELLS[o.cell]
         if has_short_places:
             place = place.split(" the ")[1]
-        article = "a " if has_articles else ""
         parts.append(f"{article}{_noun(o)} {place}")
     background = rng.choice(
         ("{} background", "{} background", "background {}", "on {}")
@@ -599,7 +597,7 @@ def _ask(scene, obj, kind, rng):
     return fact.about, f"{fact.start} {fact.end}."
 
 
-def qa(scene: Scene, rng: Random) -> tuple[str, str, str]:
+def qa(scene, rng):
     """A question about the scene, its true answer (one sentence) and its kind."""
     while True:
         kind = rng.choice(tuple(PHRASINGS))
@@ -631,7 +629,7 @@ def _deciding(kind, text):
     return {word for word in _words(text) if word in DECIDING[kind]}
 
 
-def answer_is_right(scene: Scene, kind: str, answer: str, truth: str) -> bool:
+def answer_is_right(scene, kind, answer, truth):
     """Whether the answer agrees with `truth`; only the DECIDING words are compared."""
     if kind == "relation":
         ((color, shape),) = named_objects(truth)
@@ -676,7 +674,7 @@ def rhyme(scene, rng):
     return "\n".join(couplets)
 
 
-def rhyme_is_right(scene: Scene, text: str) -> bool:
+def rhyme_is_right(scene, text):
     """Whether the text names exactly the scene's objects, and its couplets rhyme."""
     lines = map(_words, text.splitlines())
     ends = [words[-1] for words in lines if words]
@@ -827,11 +825,11 @@ def _write_stage2(kind, folder, options):
 
 
 def _write_test(kind, folder, options):
-    """0.jpg ... of held-out scenes, and scenes.json: a list of Scene.to_dict()."""
+    """0.jpg ... of held-out scenes, and scenes.json: a list of asdict(scene)."""
     rows = []
     for i, (scene, rng) in enumerate(_samples(kind, replace(options, heldout=True))):
         draw(scene, rng).save(folder / f"{i}.jpg", **JPEG)
-        rows.append(scene.to_dict())
+        rows.append(asdict(scene))
     (folder / "scenes.json").write_text(json.dumps(rows))
 
 
@@ -912,7 +910,7 @@ KINDS |= {
 }
 
 
-def main(argv: list[str]):
+def main(argv):
     (kind, path), given = parse_args(argv, __doc__, f"{'|'.join(KINDS)} DST", Options)
     check_name(kind, KINDS, "command line")
     write, default_n = KINDS[kind]

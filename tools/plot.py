@@ -27,7 +27,7 @@ class Options:
     out: str = option("loss.png", "the picture to write")
 
 
-def parse_row(line: bytes) -> dict[str, float]:
+def parse_row(line):
     """The numbers of a row; {} for a damaged one."""
     try:
         row = json.loads(line)
@@ -37,7 +37,7 @@ def parse_row(line: bytes) -> dict[str, float]:
     return {key: value for key, value in items if isinstance(value, int | float)}
 
 
-def read_log(run: str) -> dict[str, list[tuple]]:
+def read_log(run):
     """{key: [(samples seen, value), ...]} of a run's log.jsonl.
 
     Raises InputError if it holds no loss.
@@ -63,7 +63,7 @@ def read_log(run: str) -> dict[str, list[tuple]]:
     return curves
 
 
-def main(argv: list[str]):
+def main(argv):
     runs, given = parse_args(argv, __doc__, "RUN_FOLDER ...", Options)
     out = override(Options(), given).out
     logs = [read_log(run) for run in runs or ["RUN_FOLDER"]]

@@ -27,7 +27,7 @@ import sys
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -61,7 +61,7 @@ class Options:
 # ---- the list and the download ---------------------------------------------------
 
 
-def parse_entry(text: str, start: int):
+def parse_entry(text, start):
     """(entry of a JSON list at `start`, start of the next, whether it is the last).
 
     Raises ValueError, IndexError or RecursionError if it is broken or cut.
@@ -74,7 +74,7 @@ def parse_entry(text: str, start: int):
     return entry, separator + 1, text[separator] == "]"
 
 
-def read_entries(path: str):
+def read_entries(path):
     """Yield the entries of a JSON list, with only a chunk in memory.
 
     Raises InputError that says where the list is broken.
@@ -111,12 +111,12 @@ def read_entries(path: str):
             position = following
 
 
-def clean(text) -> str:
+def clean(text):
     """A text without lone surrogates; "" for what is no text."""
     return text.encode("utf-8", "replace").decode() if isinstance(text, str) else ""
 
 
-def complete_rows(entries, counts: Counter):
+def complete_rows(entries, counts):
     """Yield (url, caption) of the entries that have both; count them and the others."""
     for entry in entries:
         fields = entry if isinstance(entry, dict) else {}
@@ -131,7 +131,7 @@ def complete_rows(entries, counts: Counter):
             yield url, caption
 
 
-def write_tsv(path: Path, rows):
+def write_tsv(path, rows):
     """Write a .tsv. Line breaks, which img2dataset cannot read there, become spaces."""
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, delimiter="\t", lineterminator="\n")
@@ -140,7 +140,7 @@ def write_tsv(path: Path, rows):
             writer.writerow([re.sub(r"[\r\n\0]+", " ", text) for text in row])
 
 
-def write_parquet(path: Path, rows):
+def write_parquet(path, rows):
     try:
         import pyarrow
         from pyarrow import parquet
@@ -156,7 +156,7 @@ def write_parquet(path: Path, rows):
             writer.write_table(pyarrow.table(columns, schema=schema))
 
 
-def write_list(src: str, dst: Path) -> Counter:
+def write_list(src, dst):
     """Write SRC's URLs and captions to a .tsv or .parquet.
 
     Returns how many entries were written, and left out for which reason.
@@ -177,41 +177,34 @@ def write_list(src: str, dst: Path) -> Counter:
     return counts
 
 
-def fetch_command(listed: Path, dst: Path, options: Options) -> list[str]:
+def fetch_command(listed, dst, options):
     """img2dataset's command line, with the settings of the original."""
-    settings = {
-        "url_list": listed,
-        "input_format": listed.suffix[1:],
-        "url_col": "url",
-        "caption_col": "caption",
-        "output_format": "webdataset",
-        "output_folder": dst,
-        "image_size": options.image_size,
-        "number_sample_per_shard": options.shard_size,
-        "processes_count": options.processes,
-        "thread_count": options.threads,
-        "timeout": options.timeout,
-    }
-    command = ["img2dataset"]
-    for name, value in settings.items():
-        command += [f"--{name}", str(value)]
-    return command
+    urls, folder = shlex.quote(str(listed)), shlex.quote(str(dst))
+    return (
+        f"img2dataset --url_list {urls} --input_format {listed.suffix[1:]} "
+        "--url_col url --caption_col caption --output_format webdataset "
+        f"--output_folder {folder} --image_size {options.image_size} "
+        f"--number_sample_per_shard {options.shard_size} "
+        f"--processes_count {options.processes} --thread_count {options.threads} "
+        f"--timeout {options.timeout}"
+    )
 
 
-def run_img2dataset(command: list[str]):
+def run_img2dataset(command):
     """Run the command. Raises InputError if it is not installed, or fails."""
     near = str(Path(sys.executable).parent)
     program = shutil.which("img2dataset", path=near) or shutil.which("img2dataset")
     if not program:
         raise InputError("img2dataset is not installed: pip install img2dataset")
-    status = subprocess.run([program, *command[1:]]).returncode
+    arguments = shlex.split(command)[1:]
+    status = subprocess.run([program, *arguments]).returncode
     if status:
         raise InputError(
             f"img2dataset exited with {status}; run it again: finished shards are kept"
         )
 
 
-def prepare(src: str, dst: Path, options: Options):
+def prepare(src, dst, options):
     """Write the list unless it is newer than SRC; print the command, or also run it."""
     listed = Path(options.list or f"{dst}.tsv")
     if listed.suffix not in (".tsv", ".parquet"):
@@ -233,12 +226,11 @@ def prepare(src: str, dst: Path, options: Options):
                 f"{listed}: {n_written:,} pictures; left out: {left_out or 'none'}"
             )
         )
-    command = fetch_command(listed, dst, options)
-    shown = shlex.join(command)
+    command = shown = fetch_command(listed, dst, options)
     # img2dataset takes every .json of its folder for a shard's, and fails on this one.
     index = dst / "index.json"
     if index.exists():
-        shown = f"rm {shlex.quote(str(index))} && {shown}"
+        shown = f"rm {shlex.quote(str(index))} && {command}"
     print(printable(shown))
     if options.run:
         index.unlink(missing_ok=True)
@@ -259,7 +251,7 @@ class Shard(NamedTuple):
     problems: list[str]
 
 
-def examine(path: Path) -> Shard:
+def examine(path) -> Shard:
     table, problems = [], []
     try:
         table = index_tar(str(path))
@@ -287,13 +279,13 @@ def examine(path: Path) -> Shard:
     return Shard(len(table), n_urls, failures, problems)
 
 
-def missing_shards(tars: list[Path]) -> str:
+def missing_shards(tars):
     """The gaps in the numbers: "00001.tar, 00003.tar to 00004.tar", or ""."""
     numbers = {int(tar.stem) for tar in tars if tar.stem.isdigit()}
     present = sorted(numbers | {-1})
     width = len(tars[0].stem)
     gaps = []
-    for before, after in zip(present, present[1:]):
+    for before, after in pairwise(present):
         first, last = f"{before + 1:0{width}d}.tar", f"{after - 1:0{width}d}.tar"
         if after - before == 2:
             gaps.append(first)
@@ -302,7 +294,7 @@ def missing_shards(tars: list[Path]) -> str:
     return ", ".join(gaps)
 
 
-def suspicions(tars: list[Path], shards: list[Shard]) -> list[str]:
+def suspicions(tars, shards):
     """One line for each shard with problems, and one for missing shards."""
     usual = median(shard.n_samples for shard in shards)
     has_stats = any(tars[0].parent.glob("*_stats.json"))
@@ -325,7 +317,7 @@ def suspicions(tars: list[Path], shards: list[Shard]) -> list[str]:
     return lines
 
 
-def check(folder: Path):
+def check(folder):
     """Print a report on a folder of shards, and write its index.json."""
     tars = sorted(folder.glob("*.tar"))
     if not tars:
@@ -355,7 +347,7 @@ def check(folder: Path):
     (folder / "index.json").write_text(content)
 
 
-def main(argv: list[str]):
+def main(argv):
     (src, dst), given = parse_args(argv, __doc__, "SRC|check DST", Options)
     options = override(Options(), given)
     if src == "check":

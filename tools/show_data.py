@@ -17,17 +17,15 @@ from itertools import groupby, islice
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configs.prompts import IMAGE
 from configs.schema import Config, load_config
-from data import Example, Samples, TrainingSteps, open_samples
+from data import TrainingSteps, open_samples
 from llama import IGNORE, Tokenizer
 from plumbing.console import InputError, printable, run_main
 from plumbing.options import check_options, option, override, parse_args
 from plumbing.processes import make_missing
-from plumbing.sources import Fault
 from plumbing.terminal import half_blocks
 from tools.dry_run import meta_model
 
@@ -48,7 +46,7 @@ class Options:
         check_options(self)
 
 
-def picture_as_text(image: Tensor, plain: bool) -> str:
+def picture_as_text(image, plain):
     """uint8 (3, S, S) -> lines of half-blocks, or the shape."""
     if plain:
         return f"picture {tuple(image.shape)}"
@@ -56,10 +54,10 @@ def picture_as_text(image: Tensor, plain: bool) -> str:
     return half_blocks(image[:, ::step, ::step])
 
 
-def tokens_as_text(sample: Example, tokenizer: Tokenizer, plain: bool) -> str:
+def tokens_as_text(sample, tokenizer, plain):
     """Every token between bars; trained ones green, or in [[ ]] without colors."""
 
-    def kind(token: tuple[int, int]) -> tuple[bool, bool]:
+    def kind(token):
         i, target = token
         return i == IMAGE, target != IGNORE
 
@@ -79,13 +77,13 @@ def tokens_as_text(sample: Example, tokenizer: Tokenizer, plain: bool) -> str:
     return " ".join(parts)
 
 
-def show(sample: Example, tokenizer: Tokenizer, plain: bool):
+def show(sample, tokenizer, plain):
     for image in sample.images:
         print(picture_as_text(image, plain))
     print(tokens_as_text(sample, tokenizer, plain), end="\n\n")
 
 
-def report_faults(faults: list[Fault]):
+def report_faults(faults):
     """Print the kinds of faults, the most frequent first, with examples."""
     messages = defaultdict(list)
     for kind, message in faults:
@@ -95,12 +93,12 @@ def report_faults(faults: list[Fault]):
         print(printable("\n  ".join(lines)))
 
 
-def report_range(label: str, values: list[int]):
+def report_range(label, values):
     mean = np.mean(values)
     print(f"{label:<22}{mean:.1f} on average, {min(values)} to {max(values)}")
 
 
-def padding(steps: TrainingSteps) -> float:
+def padding(steps):
     """The share of padding among the tokens of a run."""
     n_tokens, n_places = 0, 0
     for group in range(len(steps.source_of_group)):
@@ -112,7 +110,7 @@ def padding(steps: TrainingSteps) -> float:
     return 1 - n_tokens / max(1, n_places)
 
 
-def report_padding(samples: Samples, weights: dict, config: Config, n_samples: int):
+def report_padding(samples, weights, config, n_samples):
     """Print the padding as drawn, and where samples of similar length share a step."""
     group = max(LEAST_GROUP, config.length_group)
     group_size = group * config.batch_size * config.grad_accum
@@ -125,7 +123,7 @@ def report_padding(samples: Samples, weights: dict, config: Config, n_samples: i
         )
 
 
-def report(good: list[Example], config: Config, unknown: int):
+def report(good, config, unknown):
     """Print lengths and what is cut or unknown."""
     lengths = [len(sample.ids) for sample in good]
     answers = [len(sample.ids) - sample.targets.count(IGNORE) for sample in good]
@@ -140,13 +138,12 @@ def report(good: list[Example], config: Config, unknown: int):
     print(f"unknown tokens        {n_unknown}")
 
 
-def main(argv: list[str]):
+def main(argv):
     (path,), given = parse_args(argv, __doc__, "CONFIG", Options, Config)
     own = {f.name: given.pop(f.name) for f in fields(Options) if f.name in given}
     options, config = override(Options(), own), load_config(path, given)
     make_missing(config.prepare, config.data_paths())
-    model, notes = meta_model(config)
-    print(*notes, sep="\n")
+    model = meta_model(config)
     tokenizer = Tokenizer(config.tokenizer or f"{config.llama}/tokenizer.model")
     n_image_tokens = model.n_image_tokens
     samples, weights = open_samples(

@@ -12,13 +12,11 @@ import html
 import os
 import re
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import chat
-from model import MiniGPT4
 from plumbing.console import InputError, run_main, set_plain
 from plumbing.options import option, override, parse_args
 
@@ -43,7 +41,7 @@ class Options(chat.Options):
     port: int = option(7860, "of the page's address", least=1, most=65535)
 
 
-def as_messages(turns: list[chat.Turn]) -> list[dict]:
+def as_messages(turns):
     """What gradio shows of turns: each picture is a message; texts are HTML."""
     messages = []
     for turn in turns:
@@ -56,7 +54,7 @@ def as_messages(turns: list[chat.Turn]) -> list[dict]:
     return messages
 
 
-def with_sliders(options: Options, values: tuple[float, ...]) -> Options:
+def with_sliders(options, values):
     """The options with the sliders' values, each as its option's type."""
     changes = {}
     for name, value in zip(SLIDERS, values):
@@ -68,14 +66,12 @@ def with_sliders(options: Options, values: tuple[float, ...]) -> Options:
 class Page:
     """The page, made with the module gradio."""
 
-    def __init__(self, gr, model: MiniGPT4, options: Options):
+    def __init__(self, gr, model, options):
         self.gr = gr
         self.model = model
         self.options = options
 
-    def answer(
-        self, message: dict, talk: chat.Chat | None, *values: float
-    ) -> Iterator[tuple]:
+    def answer(self, message, talk, *values):
         """Yield what box, talk and log become: first the question, then the answer."""
         if talk is None:
             talk = chat.Chat(self.model, self.options)
@@ -125,7 +121,7 @@ class Page:
             )
         return page
 
-    def slider(self, name: str):
+    def slider(self, name):
         """A slider that starts at the option's value, which may widen its range."""
         least, most, step = SLIDERS[name]
         value = getattr(self.options, name)
@@ -134,7 +130,7 @@ class Page:
         )
 
 
-def main(argv: list[str]):
+def main(argv):
     _, given = parse_args(argv, __doc__, "", Options)
     options = override(Options(), given)
     set_plain(options.plain)
