@@ -147,6 +147,15 @@ def parse_args(
     return arguments, options
 
 
+def read_options(argv, doc, positional, defaults, *others):
+    """As parse_args: (other arguments, `defaults` overridden, options of `others`)."""
+    arguments, given = parse_args(argv, doc, positional, defaults, *others)
+    own = {f.name: given.pop(f.name) for f in fields(defaults) if f.name in given}
+    options = override(defaults, own)
+    check_options(options)
+    return arguments, options, given
+
+
 def _spell_out(argv, known):
     """["--batch-size=4", "--resume"] -> ["--batch_size=4", "--resume=True"]."""
     words = []

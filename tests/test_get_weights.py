@@ -424,7 +424,7 @@ def test_only_what_the_hub_s_library_raises_becomes_a_message(monkeypatch, tmp_p
         local_path=tmp_path / "x", will_download=True, commit_hash="0", file_size=1
     )
     monkeypatch.setattr(get_weights, "look_up", lambda *_: info)
-    monkeypatch.setattr(get_weights, "incomplete", raise_name_error)
+    monkeypatch.setattr(get_weights, "Path", raise_name_error)
     with pytest.raises(NameError):
         get_weights.fetch("llama", VICUNA, "config.json")
 

@@ -2,13 +2,13 @@
 
 import importlib
 import re
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 
 import pytest
 
 from configs.schema import Config, load_config
 from plumbing.console import InputError
-from plumbing.options import override, parse_args
+from plumbing.options import option, override, parse_args, read_options
 from tests.common import ROOT, readable
 
 
@@ -101,3 +101,19 @@ def test_help_lists_every_option_with_its_default_and_meaning(
     assert {f.name for kind in kinds for f in fields(kind)} <= options.keys()
     if name == "train":
         assert options.keys() == {f.name for f in fields(Config)}
+
+
+@dataclass(frozen=True)
+class Small:
+    n: int = option(1, "number", least=1)
+
+
+def test_read_options_checks_its_own_and_hands_on_the_rest():
+    argv = ["a.py", "--n=2", "--lr=1"]
+    assert read_options(argv, "", "CONFIG", Small(), Config) == (
+        ["a.py"],
+        Small(2),
+        {"lr": "1"},
+    )
+    with pytest.raises(InputError, match="n = 0: give at least 1"):
+        read_options(["--n=0"], "", "", Small())

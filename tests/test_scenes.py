@@ -269,7 +269,7 @@ def test_single_facts_are_true_and_none_comes_twice():
                         begun[kind].format(about): f"{fact}.",
                     }
         for terse in (True, False):
-            told = dict(world.facts(scene, rng, 8, terse))
+            told = dict(world.facts(scene, rng, terse))
             assert len(told) == 8 and told.items() <= truths.items()
             assert not any(terse == question.startswith("The ") for question in told)
             asked[terse] |= told.keys()

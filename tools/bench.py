@@ -45,14 +45,7 @@ from llama import IGNORE, LlamaConfig, Tokenizer
 from model import MiniGPT4
 from plumbing.console import InputError, run_main
 from plumbing.files import replacing
-from plumbing.options import (
-    check_name,
-    check_options,
-    option,
-    override,
-    parse_args,
-    to_json,
-)
+from plumbing.options import check_name, option, read_options, to_json
 from plumbing.processes import peak_mib, pick_device
 from plumbing.quantized import compile_rows
 from plumbing.sources import Sample, index_tar, split_files
@@ -65,11 +58,11 @@ from vision import VisionConfig, load_image, normalize, preprocess
 # `folder` a Path.
 
 TINY = Path(chat.__file__).parent / "assets/tiny"
-TOKENIZER = Tokenizer(str(TINY / "llama/tokenizer.model"))
+TOKENIZER = Tokenizer(f"{TINY}/llama/tokenizer.model")
 SIDE, N_TOKENS, VOCAB = 224, 32, 32_000  # pixels, IMAGE ids per picture, ids
 DATA_BATCH, CHAT_BATCH = 64, 8  # pictures
 PROMPT, ANSWER, CAPTION = 80, 32, 80  # tokens, of chat's texts
-PICTURE, QUESTION = str(TINY / "example.png"), "What is in this picture?"
+PICTURE, QUESTION = f"{TINY}/example.png", "What is in this picture?"
 WAYS = {  # of holding LLaMA's weights, and the same for llama.cpp
     "bfloat16": "BF16",
     "bfloat16 compiled": "BF16",
@@ -138,20 +131,17 @@ class Options:
     )
     workers: int = option(2, "data: worker processes, at most 16", least=1, most=16)
 
-    def __post_init__(self):
-        check_options(self)
-
 
 # ---- measuring -----------------------------------------------------------------------
 
 
 class Comparison(NamedTuple):
     name: str
-    units: dict[str, str]  # of each rate
+    units: dict  # {rate: unit}
     peer_name: str
     # "ours", "peer" and others: a function and its arguments; it returns the rates, and
     # other results
-    sides: dict[str, tuple]
+    sides: dict
 
 
 def measure(comparison, rounds):
@@ -593,10 +583,7 @@ def peer_answer(folder, way, ids, device):
     tokens = torch.tensor([ids], device=device)
 
     def answer(n):
-        ids = model.generate(
-            tokens, do_sample=False, min_new_tokens=n, max_new_tokens=n
-        )
-        return ids.tolist()
+        model.generate(tokens, do_sample=False, min_new_tokens=n, max_new_tokens=n)
 
     return answer
 
@@ -659,9 +646,11 @@ def describe(at_once, folder, dtype, device):
 
     @torch.no_grad()
     def answer(images, n):
-        settings = dict(max_new_tokens=n, temperature=0, min_length=n + 1)
         embeds = model.encode_image(images)
-        return model.generate_batch([prompt] * len(images), embeds, **settings)
+        prompts = [prompt] * len(images)
+        return model.generate_batch(
+            prompts, embeds, max_new_tokens=n, temperature=0, min_length=n + 1
+        )
 
     answer(pictures[:at_once], 2)
     start = time.perf_counter()
@@ -680,7 +669,7 @@ def compare_ways(options, ours, device):
         if "compiled" in way:
             if device.type == "cuda":
                 continue  # --compile is for CPUs
-            units = {"decode": "tokens/s"}
+            del units["prompt"]
         sides = {
             "ours": (answers, our_answer, llama, way, units, device),
             "peer": (answers, peer_answer, llama, way, units, device),
@@ -688,8 +677,9 @@ def compare_ways(options, ours, device):
         if device.type == "cpu" and has_llamacpp:
             file = gguf_file(llama, kind)
             sides["llamacpp"] = (answers, llamacpp_answer, file, way, units, device)
-        name = f"{options.size} {short(way)}"
-        yield Comparison(name, units, "transformers bf16", sides)
+        yield Comparison(
+            f"{options.size} {short(way)}", units, "transformers bf16", sides
+        )
 
 
 def bench_chat(options, device):
@@ -727,9 +717,8 @@ BENCHES = {"data": bench_data, "train": bench_train, "chat": bench_chat}
 
 
 def main(argv):
-    (name,), given = parse_args(argv, __doc__, "|".join(BENCHES), Options)
+    (name,), options, _ = read_options(argv, __doc__, "|".join(BENCHES), Options())
     check_name(name, BENCHES, "bench")
-    options = override(Options(), given)
     if not options.size:
         options = replace(options, size="1.1b" if name == "chat" else "medium")
     # before anything is allocated, as train.py does

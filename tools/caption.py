@@ -25,7 +25,7 @@ import chat
 from configs.prompts import is_end, stop_sequences, visible_answer
 from plumbing.console import InputError, printable, progress, run_main, set_plain
 from plumbing.files import SUFFIXES, append_row, read_rows
-from plumbing.options import option, override, parse_args
+from plumbing.options import option, read_options
 from vision import load_image
 
 
@@ -212,8 +212,7 @@ def caption_all(talk, o, paths, good, bad):
 
 
 def main(argv):
-    names, given = parse_args(argv, __doc__, "PICTURE ...", Options)
-    o = override(Options(), given)
+    names, o, _ = read_options(argv, __doc__, "PICTURE ...", Options())
     set_plain(o.plain)
     out = Path(o.out)
     errors = out.with_suffix(".errors.jsonl")

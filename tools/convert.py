@@ -39,7 +39,7 @@ from llama import Llama, LlamaConfig, Tokenizer, check_english
 from model import MiniGPT4
 from plumbing.console import InputError, note, progress, run_main
 from plumbing.files import read_json, replacing, start_of
-from plumbing.options import check_name, check_options, option, override, parse_args
+from plumbing.options import check_name, option, read_options
 from plumbing.quantized import QUANTIZED, quantize
 from plumbing.weights import (
     DTYPES,
@@ -55,7 +55,6 @@ from qformer import QFormer, QFormerConfig
 from train import open_folder
 from vision import VisionConfig, VisionTransformer
 
-TORCH_DTYPES = {"": None} | {name: getattr(torch, name) for name in DTYPES}
 SHARD = 2 * 2**30  # bytes, about the size of each file of a converted LLaMA
 # In the metadata of a part's file
 KINDS = {"vision": VisionTransformer.kind, "qformer": QFormer.kind, "proj": "linear"}
@@ -151,9 +150,6 @@ class Options:
     lora: str = option("", "llama: folder of a LoRA adapter to merge")
     check: bool = option(True, "llama: measure the result's perplexity on English text")
     config: str = option("", "proj: the training config that names the other parts")
-
-    def __post_init__(self):
-        check_options(self)
 
 
 # ---- names, reading, writing -----------------------------------------------------
@@ -274,13 +270,18 @@ def check_tensor(name, tensor, path):
         )
 
 
+def torch_dtype(name):
+    """The dtype of a name; None for "", which lets tensors keep their own."""
+    return getattr(torch, name) if name else None
+
+
 def write(path, tensors, dtype, **metadata):
     """Write a safetensors file of (name, tensor), cast to dtype unless it is empty."""
     with replacing(path) as temporary:
         cast = {}
         for name, tensor in tensors:
             check_tensor(name, tensor, path)
-            copied = tensor.to(dtype=TORCH_DTYPES[dtype], copy=True)
+            copied = tensor.to(dtype=torch_dtype(dtype), copy=True)
             cast[name] = copied.contiguous()
         save_file(cast, temporary, {"format": "pt"} | metadata)
 
@@ -324,8 +325,9 @@ def vision_sizes(shapes, options):
 def qformer_sizes(shapes, options):
     """Sizes from {our name: shape}, and the number of heads from the options."""
     n_layers = max(map(layer_number, shapes)) + 1
-    with_cross = [name for name in shapes if name.endswith("cross_attn.key.weight")]
-    crossed = sorted(map(layer_number, with_cross))
+    crossed = sorted(
+        layer_number(name) for name in shapes if name.endswith("cross_attn.key.weight")
+    )
     _, n_queries, width = shapes["query_tokens"]
     return QFormerConfig(
         n_queries=n_queries,
@@ -547,7 +549,7 @@ class Source(NamedTuple):
 
 
 def open_llama(folder):
-    """A Hugging Face or Meta folder. Raises InputError when something is missing."""
+    """The Source of a folder, Hugging Face's or Meta's. InputError if it is broken."""
     if (folder / "params.json").is_file():
         return open_meta(folder)
     path = folder / "config.json"
@@ -589,7 +591,7 @@ def hub_files(folder):
 
 
 def open_meta(folder):
-    """Meta's own format: consolidated.00.pth ... and params.json."""
+    """The Source of Meta's own format: consolidated.00.pth ... and params.json."""
     path = folder / "params.json"
     params = read_json(path)
     files = sorted(folder.glob("consolidated.*.pth"))
@@ -794,7 +796,7 @@ def write_llama(folder, llama, dtype=""):
     shards = {}
     total_size = 0
     for name, tensor in llama.layout.items():
-        total_size += tensor.to(dtype=TORCH_DTYPES[dtype]).nbytes
+        total_size += tensor.to(dtype=torch_dtype(dtype)).nbytes
         shards.setdefault(total_size // SHARD, []).append(name)
     weight_map = {}
     for i, names in enumerate(progress(shards.values(), "llama", unit="shard"), 1):
@@ -848,6 +850,12 @@ def convert_llama(source, target, options):
     return len(llama.layout)
 
 
+def measure_perplexity(folder):
+    """Note the perplexity of a converted LLaMA; a bad one gets a warning."""
+    model = MiniGPT4.from_files(None, None, folder)
+    check_english(model.llama, model.tokenizer)
+
+
 def find_tokenizer(*folders):
     """The first tokenizer.model in the folders. InputError if there is none."""
     for folder in folders:
@@ -869,7 +877,7 @@ def export(run, target, options):
     number of tensors.
     """
     tensors, _ = load_tensors(read_saved_config(run).proj)
-    dtype = TORCH_DTYPES[options.dtype or "float32"]
+    dtype = torch_dtype(options.dtype or "float32")
     content = {f"llama_{name}": tensor.to(dtype) for name, tensor in tensors.items()}
     with replacing(target) as temporary:
         torch.save({"model": content}, temporary)
@@ -882,9 +890,8 @@ CONVERTERS |= {"llama": convert_llama, "export": export}
 
 def main(argv):
     usage = f"{'|'.join(CONVERTERS)} SRC DST"
-    (what, *paths), given = parse_args(argv, __doc__, usage, Options)
+    (what, *paths), options, _ = read_options(argv, __doc__, usage, Options())
     check_name(what, CONVERTERS, "command line")
-    options = override(Options(), given)
     if options.dtype in QUANTIZED and what != "llama":
         raise InputError(f"--dtype={options.dtype}: only llama can be quantized")
     source, target = map(Path, paths)
@@ -892,8 +899,7 @@ def main(argv):
     n = CONVERTERS[what](source, target, options)
     note(f"{target}: {n} tensors written")
     if what == "llama" and options.check:
-        model = MiniGPT4.from_files(None, None, str(target))
-        check_english(model.llama, model.tokenizer)
+        measure_perplexity(str(target))
 
 
 if __name__ == "__main__":

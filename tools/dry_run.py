@@ -23,7 +23,7 @@ from llama import IGNORE, LlamaConfig, Tokenizer
 from model import KINDS, MiniGPT4
 from plumbing.console import InputError, run_main
 from plumbing.files import read_json
-from plumbing.options import check_options, option, override, parse_args
+from plumbing.options import option, override, read_options
 from plumbing.weights import PARTS, PartFile, check_sources, read_part, read_sizes
 
 PROMPT = 31  # tokens of a template with an instruction, estimated
@@ -33,9 +33,6 @@ PROMPT = 31  # tokens of a template with an instruction, estimated
 class Options:
     world: int = option(1, "training processes", least=1)
 
-    def __post_init__(self):
-        check_options(self)
-
 
 class MetaMiniGPT4(MiniGPT4):
     """The model on the meta device, but its targets: their values are needed."""
@@ -44,7 +41,7 @@ class MetaMiniGPT4(MiniGPT4):
         return super().cross_entropy(hidden, targets.to(hidden.device))
 
 
-def meta_model(config: Config, trainable: tuple[str, ...] = ()) -> MetaMiniGPT4:
+def meta_model(config, trainable=()):
     """The model of a config on the meta device. Prints which sizes are assumed."""
     sources = config.parts()
     check_sources(sources, trainable, config.dtype, config.tokenizer)
@@ -76,8 +73,8 @@ def meta_model(config: Config, trainable: tuple[str, ...] = ()) -> MetaMiniGPT4:
     return model
 
 
-def read_headers(name, path) -> PartFile | None:
-    """A part's file, or LLaMA's sizes without its weights; None if it is missing."""
+def read_headers(name, path):
+    """A PartFile, LLaMA's without its weights; None if the file is missing."""
     if name == "llama":
         sizes = path / "config.json"
         if not sizes.is_file():
@@ -170,8 +167,7 @@ def describe_chat(model, config):
     n_tokens = sizes.max_position_embeddings
     heads = (sizes.num_hidden_layers, sizes.num_key_value_heads)
     shape = (2, *heads, n_tokens, sizes.head_dim)
-    dtype = getattr(torch, config.dtype)
-    cache = torch.empty(shape, dtype=dtype, device="meta")
+    cache = torch.empty(shape, dtype=getattr(torch, config.dtype), device="meta")
     total = gib((*model.parameters(), cache))
     print(
         f"\npeak memory           about {total:.3g} GiB, "
@@ -180,18 +176,17 @@ def describe_chat(model, config):
 
 
 def main(argv):
-    (path,), given = parse_args(argv, __doc__, "CONFIG|RUN_FOLDER", Options, Config)
-    options = override(Options(), {"world": given.pop("world", 1)})
-    is_run = Path(path).is_dir()
-    if is_run:
+    usage = "CONFIG|RUN_FOLDER"
+    (path,), options, given = read_options(argv, __doc__, usage, Options(), Config)
+    if Path(path).is_dir():
         config = override(read_saved_config(path), given)
-    else:
-        config = load_config(path, given)
-    model = meta_model(config, () if is_run else config.trainable)
-    count_parameters(model)
-    if is_run:
+        model = meta_model(config)
+        count_parameters(model)
         describe_chat(model, config)
     else:
+        config = load_config(path, given)
+        model = meta_model(config, config.trainable)
+        count_parameters(model)
         describe_training(model, config, options.world)
 
 

@@ -40,7 +40,6 @@ import random
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -89,12 +88,12 @@ class Options:
     ckpt: str = option("", "a run's folder; none: the tiny model of this repo")
     images: str = option("", "pope, vqa: the folder of the pictures")
     prompt: str = option("{}", "pope, vqa: what is asked; {} is the question")
-    stage2: str = option(str(ROOT / "assets/tiny"), "scenes: a run's folder")
+    stage2: str = option(f"{ROOT}/assets/tiny", "scenes: a run's folder")
     stage1: str = option(
-        str(ROOT / "assets/tiny/stage1"), "scenes: the run that it started from"
+        f"{ROOT}/assets/tiny/stage1", "scenes: the run that it started from"
     )
     data: str = option(
-        str(ROOT / "data/tiny/test"), "scenes: their folder; made if missing"
+        f"{ROOT}/data/tiny/test", "scenes: their folder; made if missing"
     )
     n: int = option(
         500,
@@ -268,7 +267,7 @@ def _draw_questions(drawn, folder):
     rows = []
     for i, scene in enumerate(drawn):
         rng = random.Random(i)
-        picture = str(Path(folder, f"{i}.jpg"))
+        picture = f"{folder}/{i}.jpg"
         description = Pair(picture, rng.choice(INSTRUCTIONS))
         text, truth, kind = world.qa(scene, rng)
         question = Pair(picture, text)
@@ -280,7 +279,7 @@ def _draw_questions(drawn, folder):
 def failed(answer, ended):
     """Whether a scene's description breaks off or repeats itself."""
     is_whole = ended and re.match(r"[A-Z].*\.$", answer, re.DOTALL)
-    return not is_whole or world.repeats(answer, 4)
+    return not is_whole or world.repeats(answer)
 
 
 def evaluate(talk, drawn, options, label):
@@ -343,7 +342,7 @@ def evaluate_scenes(options):
         "after stage 2": options.stage2,
     }
     for run in runs.values():
-        if not (Path(run) / "proj.safetensors").is_file():
+        if not os.path.isfile(f"{run}/proj.safetensors"):
             raise InputError(
                 f"{run}: there is no proj.safetensors; give the folder of a run"
             )
@@ -552,9 +551,9 @@ def evaluate_pictures(task, options, names):
 
 
 class Task(NamedTuple):
-    scores: Callable | None
+    scores: object  # a function of the answers; scenes have their own
     max_new_tokens: int
-    options: set[str]  # that not all tasks have
+    options: set  # names, of those that not all tasks have
 
 
 OF_SCENES = {"stage1", "stage2", "data"}

@@ -23,11 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import chat
 from configs.prompts import INSTRUCTIONS
 from configs.schema import load_config, write_saved_config
-from llama import check_english, perplexity
-from model import KINDS, MiniGPT4
+from llama import perplexity
+from model import KINDS
 from plumbing.console import InputError, note, printable, run_main
 from plumbing.files import read_json, replacing, start_of
-from plumbing.options import check_name, option, override, parse_args
+from plumbing.options import check_name, option, read_options
 from plumbing.weights import read_part, read_part_sizes, read_weight_map
 from tools import convert
 from tools.evaluate import is_fragment, repeats_itself
@@ -249,8 +249,8 @@ class Source(NamedTuple):
     part: str
     place: str  # a path or a repo
     target: str
-    names: list[str]  # of the files in the repo; none: `place` is a path
-    files: dict[Path, Size]
+    names: list  # of the files in the repo; none: `place` is a path
+    files: dict  # {path: Size}
 
 
 def check_local(part, path):
@@ -267,8 +267,8 @@ def check_local(part, path):
         read_part_sizes(part, files, KINDS)  # raises InputError
 
 
-def find_local(part, path, target) -> Source:
-    """A path as the source of a part. Raises InputError if it holds something else."""
+def find_local(part, path, target):
+    """A path as the Source of a part. Raises InputError if it holds something else."""
     files = [path]
     if path.is_dir():
         files = [file for file in path.iterdir() if file.is_file()]
@@ -284,8 +284,8 @@ def find_local(part, path, target) -> Source:
     return Source(part, str(path), target, [], sizes)
 
 
-def find_in_repo(part, repo, target, proj) -> Source:
-    """A repo as the source of a part; `proj` is the official projection's name."""
+def find_in_repo(part, repo, target, proj):
+    """A repo as the Source of a part; `proj` is the official projection's name."""
     names = names_in_repo(part, repo, proj)
     sizes = {}
     for name in names:
@@ -349,7 +349,8 @@ def as_text(n_bytes):
     return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.2f} MB"
 
 
-def add_up(sizes) -> Size:
+def add_up(sizes):
+    """The Size of all files together."""
     total = sum(size.total for size in sizes.values())
     return Size(total, sum(size.missing for size in sizes.values()))
 
@@ -417,7 +418,7 @@ def make(source):
 def try_out(run, llama):
     """Ask about a picture. A bad answer gets a warning with its likely cause."""
     talk = chat.Chat(*chat.load(chat.Options(ckpt=run, temperature=0.0, check=True)))
-    talk.add_image(str(ROOT / "assets/tiny/example.png"))
+    talk.add_image(f"{ROOT}/assets/tiny/example.png")
     answer = "".join(talk.ask(INSTRUCTIONS[0]))
     print(f"{INSTRUCTIONS[0]} (assets/tiny/example.png)\n{printable(answer)}")
     is_broken = is_fragment(answer, "description") or repeats_itself(answer)
@@ -437,10 +438,9 @@ def try_out(run, llama):
 
 
 def main(argv):
-    (name,), given = parse_args(argv, __doc__, "|".join(RECIPES), Options)
-    options = override(Options(), given)
+    (name,), options, _ = read_options(argv, __doc__, "|".join(RECIPES), Options())
     recipe = RECIPES[check_name(name, RECIPES, "command line")]
-    path = os.path.relpath(ROOT / f"configs/{recipe.config}.py")
+    path = os.path.relpath(f"{ROOT}/configs/{recipe.config}.py")
     run = f"out/{name}"
     proj = f"{run}/proj.safetensors" if recipe.proj else ""
     config = load_config(path, recipe.settings | {"out_dir": run, "proj": proj})
@@ -465,8 +465,7 @@ def main(argv):
             ) from e
         print(f"python {os.path.relpath(ROOT / 'chat.py')} PICTURE --ckpt={run}")
         return
-    model = MiniGPT4.from_files(None, None, config.llama)
-    check_english(model.llama, model.tokenizer)
+    convert.measure_perplexity(config.llama)
     if recipe.proj:
         raise InputError(
             f"the projection is missing: fetch {recipe.official}; "

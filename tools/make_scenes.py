@@ -39,7 +39,7 @@ from PIL import Image, ImageColor, ImageDraw
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configs.prompts import INSTRUCTIONS, SYSTEM
 from plumbing.console import InputError, progress, run_main
-from plumbing.options import check_name, option, override, parse_args
+from plumbing.options import check_name, option, read_options
 
 # Every `scene` is a Scene, every `rng` a random.Random.
 
@@ -320,8 +320,7 @@ def _named(scene, obj):
 
 def _noun(obj, form=0):
     """The object without its place, in one of three forms: "large red striped star"."""
-    marks = TEXTURES[obj.texture]
-    noun = NOUNS[form].format(**vars(obj), marks=marks)
+    noun = NOUNS[form].format(**vars(obj), marks=TEXTURES[obj.texture])
     return noun.replace("plain ", "").strip()
 
 
@@ -329,10 +328,10 @@ def _words(text):
     return re.findall(r"[a-z]+|\d+", text.lower())
 
 
-def repeats(text, n=4):
-    """Whether any n consecutive words occur twice in the text."""
+def repeats(text):
+    """Whether any 4 consecutive words occur twice in the text."""
     words = _words(text)
-    grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    grams = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
     return len(set(grams)) < len(grams)
 
 
@@ -608,8 +607,8 @@ def qa(scene, rng):
             return question, answer, kind
 
 
-def facts(scene, rng, n, terse):
-    """n different facts of a scene of three objects, each in two parts.
+def facts(scene, rng, terse):
+    """Eight different facts of a scene of three objects, each in two parts.
 
     Terse: a question and its answer ("size star", "large"); else the parts of a
     sentence ("The size of the star is", "large.").
@@ -622,7 +621,7 @@ def facts(scene, rng, n, terse):
                 pairs.append((question, fact.end.removeprefix("a ")))
             else:
                 pairs.append((fact.start, f"{fact.end}."))
-    return rng.sample(pairs, n)
+    return rng.sample(pairs, 8)
 
 
 def _deciding(kind, text):
@@ -736,7 +735,7 @@ def _conversation(scene, rng, kind):
     if n_questions:
         exchanges = [qa(scene, rng)[:2] for _ in range(n_questions)]
     else:
-        exchanges = facts(scene, rng, 8, kind == "terse")
+        exchanges = facts(scene, rng, kind == "terse")
     if kind == "chat":
         exchanges += [
             (rng.choice(DESCRIBE_PROMPTS), description(scene, rng)),
@@ -777,7 +776,7 @@ def document(scene, rng, kind):
 
 @dataclass(frozen=True)
 class Options:
-    n: int = option(0, "samples; 0: the kind's own number")
+    n: int = option(0, "samples; 0: the kind's own number", least=0)
     seed: int = option(0, "of all random draws")
     heldout: bool = option(False, "only pictures of held-out combinations")
     text: str = option("", "tokenizer: the .jsonl to train on")
@@ -911,13 +910,11 @@ KINDS |= {
 
 
 def main(argv):
-    (kind, path), given = parse_args(argv, __doc__, f"{'|'.join(KINDS)} DST", Options)
+    usage = f"{'|'.join(KINDS)} DST"
+    (kind, path), options, _ = read_options(argv, __doc__, usage, Options())
     check_name(kind, KINDS, "command line")
     write, default_n = KINDS[kind]
-    options = override(Options(), given)
     target = Path(path)
-    if options.n < 0:
-        raise InputError(f"--n={options.n}: give a number of samples")
     if target.exists():
         raise InputError(
             f"{path} exists already: give another name, or remove it first"

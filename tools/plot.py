@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configs.schema import read_saved_config
 from plumbing.console import InputError, run_main
 from plumbing.files import read_rows
-from plumbing.options import option, override, parse_args
+from plumbing.options import option, read_options
 
 # Keys of log.jsonl
 PANELS = {"loss": "loss", "lr": "learning rate", "images_per_s": "images/s"}
@@ -30,10 +30,9 @@ class Options:
 def parse_row(line):
     """The numbers of a row; {} for a damaged one."""
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
+        items = json.loads(line).items()
+    except (ValueError, RecursionError, AttributeError):
         return {}
-    items = row.items() if isinstance(row, dict) else ()
     return {key: value for key, value in items if isinstance(value, int | float)}
 
 
@@ -64,8 +63,7 @@ def read_log(run):
 
 
 def main(argv):
-    runs, given = parse_args(argv, __doc__, "RUN_FOLDER ...", Options)
-    out = override(Options(), given).out
+    runs, options, _ = read_options(argv, __doc__, "RUN_FOLDER ...", Options())
     logs = [read_log(run) for run in runs or ["RUN_FOLDER"]]
     try:
         from matplotlib.figure import Figure
@@ -86,10 +84,10 @@ def main(argv):
     panels[-1].set(xlabel="samples")
     panels[0].legend()
     try:
-        figure.savefig(out, dpi=100)
+        figure.savefig(options.out, dpi=100)
     except ValueError as e:  # an unknown format
-        raise InputError(f"--out={out}: {e}") from e
-    print(out)
+        raise InputError(f"--out={options.out}: {e}") from e
+    print(options.out)
 
 
 if __name__ == "__main__":

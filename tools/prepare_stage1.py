@@ -34,7 +34,8 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from plumbing.console import InputError, printable, progress, run_main
-from plumbing.options import check_options, option, override, parse_args
+from plumbing.files import replacing
+from plumbing.options import option, read_options
 from plumbing.sources import index_tar, split_files
 
 # characters: read at a time; of the largest entry
@@ -53,9 +54,6 @@ class Options:
     threads: int = option(128, "per process", least=1)
     timeout: int = option(10, "seconds per picture", least=1)
     shard_size: int = option(10_000, "URLs per shard", least=1)
-
-    def __post_init__(self):
-        check_options(self)
 
 
 # ---- the list and the download ---------------------------------------------------
@@ -166,14 +164,9 @@ def write_list(src, dst):
         read_entries(src), "writing the list", unit="entry", unit_scale=True, delay=1
     )
     write = write_parquet if dst.suffix == ".parquet" else write_tsv
-    part = Path(f"{dst}.part")
     dst.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        write(part, complete_rows(entries, counts))
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    part.replace(dst)
+    with replacing(dst) as temporary:
+        write(temporary, complete_rows(entries, counts))
     return counts
 
 
@@ -248,7 +241,7 @@ class Shard(NamedTuple):
     n_samples: int
     n_urls: int
     failures: Counter  # of downloads, by cause
-    problems: list[str]
+    problems: list  # of texts
 
 
 def examine(path) -> Shard:
@@ -348,8 +341,7 @@ def check(folder):
 
 
 def main(argv):
-    (src, dst), given = parse_args(argv, __doc__, "SRC|check DST", Options)
-    options = override(Options(), given)
+    (src, dst), options, _ = read_options(argv, __doc__, "SRC|check DST", Options())
     if src == "check":
         check(Path(dst))
     else:

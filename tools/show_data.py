@@ -12,7 +12,7 @@ it exits with status 2.
 
 import sys
 from collections import defaultdict
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from configs.schema import Config, load_config
 from data import TrainingSteps, open_samples
 from llama import IGNORE, Tokenizer
 from plumbing.console import InputError, printable, run_main
-from plumbing.options import check_options, option, override, parse_args
+from plumbing.options import option, read_options
 from plumbing.processes import make_missing
 from plumbing.terminal import half_blocks
 from tools.dry_run import meta_model
@@ -41,17 +41,6 @@ class Options:
     plain: bool = option(False, "no colors and no pictures")
     show: int = option(3, "samples to show")
     n: int = option(1000, "samples to read; 0: all", least=0)
-
-    def __post_init__(self):
-        check_options(self)
-
-
-def picture_as_text(image, plain):
-    """uint8 (3, S, S) -> lines of half-blocks, or the shape."""
-    if plain:
-        return f"picture {tuple(image.shape)}"
-    step = max(1, image.shape[1] // WIDTH)
-    return half_blocks(image[:, ::step, ::step])
 
 
 def tokens_as_text(sample, tokenizer, plain):
@@ -78,8 +67,13 @@ def tokens_as_text(sample, tokenizer, plain):
 
 
 def show(sample, tokenizer, plain):
+    """Print an Example: each picture as half-blocks or its shape, then the tokens."""
     for image in sample.images:
-        print(picture_as_text(image, plain))
+        if plain:
+            print(f"picture {tuple(image.shape)}")
+        else:
+            step = max(1, image.shape[1] // WIDTH)
+            print(half_blocks(image[:, ::step, ::step]))
     print(tokens_as_text(sample, tokenizer, plain), end="\n\n")
 
 
@@ -139,9 +133,8 @@ def report(good, config, unknown):
 
 
 def main(argv):
-    (path,), given = parse_args(argv, __doc__, "CONFIG", Options, Config)
-    own = {f.name: given.pop(f.name) for f in fields(Options) if f.name in given}
-    options, config = override(Options(), own), load_config(path, given)
+    (path,), options, given = read_options(argv, __doc__, "CONFIG", Options(), Config)
+    config = load_config(path, given)
     make_missing(config.prepare, config.data_paths())
     model = meta_model(config)
     tokenizer = Tokenizer(config.tokenizer or f"{config.llama}/tokenizer.model")

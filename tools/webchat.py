@@ -17,8 +17,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import chat
+from model import MiniGPT4
 from plumbing.console import InputError, run_main, set_plain
-from plumbing.options import option, override, parse_args
+from plumbing.options import option, read_options
 
 # least, most, step
 SLIDERS = {
@@ -63,13 +64,13 @@ def with_sliders(options, values):
     return replace(options, **changes)
 
 
+@dataclass
 class Page:
-    """The page, made with the module gradio."""
+    """The page."""
 
-    def __init__(self, gr, model, options):
-        self.gr = gr
-        self.model = model
-        self.options = options
+    gr: object  # the module gradio
+    model: MiniGPT4
+    options: Options
 
     def answer(self, message, talk, *values):
         """Yield what box, talk and log become: first the question, then the answer."""
@@ -131,8 +132,7 @@ class Page:
 
 
 def main(argv):
-    _, given = parse_args(argv, __doc__, "", Options)
-    options = override(Options(), given)
+    _, options, _ = read_options(argv, __doc__, "", Options())
     set_plain(options.plain)
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False"}
     try:
