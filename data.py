@@ -21,7 +21,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from configs.prompts import (
@@ -256,14 +255,18 @@ def collate(samples: list[Example]) -> Batch:
     if not samples:
         return Batch(None, torch.tensor([[0]]), torch.tensor([[IGNORE]]))
     images = [image for images, _, _ in samples for image in images]
-    ids = [torch.tensor(ids) for _, ids, _ in samples]
-    targets = [torch.tensor(targets) for _, _, targets in samples]
     # default_collate stacks in shared memory where a data worker does it
     return Batch(
         default_collate(images) if images else None,
-        pad_sequence(ids, batch_first=True),
-        pad_sequence(targets, batch_first=True, padding_value=IGNORE),
+        pad([ids for _, ids, _ in samples], 0),
+        pad([targets for _, _, targets in samples], IGNORE),
     )
+
+
+def pad(rows: list[list[int]], value: int) -> Tensor:
+    """Rows of different lengths -> int64 (rows, the greatest length)."""
+    length = max(map(len, rows))
+    return torch.tensor([row + [value] * (length - len(row)) for row in rows])
 
 
 def split(items: list, n: int):
