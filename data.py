@@ -254,16 +254,14 @@ def collate(samples: list[Example]) -> Batch:
     """Stack samples; padding on the right needs no mask where attention is causal."""
     if not samples:
         return Batch(None, torch.tensor([[0]]), torch.tensor([[IGNORE]]))
-    images = [image for images, _, _ in samples for image in images]
+    images, ids, targets = zip(*samples)
+    pictures = [picture for pictures in images for picture in pictures]
     # default_collate stacks in shared memory where a data worker does it
-    return Batch(
-        default_collate(images) if images else None,
-        pad([ids for _, ids, _ in samples], 0),
-        pad([targets for _, _, targets in samples], IGNORE),
-    )
+    stacked = default_collate(pictures) if pictures else None
+    return Batch(stacked, pad(ids, 0), pad(targets, IGNORE))
 
 
-def pad(rows: list[list[int]], value: int) -> Tensor:
+def pad(rows, value: int) -> Tensor:
     """Rows of different lengths -> int64 (rows, the greatest length)."""
     length = max(map(len, rows))
     return torch.tensor([row + [value] * (length - len(row)) for row in rows])
