@@ -150,7 +150,8 @@ def parse_args(
 def read_options(argv, doc, positional, defaults, *others):
     """As parse_args: (other arguments, `defaults` overridden, options of `others`)."""
     arguments, given = parse_args(argv, doc, positional, defaults, *others)
-    own = {f.name: given.pop(f.name) for f in fields(defaults) if f.name in given}
+    names = [f.name for f in fields(defaults)]
+    own = {name: given.pop(name) for name in names if name in given}
     options = override(defaults, own)
     check_options(options)
     return arguments, options, given
