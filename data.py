@@ -261,13 +261,13 @@ def collate(samples: list[Example]) -> Batch:
     return Batch(stacked, pad(ids, 0), pad(targets, IGNORE))
 
 
-def pad(rows, value: int) -> Tensor:
+def pad(rows, value):
     """Rows of different lengths -> int64 (rows, the greatest length)."""
     length = max(map(len, rows))
     return torch.tensor([row + [value] * (length - len(row)) for row in rows])
 
 
-def split(items: list, n: int):
+def split(items, n):
     """n consecutive parts whose lengths differ by at most 1."""
     cuts = [len(items) * i // n for i in range(n + 1)]
     return [items[start:end] for start, end in pairwise(cuts)]
@@ -358,7 +358,7 @@ class TrainingSteps(Dataset):
             identity["order of samples"] = "one source per length_group steps"
         return identity
 
-    def keys(self, group: int) -> list[Key]:
+    def keys(self, group):
         """The samples of a group, for all ranks: its source's next ones."""
         i = self.source_of_group[group]
         n = self.samples_per_step * self.config.length_group

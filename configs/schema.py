@@ -149,8 +149,8 @@ class Config:
             ("shard", can_shard, "needs a frozen language model from files"),
         )
 
-    def parts(self) -> dict[str, str | dict]:
-        """The fields that name weights, as arguments of MiniGPT4.from_files."""
+    def parts(self):
+        """{field: path, or sizes of a new part}, the arguments of from_files."""
         names = ("vision", "qformer", "llama", "proj", "tokenizer")
         return {name: getattr(self, name) for name in names}
 
@@ -164,7 +164,7 @@ class Config:
                 files[name] = f"{self.out_dir}/{name}{suffix}"
         return files
 
-    def data_paths(self) -> list[str]:
+    def data_paths(self):
         """The paths of the data and the tokenizer, which `prepare` may make."""
         paths = [self.tokenizer]
         for data in (self.data, self.heldout_data):
@@ -172,8 +172,8 @@ class Config:
         return paths
 
 
-def load_config(path: str, options: dict[str, str]) -> Config:
-    """Read a config file, then the command line's `options` over it."""
+def load_config(path: str, options: dict) -> Config:
+    """Read a config file, then the command line's options, {name: text}, over it."""
     try:
         names = runpy.run_path(path)
     except (Exception, SystemExit) as e:  # it may hold any code
@@ -182,8 +182,7 @@ def load_config(path: str, options: dict[str, str]) -> Config:
     for name, value in names.items():
         if not name.startswith("_") and not isinstance(value, ModuleType):
             settings[name] = value
-    config = override(Config(), settings, path)
-    config = override(config, options)
+    config = override(override(Config(), settings, path), options)
     if config.lr < config.min_lr:  # not in Config: earlier runs are still read
         raise InputError(
             f"lr = {config.lr} is below min_lr = {config.min_lr}: the rate would rise "
@@ -217,7 +216,5 @@ def write_saved_config(config: Config):
     for name, path in parts.items():
         if isinstance(path, str) and path:
             parts[name] = relative_path(path, config.out_dir)
-    path = Path(config.out_dir, "config.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
+    with replacing(Path(config.out_dir, "config.json")) as temporary:
         temporary.write_text(to_json(replace(config, **parts)))
