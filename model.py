@@ -45,6 +45,7 @@ KINDS = {
     "qformer": {"qformer": QFormerConfig},
     "llama": {"llama": LlamaConfig},
 }
+Ids = list[int]  # of tokens
 LOGITS_AT_ONCE = 256  # positions; 33 MB of float32 with a vocabulary of 32,000
 
 
@@ -71,7 +72,11 @@ class MiniGPT4(nn.Module):
             with empty_if("vision" in on_disk):
                 self.vision = TOWERS[type(vision)](vision)
             with empty_if("qformer" in on_disk):
-                self.bridge = make_bridge(qformer, self.vision)
+                if qformer:
+                    self.bridge = QFormer(qformer)
+                else:
+                    has_class_token = self.vision.has_class_token
+                    self.bridge = JoinPatches(vision.width, has_class_token)
             self.proj = nn.Linear(self.bridge.width, llama.hidden_size)
             self.image_size = image_size or vision.image_size
             n_patches = self.vision.n_patches(self.image_size)
@@ -168,9 +173,9 @@ class MiniGPT4(nn.Module):
 
     def generate(
         self,
-        tokens: list[int],
+        tokens: Ids,
         image_embeds: Tensor | None = None,
-        stop: tuple[list[int], ...] = (),
+        stop: tuple[Ids, ...] = (),
         **options,
     ) -> Iterator[int]:
         """Yield the ids of an answer, with the ids that end it.
@@ -187,11 +192,11 @@ class MiniGPT4(nn.Module):
 
     def generate_batch(
         self,
-        prompts: list[list[int]],
+        prompts: list[Ids],
         image_embeds: Tensor | None = None,
-        stop: tuple[list[int], ...] = (),
+        stop: tuple[Ids, ...] = (),
         **options,
-    ) -> list[list[int]]:
+    ) -> list[Ids]:
         """The answers to B prompts of one length, all computed together."""
         stops = ([self.tokenizer.eos], *stop)
         answers = [[] for _ in prompts]
@@ -208,7 +213,7 @@ class MiniGPT4(nn.Module):
     @torch.no_grad()
     def decode(
         self,
-        prompts: list[list[int]],
+        prompts: list[Ids],
         image_embeds: Tensor | None = None,
         max_new_tokens: int = 300,
         temperature: float = 1.0,
@@ -218,7 +223,7 @@ class MiniGPT4(nn.Module):
         generator: torch.Generator | None = None,
         min_length: int = 0,
         cache: KVCache | None = None,
-    ) -> Iterator[list[int]]:
+    ) -> Iterator[Ids]:
         """Yield the next id of each of B prompts, max_new_tokens times.
 
         min_length: the end token is not allowed among the first min_length - 1 ids.
@@ -248,13 +253,13 @@ class MiniGPT4(nn.Module):
     @torch.no_grad()
     def beam_search(
         self,
-        tokens: list[int],
+        tokens: Ids,
         image_embeds: Tensor | None = None,
-        stop: tuple[list[int], ...] = (),
+        stop: tuple[Ids, ...] = (),
         max_new_tokens: int = 300,
         context: int = 0,
         **options,
-    ) -> list[int]:
+    ) -> Ids:
         """The likeliest answer that several beams find.
 
         options: num_beams, length_penalty, repetition_penalty and min_length.
@@ -378,10 +383,3 @@ class MiniGPT4(nn.Module):
         self.vision = self.bridge = None
         for name in {"vision", "qformer"} - set(to_save):
             self.parts.pop(name, None)
-
-
-def make_bridge(qformer: QFormerConfig | None, vision: nn.Module) -> nn.Module:
-    """The Q-Former, or what replaces it in the LLaMA-2 variant."""
-    if qformer:
-        return QFormer(qformer)
-    return JoinPatches(vision.config.width, vision.has_class_token)
