@@ -141,7 +141,8 @@ def identity(talk):
     proj = model.part_tensors("proj")
     # row by row, as a fingerprint takes only some values of each tensor
     rows = {f"{k} {i}": row for k, p in proj.items() for i, row in enumerate(p)}
-    known = model.fingerprints | {"proj": fingerprint(rows)}
+    known = {k: mark for k, mark in model.fingerprints.items() if k != "proj"}
+    known["proj"] = fingerprint(rows)
     known["image_size"] = model.image_size
     for name in ("template", "answer_end", "repetition_penalty", "max_new_tokens"):
         known[name] = getattr(talk.options, name)
