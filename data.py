@@ -209,8 +209,11 @@ def open_samples(data, *settings):
     settings: the arguments of Samples after `sources`.
     """
     paths = [data] if isinstance(data, str) else data
-    weights = paths if isinstance(paths, dict) else dict.fromkeys(paths, 1.0)
-    if not weights or not all(map(is_positive, weights.values())):
+    are_texts = all(isinstance(path, str) for path in paths)
+    weights = data
+    if are_texts and not isinstance(data, dict):
+        weights = dict.fromkeys(paths, 1.0)
+    if not weights or not are_texts or not all(map(is_positive, weights.values())):
         raise InputError(
             f"data = {data!r}: give a path, paths, or {{path: weight}} with weights "
             "above 0"
@@ -487,4 +490,5 @@ def precompute_features(samples: Samples, encode, config: Config, device):
         all_features += rank_features
     for row, owner in enumerate(all_owners):
         samples.feature_rows[owner].append(row)
-    samples.features = torch.cat(all_features or [torch.empty(0)])
+    if all_features:  # else the first sample will say why its picture is of no use
+        samples.features = torch.cat(all_features)

@@ -307,7 +307,6 @@ class Llama(nn.Module):
         self.norm = RMSNorm(D, config.rms_norm_eps)
         is_tied = config.tie_word_embeddings
         self.lm_head = None if is_tied else nn.Linear(D, V, bias=False)
-        self.reset_parameters()
 
     def forward(self, x, cache: KVCache | None = None):
         """With a cache, x are the tokens that follow those in it."""

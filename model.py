@@ -20,12 +20,12 @@ from llama import beam_search as search_beams
 from plumbing.console import InputError
 from plumbing.weights import (
     Part,
+    build,
     check_companions,
     check_sources,
     check_vocabulary,
     choose_quantization,
     describe_part,
-    empty_if,
     identify,
     load_part,
     read_parts,
@@ -69,20 +69,16 @@ class MiniGPT4(nn.Module):
         self.vision = self.bridge = self.proj = None
         self.image_size = self.n_image_tokens = 0
         if vision:
-            with empty_if("vision" in on_disk):
-                self.vision = TOWERS[type(vision)](vision)
-            with empty_if("qformer" in on_disk):
-                if qformer:
-                    self.bridge = QFormer(qformer)
-                else:
-                    has_class_token = self.vision.has_class_token
-                    self.bridge = JoinPatches(vision.width, has_class_token)
+            self.vision = build(TOWERS[type(vision)], vision, "vision" in on_disk)
+            if qformer:
+                self.bridge = build(QFormer, qformer, "qformer" in on_disk)
+            else:
+                self.bridge = JoinPatches(vision.width, self.vision.has_class_token)
             self.proj = nn.Linear(self.bridge.width, llama.hidden_size)
             self.image_size = image_size or vision.image_size
             n_patches = self.vision.n_patches(self.image_size)
             self.n_image_tokens = self.bridge.n_image_tokens(n_patches)
-        with empty_if("llama" in on_disk):
-            self.llama = Llama(llama)
+        self.llama = build(Llama, llama, "llama" in on_disk)
 
         # The table of parts. Each has a file, and modules whose tensors are in it:
         # Part({prefix of their names in the file: module}).
@@ -338,7 +334,7 @@ class MiniGPT4(nn.Module):
             files, KINDS, tokenizer.vocab_size, image_size
         )
         check_vocabulary(tokenizer, llama_config.vocab_size)
-        on_disk = [name for name, file in files.items() if file.tensors]
+        on_disk = [name for name, file in files.items() if file.tensors is not None]
         model = cls(vision_config, qformer_config, llama_config, image_size, on_disk)
         model.tokenizer = tokenizer
         for name, part in model.parts.items():

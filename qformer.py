@@ -98,7 +98,6 @@ class QFormer(nn.Module):
         for i in range(config.n_layers):
             has_cross_attention = i % config.cross_attention_every == 0
             self.layers.append(Layer(config, has_cross_attention))
-        self.reset_parameters()
 
     def forward(self, image):
         image = self.ln_vision(image.to(self.query_tokens.dtype))

@@ -216,7 +216,6 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, n_tokens, config.width))
         self.patch_embed = PatchEmbed(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.reset_parameters()
 
     def n_patches(self, image_size: int) -> int:
         return (image_size // self.config.patch_size) ** 2

@@ -214,7 +214,7 @@ def make_missing(prepare: dict[str, str], used: list[str]):
     """
     missing = [path for path in prepare if not Path(path).exists()]
     is_needed = any(
-        Path(path).is_relative_to(folder) for path in used for folder in missing
+        Path(str(path)).is_relative_to(folder) for path in used for folder in missing
     )
     if not is_needed:
         return

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -171,16 +170,27 @@ def describe_part(name, parts: dict[str, Part], fingerprints: Marks) -> dict[str
     return {"kind": kind, "trained_with": json.dumps(companions)}
 
 
-def empty_if(is_from_file: bool):
-    """The meta device, without memory for weights that will come from a file."""
-    return torch.device("meta") if is_from_file else nullcontext()
+def build(module_class, config, is_from_file: bool):
+    """A module; without memory for weights that will come from a file.
+
+    New weights follow the module's own rule, if it has one. What PyTorch draws before
+    is not used, and leaves the random numbers as they were.
+    """
+    if is_from_file:
+        with torch.device("meta"):
+            return module_class(config)
+    with torch.random.fork_rng(devices=[]):
+        module = module_class(config)
+    if hasattr(module, "reset_parameters"):
+        module.reset_parameters()
+    return module
 
 
 def identify(parts: dict[str, Part], files: Files) -> Marks:
     """The fingerprints of all parts, as loaded."""
     marks = {}
     for name, part in parts.items():
-        is_read = name in files and files[name].tensors
+        is_read = name in files and files[name].tensors is not None
         tensors = files[name].tensors if is_read else part.tensors()
         marks[name] = fingerprint(tensors)
     # That of the weights before they were converted to int8 or int4.
@@ -255,24 +265,24 @@ def check_sizes(sizes, where: str):
 
 @torch.no_grad()
 def init_weights(module: nn.Module, stds: dict, residual=(), depth=1):
-    """Random weights of a transformer: norms one, biases zero, the rest normal.
+    """Random weights of a transformer: matrices normal, biases zero.
 
-    The variance of a matrix is 1 / inputs, unless `stds` has the standard deviation of
-    its name. Outputs to the residual stream, whose names end in one of `residual`, are
-    smaller by the square root of twice the depth. On the meta device there is nothing
-    to do.
+    The variance of a matrix is 1 / inputs, unless `stds` gives its standard deviation.
+    Outputs to the residual stream, names ending in `residual`, are smaller by the
+    square root of twice the depth. Other parameters, such as those of norms, keep what
+    the constructor gave them. On the meta device there is nothing to do.
     """
     for name, p in module.named_parameters():
         if p.is_meta:
             continue
-        if p.dim() == 1:
-            # Only norms have one-dimensional weights.
-            p.fill_(1.0 if name.endswith("weight") else 0.0)
-            continue
-        n_inputs = p[0].numel()
-        if name.endswith(residual):
-            n_inputs *= 2 * depth
-        nn.init.normal_(p, std=stds.get(name, n_inputs**-0.5))
+        is_matrix = p.dim() > 1 and name.endswith("weight")
+        if name in stds or is_matrix:
+            n_inputs = p[0].numel()
+            if name.endswith(residual):
+                n_inputs *= 2 * depth
+            nn.init.normal_(p, std=stds.get(name, n_inputs**-0.5))
+        elif name.endswith("bias"):
+            p.zero_()
 
 
 def read_weight_map(index: Path) -> dict[str, str]:

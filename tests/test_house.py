@@ -33,7 +33,7 @@ TOOLS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("tools/*.
 BUDGETS = {
     "train.py": 2450,
     "model.py": 2300,
-    "data.py": 2900,
+    "data.py": 2950,
     "llama.py": 3400,
     "vision.py": 1800,
     "qformer.py": 900,

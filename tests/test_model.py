@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from model import MiniGPT4
@@ -91,3 +92,22 @@ def test_an_image_size_without_whole_patches_is_refused(world):
     parts = [world[name] for name in ("vision", "qformer", "llama")]
     with pytest.raises(InputError, match="image_size 20: give a multiple of 8"):
         MiniGPT4.from_files(*parts, image_size=20)
+
+
+def test_a_file_without_tensors_is_no_new_part(world, tmp_path):
+    model = new_model(world)
+    model.save_part("proj", tmp_path)
+    path = tmp_path / "proj.safetensors"
+    _, metadata = load_tensors(path)
+    save_file({}, path, metadata)
+    with pytest.raises(InputError, match="does not fit as proj: 2 missing"):
+        MiniGPT4.from_files(world["vision"], None, world["llama"], str(path))
+
+
+def test_new_parts_draw_only_what_their_own_rules_ask_for(world):
+    torch.manual_seed(0)
+    model = new_model(world)
+    torch.manual_seed(0)
+    model.bridge.reset_parameters()
+    proj = nn.Linear(model.proj.in_features, model.proj.out_features)
+    assert torch.equal(model.proj.weight, proj.weight)
