@@ -439,7 +439,7 @@ def read_llava(row, folder):
     """
     messages = [(each["from"], each["value"]) for each in row["conversations"]]
     turns = pair_up(messages, ("human", "gpt"))
-    images = find_images(row, folder)
+    images = find_images(row, folder, ("images", "image", ""))
     n_marks = sum(user.count("<image>") for user, _ in turns)
     if images and n_marks == 0:
         user, answer = turns[0]
@@ -461,11 +461,11 @@ def pair_up(messages, speakers):
     return list(zip(texts[::2], texts[1::2]))
 
 
-def find_images(row, folder) -> list[str]:
+def find_images(row, folder, places=("",)) -> list[str]:
     """The paths of a row's pictures; of several possible ones, the first that exists.
 
-    They may be in images/ or image/ beside the file. cc_sbu_align's "image_id": "2"
-    means image/2.jpg (or .png, .jpeg).
+    places: folders beside the file. cc_sbu_align's "image_id": "2" means image/2.jpg
+    (or .png, .jpeg).
     """
     if "image_id" in row:
         stem = f"image/{row['image_id']}"
@@ -473,10 +473,11 @@ def find_images(row, folder) -> list[str]:
     names = row.get("image") or []
     if isinstance(names, str):
         names = [names]
-    return [
-        first_existing(folder, name, f"images/{name}", f"image/{name}")
-        for name in names
-    ]
+    images = []
+    for name in names:
+        candidates = [Path(place, name) for place in places]
+        images.append(first_existing(folder, *candidates))
+    return images
 
 
 def first_existing(folder, *names):

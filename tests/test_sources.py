@@ -265,12 +265,14 @@ def test_caption_folder(tmp_path):
 
 
 @pytest.mark.parametrize("folder", [".", "images", "image"])
-def test_the_pictures_of_rows_are_beside_the_file_or_in_a_folder(tmp_path, folder):
+def test_the_pictures_of_llava_are_beside_the_file_or_in_a_folder(tmp_path, folder):
     path = tmp_path / folder / "a.jpg"
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(picture())
-    (tmp_path / "own.jsonl").write_text('{"image": "a.jpg", "caption": "A dog."}')
-    sample = open_source(f"{tmp_path}/own.jsonl")[0, 0]
+    spoken = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A dog."}]
+    rows = [{"image": "a.jpg", "conversations": spoken}]
+    (tmp_path / "own.json").write_text(json.dumps(rows))
+    sample = open_source(f"{tmp_path}/own.json")[0, 0]
     assert sample.images == [str(path)]
 
 
