@@ -461,7 +461,7 @@ def pair_up(messages, speakers):
     return list(zip(texts[::2], texts[1::2]))
 
 
-def find_images(row, folder, places=("",)) -> list[str]:
+def find_images(row, folder, places=("",)):
     """The paths of a row's pictures; of several possible ones, the first that exists.
 
     places: folders beside the file. cc_sbu_align's "image_id": "2" means image/2.jpg
