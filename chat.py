@@ -27,12 +27,14 @@ from torch import Tensor
 from configs.prompts import (
     IMAGE,
     TEMPLATES,
+    check_template,
     encode_chat,
     format_end,
     is_end,
     parse_end,
     settled_text,
     stop_sequences,
+    suggest_template,
     visible_answer,
 )
 from configs.schema import read_saved_config
@@ -43,6 +45,7 @@ from plumbing.console import InputError, is_plain, note, printable, run_main, se
 from plumbing.options import check_name, check_options, option, override, parse_args
 from plumbing.processes import peak_mib, pick_device
 from plumbing.quantized import QUANTIZED, compile_rows
+from plumbing.tokenizer import read_chat_template
 from plumbing.weights import DTYPES
 from vision import load_image
 
@@ -145,8 +148,10 @@ def load(options: Options) -> tuple[MiniGPT4, Options]:
 
     template = options.template or saved.template
     if not template:
-        note(f"note: {run} was trained without a template; --template=vicuna is used")
-        template = "vicuna"
+        template = suggest_template(read_chat_template(model.tokenizer.path))
+        note(
+            f"note: {run} was trained without a template; --template={template} is used"
+        )
     is_own = template == saved.template
     end = saved.answer_end if is_own else TEMPLATES[template].end
     answer_end = options.answer_end or format_end(end)
@@ -179,6 +184,7 @@ class Chat:
         self.template = replace(
             TEMPLATES[options.template], end=parse_end(options.answer_end)
         )
+        check_template(model.tokenizer, options.template, self.template.end)
         self.generator = torch.Generator(options.device).manual_seed(options.seed)
         self.context = model.llama.config.max_position_embeddings  # tokens
         self.reset()

@@ -1,30 +1,42 @@
-"""LLaMA (arXiv 2302.13971), MiniGPT-4's language model, with its tokenizer.
+"""LLaMA (arXiv 2302.13971), MiniGPT-4's language model.
 
-For LLaMA 1 and 2, Vicuna and their like: RMSNorm, rotary positions, SwiGLU, no biases,
-grouped-query attention, tied or separate output embeddings. Names of modules are those
-of Hugging Face without the leading `model.`. Axes: B sequences, T tokens, S tokens with
-those in the cache, D width, H query heads, K key/value heads, V vocabulary.
+RMSNorm, rotary positions, SwiGLU, grouped-query attention, tied or separate output
+embeddings: LLaMA 1 to 3, Vicuna, Mistral, SmolLM2. Qwen2 adds biases to q, k and v,
+Qwen3 norms to q and k. Names of modules are those of Hugging Face without the leading
+`model.`. Axes: B sequences, T tokens, S tokens with those in the cache, D width, H
+query heads, K key/value heads, V vocabulary.
 """
 
-import os
-from dataclasses import asdict, dataclass, replace
+import math
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from configs.prompts import is_end
 from plumbing.console import InputError, note
-from plumbing.files import start_of
 from plumbing.options import override
+from plumbing.tokenizer import Tokenizer
 from plumbing.weights import check_sizes, init_weights
 
 IGNORE = -100  # in the targets: no prediction here
 CONTEXT = 2000  # tokens of a long conversation, the original's limit
+# Hugging Face's names: {model_type: the class to load it with}
+FAMILIES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",  # Qwen 2 and 2.5
+    "qwen3": "Qwen3ForCausalLM",
+}
+LLAMA3_SCALING = (  # the settings of rope_scaling
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +54,8 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 2048  # most tokens of a conversation
+    model_type: str = "llama"  # or another of FAMILIES
+    rope_scaling: dict = field(default_factory=dict)  # LLaMA 3.1's; {}: none
     quantization: str = ""  # of the matrices: int8 or int4
     fingerprint: str = ""  # of the weights before they were quantized
 
@@ -52,7 +66,10 @@ class LlamaConfig:
         Raises InputError, which names the file `where`, for unsupported models.
         """
         rope = sizes.get("rope_parameters") or sizes.get("rope_scaling") or {}
+        model_type = sizes.get("model_type") or "llama"
         window = sizes.get("sliding_window") or 0
+        if not sizes.get("use_sliding_window", "qwen" not in model_type):
+            window = 0
         if not isinstance(rope, dict) or not isinstance(window, int):
             raise InputError(
                 f"{where}: rope_scaling or sliding_window is malformed; fetch it again"
@@ -69,6 +86,9 @@ class LlamaConfig:
         }
         # In old files, null or 0 means the default.
         read = {k: sizes.get(k) or default for k, default in defaults.items()}
+        read["rope_scaling"] = rope if rope_type(rope) == "llama3" else {}
+        if model_type == "mistral":  # computes the same
+            read["model_type"] = "llama"
         config = override(cls(), read, where)
         if window:
             context = min(config.max_position_embeddings, window)
@@ -77,17 +97,17 @@ class LlamaConfig:
 
     def to_hub(self) -> dict:
         """The content of a Hugging Face config.json, the inverse of from_dict."""
-        sizes = {k: v for k, v in asdict(self).items() if v != ""}
-        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama"} | sizes
+        sizes = {k: v for k, v in asdict(self).items() if v not in ("", {})}
+        return {"architectures": [FAMILIES[self.model_type]]} | sizes
 
 
 def unsupported_feature(sizes: dict, rope: dict, window: int) -> str:
     """What a config.json asks for that this file does not compute, or ""."""
-    model_type = sizes.get("model_type")
+    model_type = sizes.get("model_type") or "llama"
     activation = sizes.get("hidden_act", "silu")
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
+    if not is_known_rope(rope):
         return f"rotary scaling {rope}"
-    if model_type not in (None, "llama", "mistral"):
+    if model_type not in (*FAMILIES, "mistral"):
         return f"the architecture {model_type}"
     # Attention looks at all tokens: the conversation has to fit into the window.
     if window and window < CONTEXT:
@@ -97,6 +117,21 @@ def unsupported_feature(sizes: dict, rope: dict, window: int) -> str:
     if activation != "silu":
         return f"the activation {activation}"
     return ""
+
+
+def rope_type(rope: dict) -> str:
+    return rope.get("rope_type", rope.get("type", "default"))
+
+
+def is_known_rope(rope: dict) -> bool:
+    """Whether rotary positions are as in the paper, or LLaMA 3.1's."""
+    if rope.get("partial_rotary_factor", 1) != 1:
+        return False
+    if rope_type(rope) != "llama3":
+        are_numbers = not any(isinstance(value, dict) for value in rope.values())
+        return rope_type(rope) == "default" and are_numbers
+    given = [rope.get(name, 0) for name in LLAMA3_SCALING]
+    return all(isinstance(x, (int, float)) and 0 < x < math.inf for x in given)
 
 
 def check_has_sizes(sizes: dict, where: str):
@@ -132,11 +167,24 @@ class RMSNorm(nn.Module):
         return self.weight * h.to(x.dtype)
 
 
-def rotary_angles(positions, head_dim: int, theta: float, dtype: torch.dtype):
+def rotary_frequencies(config: LlamaConfig, device):
+    """Radians per position of each pair, float32 (head_dim / 2,)."""
+    even = torch.arange(0, config.head_dim, 2, device=device)
+    freq = 1.0 / config.rope_theta ** (even.float() / config.head_dim)
+    if not config.rope_scaling:
+        return freq
+    # LLaMA 3.1 slows down the pairs that turn less than `low` times in the original
+    # context, leaves those that turn more than `high` times, and blends between.
+    factor, low, high, context = map(config.rope_scaling.get, LLAMA3_SCALING)
+    wavelength = 2 * math.pi / freq
+    kept = ((context / wavelength - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) * freq / factor + kept * freq
+
+
+def rotary_angles(positions, config: LlamaConfig, dtype: torch.dtype):
     """positions (T,) -> cos, sin (T, head_dim); both halves are equal."""
-    even = torch.arange(0, head_dim, 2, device=positions.device)
-    inv_freq = 1.0 / theta ** (even.float() / head_dim)
-    angles = torch.outer(positions.float(), inv_freq)
+    freq = rotary_frequencies(config, positions.device)
+    angles = torch.outer(positions.float(), freq)
     angles = angles.repeat(1, 2)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -228,10 +276,15 @@ class Attention(nn.Module):
         D = config.hidden_size
         q_width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(D, q_width, bias=False)
-        self.k_proj = nn.Linear(D, kv_width, bias=False)
-        self.v_proj = nn.Linear(D, kv_width, bias=False)
+        has_bias = config.model_type == "qwen2"
+        self.q_proj = nn.Linear(D, q_width, bias=has_bias)
+        self.k_proj = nn.Linear(D, kv_width, bias=has_bias)
+        self.v_proj = nn.Linear(D, kv_width, bias=has_bias)
         self.o_proj = nn.Linear(q_width, D, bias=False)
+        self.q_norm = self.k_norm = nn.Identity()
+        if config.model_type == "qwen3":
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def qkv(self, x):
         """The three products; plumbing/quantized.py replaces them by one."""
@@ -243,8 +296,8 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, cache):
         q, k, v = map(self.split_heads, self.qkv(x))
-        q = rotate(q, cos, sin)
-        k = rotate(k, cos, sin)
+        q = rotate(self.q_norm(q), cos, sin)
+        k = rotate(self.k_norm(k), cos, sin)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         T = x.shape[1]
@@ -313,9 +366,7 @@ class Llama(nn.Module):
         T = x.shape[1]
         start = 0 if cache is None else cache.length
         positions = torch.arange(start, start + T, device=x.device)
-        cos, sin = rotary_angles(
-            positions, self.config.head_dim, self.config.rope_theta, x.dtype
-        )
+        cos, sin = rotary_angles(positions, self.config, x.dtype)
         for block in self.layers:
             if self.grad_checkpoint and x.requires_grad:
                 x = checkpoint(block, x, cos, sin, cache, use_reentrant=False)
@@ -399,23 +450,26 @@ def beam_search(
     repetition_penalty: float = 1.05,
     min_length: int = 0,
     length_penalty: float = 1.0,
+    n_ends: int = 1,
 ) -> list[int]:
     """The ids of the likeliest answer to a prompt x (1, T, D), as in Hugging Face's.
 
     An answer's score is the log-probability of its ids, over
     (its length with `<s>`, without its end) ** length_penalty. `seen`: see sample.
-    `stops`: the id sequences that end an answer; the first is [eos].
+    `stops`: the id sequences that end an answer. The first n_ends, of one id each, are
+    not allowed among the first min_length - 1 ids.
     """
-    eos = stops[0][0]
+    ends = [stop[0] for stop in stops[:n_ends]]
     cache = KVCache()
     beams = [Beam(0.0, [], 0)]
     finished: list[tuple[float, list[int]]] = []  # (score, ids), the best first
     for length in range(1, max_new_tokens + 1):
         hidden = llama(x, cache)[:, -1]
         log_probs = llama.logits(hidden).float().log_softmax(-1)
+        log_probs = log_probs[:, : seen.shape[1]]  # the tokenizer's ids
         log_probs = penalize(log_probs, seen, repetition_penalty)
         if length < min_length:
-            log_probs[:, eos] = -torch.inf
+            log_probs[:, ends] = -torch.inf
 
         candidates = continue_beams(beams, log_probs, (1 + len(stops)) * num_beams)
         for beam in candidates[:num_beams]:
@@ -454,40 +508,6 @@ def continue_beams(beams: list[Beam], log_probs: Tensor, n: int) -> list[Beam]:
     return continued
 
 
-class Tokenizer:
-    """A sentencepiece `tokenizer.model`. Typed letters `<s>`, `</s>` are plain text."""
-
-    def __init__(self, path: str):
-        try:
-            if not os.path.isfile(path):  # a device would be read without end
-                raise OSError("no regular file")
-            start_of(path)
-            self._processor = SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError) as e:
-            raise InputError(
-                f"{path}: no sentencepiece model; it is a LLaMA folder's "
-                "tokenizer.model"
-            ) from e
-        self.path = str(path)
-        self.vocab_size = self._processor.vocab_size()
-        self.bos = self._processor.bos_id()
-        self.eos = self._processor.eos_id()
-        self.unknown = self._processor.unk_id()
-
-    def encode(self, text: str, bos: bool = False) -> list[int]:
-        """ "a dog" -> [263, 11203], with a leading space; `bos` prepends `<s>`."""
-        ids = self._processor.encode(text)
-        return [self.bos, *ids] if bos else ids
-
-    def decode(self, ids: list[int]) -> str:
-        """[263, 11203] -> "a dog", the reverse; control tokens give no text."""
-        return self._processor.decode(ids)
-
-    def piece(self, id: int) -> str:
-        """11203 -> "\\u2581dog", where \\u2581 is a space."""
-        return self._processor.id_to_piece(id)
-
-
 @torch.no_grad()
 def perplexity(llama: Llama, tokenizer: Tokenizer, text: str) -> float:
     """Per token of the text, which follows `<s>`."""
@@ -503,6 +523,7 @@ def check_english(llama: Llama, tokenizer: Tokenizer):
     paragraph = Path(__file__).parent / "assets/paragraph.txt"
     value = perplexity(llama, tokenizer, paragraph.read_text().strip())
     healthy = "(a healthy LLaMA: below 20)"
+    note(f"language model of the family {llama.config.model_type}")
     note(f"perplexity on a paragraph of English: {value:.1f} {healthy}")
     if value > 100:
         note("warning: these weights are broken or not English; fetch or convert again")

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from configs.prompts import IMAGE, is_end
-from llama import IGNORE, KVCache, Llama, LlamaConfig, Tokenizer, sample
+from llama import IGNORE, KVCache, Llama, LlamaConfig, sample
 from llama import beam_search as search_beams
 from plumbing.console import InputError
+from plumbing.tokenizer import Tokenizer, open_tokenizer
 from plumbing.weights import (
     Part,
     build,
@@ -183,7 +184,7 @@ class MiniGPT4(nn.Module):
         for (new,) in self.decode([tokens], image_embeds, **options):
             yield new
             answer.append(new)
-            if is_end(answer, ([self.tokenizer.eos], *stop)):
+            if is_end(answer, (*self.ends, *stop)):
                 return
 
     def generate_batch(
@@ -194,7 +195,7 @@ class MiniGPT4(nn.Module):
         **options,
     ) -> list[Ids]:
         """The answers to B prompts of one length, all computed together."""
-        stops = ([self.tokenizer.eos], *stop)
+        stops = (*self.ends, *stop)
         answers = [[] for _ in prompts]
         unfinished = set(range(len(prompts)))
         for new in self.decode(prompts, image_embeds, **options):
@@ -236,9 +237,10 @@ class MiniGPT4(nn.Module):
         x = x[:, cache.length :]
         for n in range(1, max_new_tokens + 1):
             hidden = self.llama(x, cache)
-            logits = self.llama.logits(hidden[:, -1]).float()
+            # The embeddings may have more rows than the tokenizer has ids.
+            logits = self.llama.logits(hidden[:, -1])[:, : seen.shape[1]].float()
             if n < min_length:
-                logits[:, self.tokenizer.eos] = -torch.inf
+                logits[:, self.tokenizer.ends] = -torch.inf
             new = sample(
                 logits, seen, temperature, top_p, repetition_penalty, generator
             )
@@ -264,8 +266,9 @@ class MiniGPT4(nn.Module):
             [tokens], image_embeds, max_new_tokens, context
         )
         seen = self.penalized_ids(1)
-        stops = ([self.tokenizer.eos], *stop)
-        return search_beams(self.llama, x, seen, max_new_tokens, stops=stops, **options)
+        stops = (*self.ends, *stop)
+        options["n_ends"] = len(self.ends)
+        return search_beams(self.llama, x, seen, max_new_tokens, stops, **options)
 
     def embed_prompts(self, prompts, image_embeds, max_new_tokens: int, context: int):
         """Embed B prompts, (B, T, d_llama), and find the length of the answer.
@@ -289,12 +292,19 @@ class MiniGPT4(nn.Module):
         return x[:, n_cut:], max_new_tokens
 
     def penalized_ids(self, n_prompts: int) -> Tensor:
-        """The ids that the repetition penalty starts with, bool (B, V).
+        """The ids that the repetition penalty starts with, bool (B, tokenizer's ids).
 
         Quirk of the original kept: `<s>`, and nothing of the prompt.
         """
-        ids = torch.arange(self.llama.config.vocab_size, device=self.device)
-        return (ids == self.tokenizer.bos).repeat(n_prompts, 1)
+        seen = torch.zeros(n_prompts, self.tokenizer.vocab_size, dtype=torch.bool)
+        if self.tokenizer.bos is not None:
+            seen[:, self.tokenizer.bos] = True
+        return seen.to(self.device)
+
+    @property
+    def ends(self) -> list[Ids]:
+        """The sequences that end any answer: one id each."""
+        return [[id] for id in self.tokenizer.ends]
 
     @property
     def device(self) -> torch.device:
@@ -329,7 +339,7 @@ class MiniGPT4(nn.Module):
         dtype = choose_quantization(files, dtype, trainable or ())
         if trainable is None:
             trainable = ("proj",) if vision else ()
-        tokenizer = Tokenizer(tokenizer or f"{llama}/tokenizer.model")
+        tokenizer = open_tokenizer(tokenizer, llama)
         vision_config, qformer_config, llama_config = read_sizes(
             files, KINDS, tokenizer.vocab_size, image_size
         )
@@ -365,7 +375,7 @@ class MiniGPT4(nn.Module):
         if name == "llama":
             sizes = self.llama.config.to_hub()
             save_hub_folder(
-                f"{folder}/llama", tensors, dtype, sizes, self.tokenizer.path
+                f"{folder}/llama", tensors, dtype, sizes, self.tokenizer.files()
             )
         else:
             metadata = describe_part(name, self.parts, self.fingerprints)

@@ -33,7 +33,6 @@ from data import (
 from llama import IGNORE
 from model import MiniGPT4
 from plumbing.console import InputError, note, outlive_reader, run_main, set_quiet
-from plumbing.meter import Meter
 from plumbing.options import parse_args, to_json
 from plumbing.processes import (
     StopSignals,
@@ -45,7 +44,7 @@ from plumbing.processes import (
     process_group,
 )
 from plumbing.quantized import compile_blocks
-from plumbing.run import Checkpoint, RunFolder, RunLog
+from plumbing.run import Checkpoint, Meter, RunFolder, RunLog
 
 
 def learning_rate(step: int, config: Config) -> float:

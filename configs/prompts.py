@@ -1,8 +1,9 @@
 """The prompts: chat templates, MiniGPT-4's system text, the instructions of stage 2.
 
 A prompt is a list of segments: a text, IMAGE (the tokens of one picture), BOS or END
-(the control tokens `<s>` and `</s>`). Training and chat build their prompts here, and
-turn them into ids with a `Tokenizer`. A new template is one more entry of TEMPLATES.
+(the tokenizer's `<s>` and `</s>`), or a Control token by its name. Training and chat
+build their prompts here, and turn them into ids with a `Tokenizer`. A new template is
+one more entry of TEMPLATES.
 """
 
 import re
@@ -12,6 +13,7 @@ from itertools import groupby
 IMAGE = -1  # also an id: repeated once for each image token of a picture
 BOS = -2  # the tokenizer's `<s>`
 END = -3  # the tokenizer's `</s>`
+NO_THINKING = -4  # the empty thoughts that Qwen3 answers after at once
 
 SYSTEM = (
     "Give the following image: <Img>ImageContent</Img>. You will be able to see the "
@@ -27,46 +29,108 @@ INSTRUCTIONS = (
 
 
 @dataclass(frozen=True)
+class Control:
+    """A control token. In a text, such as a question, its name is no control token."""
+
+    name: str
+
+
+Segment = str | int | Control
+Segments = tuple[Segment, ...]
+
+
+@dataclass(frozen=True)
 class Template:
-    """The text around the turns, in training (without system text) and in chat."""
+    """The segments around the messages and answers of a conversation."""
 
-    training: tuple[str, str]  # before and after the user's message
-    system: tuple[str | int, ...]  # chat: before the first message
-    user: tuple[str | int, ...]  # chat: before each message of the user
-    assistant: str  # chat: between the message and the answer
-    end: str | int  # ends each answer: a text or END
+    system: Segments  # before the first message, but not in training
+    user: Segments  # before each message of the user
+    assistant: Segments  # between a message and its answer
+    end: Segment  # ends each answer: a text, END or a control token
+    after_end: Segments = ()  # between the end and the next message
+    before_new: Segments = ()  # between `assistant` and an answer to be written
+    # What replaces `user` and `assistant` in training: two texts, or nothing.
+    training: tuple[str, str] | tuple[()] = ()
 
 
+def header(role: str) -> Segments:
+    """The start of a message in LLaMA 3's template."""
+    return Control("<|start_header_id|>"), role, Control("<|end_header_id|>"), "\n\n"
+
+
+IM_START, IM_END = Control("<|im_start|>"), Control("<|im_end|>")
+EOT = Control("<|eot_id|>")
 TEMPLATES = {
     "vicuna": Template(
-        training=("###Human: ", " ###Assistant: "),
         system=(SYSTEM, "###"),
         user=("Human: ",),
-        assistant="###Assistant: ",
+        assistant=("###Assistant: ",),
         end="###",
+        training=("###Human: ", " ###Assistant: "),
     ),
     "llama2": Template(
-        training=("[INST] ", " [/INST] "),
         system=(SYSTEM,),
         user=(BOS, "[INST] "),
-        assistant=" [/INST] ",
+        assistant=(" [/INST] ",),
         end=END,
+        training=("[INST] ", " [/INST] "),
+    ),
+    "chatml": Template(  # SmolLM2 and Qwen
+        system=(),
+        user=(IM_START, "user\n"),
+        assistant=(IM_END, "\n", IM_START, "assistant\n"),
+        end=IM_END,
+        after_end=("\n",),
+        before_new=(NO_THINKING,),
+    ),
+    "llama3": Template(
+        system=(),
+        user=header("user"),
+        assistant=(EOT, *header("assistant")),
+        end=EOT,
     ),
 }
+# Ends that are no text, as users type them
+ENDS = {"</s>": END, IM_END.name: IM_END, EOT.name: EOT}
 
 
-def parse_end(text: str) -> str | int:
+def suggest_template(jinja: str) -> str:
+    """The template that is most like a model's own; "" is like vicuna's."""
+    for name, template in TEMPLATES.items():
+        first = next(segment for segment in template.user if segment != BOS)
+        mark = first.name if isinstance(first, Control) else first
+        if mark in jinja:
+            return name
+    return "vicuna"
+
+
+def check_template(tokenizer, name: str, end: Segment):
+    """Raise InputError if the tokenizer has not all control tokens of a template."""
+    segments = [end]
+    if name:
+        segments += TEMPLATES[name].user + TEMPLATES[name].assistant
+    encode_segments(tokenizer, segments, 0)
+
+
+def parse_end(text: str) -> Segment:
     """The end of an answer as users type it: "###" -> "###", "</s>" -> END."""
-    return END if text == "</s>" else text
+    return ENDS.get(text, text)
 
 
-def format_end(end: str | int) -> str:
+def format_end(end: Segment) -> str:
     """The inverse of parse_end."""
+    if isinstance(end, Control):
+        return end.name
     return "</s>" if end == END else end
 
 
-def harmless(text: str, end: str | int = END) -> str:
-    """Defuse marks of a turn's start or end: "###Human: Hi" -> "# # #Human: Hi"."""
+def harmless(text: str, end: Segment = END) -> str:
+    """Defuse marks of a turn's start or end: "###Human: Hi" -> "# # #Human: Hi".
+
+    Control tokens cannot be typed: where one is the end, nothing needs to change.
+    """
+    if isinstance(end, Control):
+        return text
     text = re.sub(r"#{3,}|\[/?INST\]", lambda mark: " ".join(mark[0]), text)
     if text.endswith("#"):  # the template's ### may follow
         text += " "
@@ -74,8 +138,8 @@ def harmless(text: str, end: str | int = END) -> str:
 
 
 def user_message(
-    text: str | list[str | int], n_images: int, end: str | int = END
-) -> list[str | int]:
+    text: str | list[Segment], n_images: int, end: Segment = END
+) -> list[Segment]:
     """("Hi", 1) -> ["<Img>", IMAGE, "</Img> ", "Hi"]; segments keep their pictures."""
     if isinstance(text, list):
         segments = text
@@ -84,12 +148,12 @@ def user_message(
     return [harmless(s, end) if isinstance(s, str) else s for s in segments]
 
 
-def placed_message(text: str) -> list[str | int]:
+def placed_message(text: str) -> list[Segment]:
     """A message of LLaVA's data, "Look:\\n<image>", -> segments for user_message.
 
     ["Look:", " ", "<Img>", IMAGE, "</Img>"]: one space separates texts and pictures.
     """
-    segments: list[str | int] = []
+    segments: list[Segment] = []
     for part in re.split(r"\s*(<image>)\s*", text):
         if not part:
             continue
@@ -108,26 +172,29 @@ def clean_caption(text: str, max_words: int = 50) -> str:
 
 
 def chat_segments(
-    turns: list[tuple[list[str | int], str | None]], template: Template
-) -> list[str | int]:
+    turns: list[tuple[list[Segment], str | None]], template: Template
+) -> list[Segment]:
     """The chat prompt of turns (user_message, answer); the last answer may be None."""
     segments = [BOS, *template.system]
     for message, answer in turns:
-        segments += [*template.user, *message, template.assistant]
-        if answer is not None:
+        segments += [*template.user, *message, *template.assistant]
+        if answer is None:
+            segments += template.before_new
+        else:
             segments.append(answer)
             if template.end != END:  # the original's history has no </s>
                 segments.append(template.end)
+            segments += template.after_end
     return segments
 
 
 def training_segments(
-    turns: list[tuple[str | list[str | int], str]],
+    turns: list[tuple[str | list[Segment], str]],
     n_images: int,
     template: str,
-    end: str | int,
+    end: Segment,
     as_chat: bool = False,
-) -> list[list[str | int]]:
+) -> list[list[Segment]]:
     """The segments before each answer of a training conversation.
 
     Its pictures are in the first message. `end` ends the answer before a later message.
@@ -141,35 +208,41 @@ def training_segments(
         return [[BOS, *[IMAGE] * n_images, *first], *later]
 
     layout = TEMPLATES[template]
-    before, after = layout.training
-    if as_chat:
-        first = [BOS, *layout.system, *layout.user]
-        later = list(layout.user)
-        after = layout.assistant
+    if layout.training and not as_chat:
+        before, after = layout.training
+        first, after = [BOS, before], [after]
+        later = [before.removeprefix(end) if isinstance(end, str) else before]
     else:
-        first = [BOS, before]
-        later = [before if end == END else before.removeprefix(end)]
+        first, after = [BOS, *layout.system, *layout.user], layout.assistant
+        later = layout.user
 
     prompts = []
     for i, (text, _) in enumerate(turns):
-        start, n = (first, n_images) if i == 0 else (later, 0)
-        prompts.append([*start, *user_message(text, n, end), after])
+        start, n = ([*layout.after_end, *later], 0) if i else (first, n_images)
+        message = user_message(text, n, end)
+        prompts.append([*start, *message, *after, *layout.before_new])
     return prompts
 
 
 def encode_segments(
-    tokenizer, segments: list[str | int], n_image_tokens: int
+    tokenizer, segments: list[Segment], n_image_tokens: int
 ) -> list[int]:
-    """A prompt's segments -> its ids, with IMAGE; adjacent texts are encoded as one."""
+    """A prompt's segments -> its ids, with IMAGE; adjacent texts are encoded as one.
+
+    Raises InputError for a control token that the tokenizer does not have.
+    """
     marker_ids = {
         IMAGE: [IMAGE] * n_image_tokens,
-        BOS: [tokenizer.bos],
+        BOS: [] if tokenizer.bos is None else [tokenizer.bos],
         END: [tokenizer.eos],
+        NO_THINKING: tokenizer.no_thinking,
     }
     ids: list[int] = []
     for kind, run in groupby(segments, key=type):
         if kind is str:
             ids += tokenizer.encode("".join(run))
+        elif kind is Control:
+            ids += [tokenizer.control(control.name) for control in run]
         else:
             for marker in run:
                 ids += marker_ids[marker]
@@ -191,27 +264,27 @@ def encode_chat(
     return encode_segments(tokenizer, segments, n_image_tokens)
 
 
-def encode_answer(tokenizer, text: str, end: str | int) -> list[int]:
+def encode_answer(tokenizer, text: str, end: Segment) -> list[int]:
     """The ids of an answer with its end."""
-    if end == END:
-        return tokenizer.encode(text) + [tokenizer.eos]
-    return tokenizer.encode(text + end)
+    if isinstance(end, str) and tokenizer.joins_end:
+        return tokenizer.encode(text + end)
+    return tokenizer.encode(text) + encode_segments(tokenizer, [end], 0)
 
 
-def visible_answer(tokenizer, ids: list[int], end: str | int) -> str:
+def visible_answer(tokenizer, ids: list[int], end: Segment) -> str:
     """The text of an answer before its first end."""
     text = tokenizer.decode(ids)
-    if end != END:
+    if isinstance(end, str):
         text = text.split(end)[0]
     return text.strip()
 
 
-def settled_text(answer: str, end: str | int) -> str:
+def settled_text(answer: str, end: Segment) -> str:
     """The part of a growing answer that later tokens cannot change.
 
     Not settled: a beginning of its end, half a character, trailing white space.
     """
-    if end != END:
+    if isinstance(end, str):
         for n in range(len(end) - 1, 0, -1):
             if answer.endswith(end[:n]):
                 answer = answer[:-n]
@@ -219,16 +292,19 @@ def settled_text(answer: str, end: str | int) -> str:
     return answer.rstrip("\ufffd").rstrip()
 
 
-def stop_sequences(tokenizer, end: str | int) -> tuple[list[int], ...]:
+def stop_sequences(tokenizer, end: Segment) -> tuple[list[int], ...]:
     """The id sequences that end an answer; the first is [eos].
 
-    A text has two encodings, alone and after text: "###" -> [835], [2277, 29937].
+    A text may have two encodings, alone and after text: "###" -> [835], [2277, 29937].
     """
-    if end == END:
-        return ([tokenizer.eos],)
-    n_ids_before = len(tokenizer.encode("a"))
-    after_text = tokenizer.encode("a" + end)[n_ids_before:]
-    return [tokenizer.eos], tokenizer.encode(end), after_text
+    stops = [[id] for id in tokenizer.ends]
+    own_end = encode_segments(tokenizer, [end], 0)
+    if own_end not in stops:
+        stops.append(own_end)
+    if isinstance(end, str) and tokenizer.joins_end:
+        n_ids_before = len(tokenizer.encode("a"))
+        stops.append(tokenizer.encode("a" + end)[n_ids_before:])
+    return tuple(stops)
 
 
 def is_end(ids: list[int], stops: tuple[list[int], ...]) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
-from configs.prompts import TEMPLATES, parse_end
+from configs.prompts import TEMPLATES, Segment, parse_end
 from plumbing.console import InputError
 from plumbing.files import read_json, relative_path, replacing
 from plumbing.options import check_options, option, override, to_json
@@ -29,7 +29,9 @@ class Config:
     )
     llama: str | dict = option("", "weight folder")
     proj: str = option("", "weight file; none: a new projection with random weights")
-    tokenizer: str = option("", "tokenizer.model; none: the one in the llama folder")
+    tokenizer: str = option(
+        "", "tokenizer.model or tokenizer.json; none: the one in the llama folder"
+    )
     trainable: tuple[str, ...] = option(
         ("proj",), "parts to train: vision, qformer, proj, llama"
     )
@@ -123,8 +125,8 @@ class Config:
     )
 
     @property
-    def answer_end(self) -> str | int:
-        """What ends every answer: a text or END."""
+    def answer_end(self) -> Segment:
+        """What ends every answer: a text, END or a control token."""
         if self.end_sym:
             return parse_end(self.end_sym)
         return TEMPLATES[self.template].end if self.template else "\n"

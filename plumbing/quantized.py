@@ -175,7 +175,8 @@ def quantize_linears(model: nn.Module, kind: str, read_tensors, check, device):
                 weight = f"{full_name}.weight"
                 matrices.append(quantized_matrix(tensors, weight, kind, check))
                 if getattr(module, name).bias is not None:
-                    biases.append(tensors[f"{full_name}.bias"])
+                    bias = f"{full_name}.bias"
+                    biases.append(check(tensors[bias], bias))
                 delattr(module, name)
             # It may hide a method of the class; an nn.Module could not.
             setattr(module, attribute, QuantizedLinear(matrices, biases, device))
@@ -217,12 +218,14 @@ def compile_rows(model: nn.Module):
         y = (weight.float() * x.float()).sum(-1)
         return y.to(x.dtype).view(*x.shape[:-1], -1)
 
-    def forward(weight, x):
-        is_row = x.numel() == x.shape[-1]
-        return row_product(weight, x) if is_row else F.linear(x, weight)
+    def forward(weight, bias, x):
+        if x.numel() > x.shape[-1]:
+            return F.linear(x, weight, bias)
+        y = row_product(weight, x)
+        return y if bias is None else y + bias
 
     for linear in model.modules():
-        if isinstance(linear, nn.Linear) and linear.bias is None:
+        if isinstance(linear, nn.Linear):
             # From the mapped file to huge pages: faster to read.
             linear.weight.data = linear.weight.clone()
-            linear.forward = partial(forward, linear.weight)
+            linear.forward = partial(forward, linear.weight, linear.bias)

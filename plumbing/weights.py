@@ -341,15 +341,15 @@ def hub_name(name: str) -> str:
 
 
 def save_hub_folder(
-    folder: str, tensors: Tensors, dtype: str, sizes: dict, tokenizer: str
+    folder: str, tensors: Tensors, dtype: str, sizes: dict, tokenizer_files: dict
 ):
     """Write a language model's folder as the Hugging Face hub has it."""
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
-    with replacing(root / "config.json") as temporary:
-        temporary.write_text(json.dumps(sizes, indent=1))
-    with replacing(root / "tokenizer.model") as temporary:
-        temporary.write_bytes(Path(tokenizer).read_bytes())
+    config = json.dumps(sizes, indent=1).encode()
+    for name, content in {"config.json": config, **tokenizer_files}.items():
+        with replacing(root / name) as temporary:
+            temporary.write_bytes(content)
     named = {hub_name(name): tensor for name, tensor in tensors.items()}
     save_tensors(root / "model.safetensors", named, dtype, {})
 

@@ -17,6 +17,7 @@ from llama import Llama, LlamaConfig
 from qformer import QFormerConfig
 from tests import random_weights
 from tests.common import GOLDEN
+from tests.families import write_tokenizer
 from tools import convert
 from vision import VisionConfig
 
@@ -26,6 +27,7 @@ VICUNA = "Vision-CAIR/vicuna-7b"
 MIRROR = "ckpt/minigpt4-7B"
 LLAMA2 = "meta-llama/Llama-2-7b-chat-hf"
 TINYLLAMA = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
+QWEN3 = "Qwen/Qwen3-1.7B"
 PROJ = "prerained_minigpt4_7b.pth"
 SIZES = dict(
     vocab_size=600,
@@ -197,6 +199,12 @@ def write_repos(root: Path):
     hub_folder(root / VICUNA, *random_llama(), shards=2, ending="bin")
     hub_folder(root / LLAMA2, *random_llama(seed=1), shards=2)
     hub_folder(root / TINYLLAMA, *random_llama(seed=2))
+    qwen3 = random_llama(
+        3, model_type="qwen3", vocab_size=420, tie_word_embeddings=True
+    )
+    folder = hub_folder(root / QWEN3, *qwen3)
+    (folder / "tokenizer.model").unlink()
+    write_tokenizer(folder, "qwen3")
     (root / MIRROR).mkdir(parents=True)
     torch.save({"model": official("proj")}, root / MIRROR / PROJ)
 

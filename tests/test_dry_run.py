@@ -38,7 +38,7 @@ def config_path(world, tmp_path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["stage1", "stage2_llama2", "stage1_tinyllama"])
+@pytest.mark.parametrize("name", ["stage1", "stage2_llama2", "stage1_smollm2"])
 def test_a_dry_run_needs_no_weights_and_knows_the_official_sizes(name, capsys):
     dry_run.main(
         [str(ROOT / "configs" / f"{name}.py"), "--vision=none", "--llama=none"]

@@ -15,10 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 import chat
+from configs.schema import load_config
+from model import MiniGPT4
 from plumbing.console import InputError
 from tests import hub as fake
 from tests.common import EXAMPLE, ROOT, TINY
-from tests.hub import BLIP2, LLAMA2, MIRROR, PROJ, TINYLLAMA, VICUNA
+from tests.hub import BLIP2, LLAMA2, MIRROR, PROJ, QWEN3, TINYLLAMA, VICUNA
 from tools import get_weights
 
 pytestmark = pytest.mark.skipif(
@@ -247,7 +249,7 @@ def test_an_interrupted_download_continues_where_it_stopped(hub, tmp_path, local
     message = fails(hub, tmp_path, "tinyllama", *local, before=SMALL_CHUNKS)
     assert f"{file}: interrupted, the same command continues" in message
     assert "503" in message
-    assert not (tmp_path / "weights/tinyllama-1.1b-chat").exists()
+    assert not (tmp_path / "weights/tinyllama").exists()
 
     hub.cut.clear()
     hub.requests.clear()
@@ -261,8 +263,51 @@ def test_an_interrupted_download_continues_where_it_stopped(hub, tmp_path, local
     cached = tmp_path / "hf/hub" / folder
     assert (cached / "model.safetensors").read_bytes() == (hub.root / file).read_bytes()
     assert not list(cached.glob("*.incomplete"))
-    assert re.search(r"train\.py \S*configs/stage1_tinyllama\.py$", done.stdout.strip())
+    *_, first, second = done.stdout.splitlines()
+    assert re.search(r"train\.py \S*configs/stage1_smollm2\.py --llama=\S+", first)
+    assert second.endswith("--template=vicuna")
     assert not (tmp_path / "out").exists()  # no projection, so no run
+
+
+@pytest.mark.slow
+def test_a_model_with_a_tokenizer_json_comes_with_the_commands_that_train_it(
+    hub, tmp_path, local
+):
+    done = start(hub, tmp_path, "qwen3-1.7b", *local)
+    assert done.returncode == 0, done.stderr
+    names = [name.rpartition("/")[2] for name in hub.fetched() if QWEN3 in name]
+    assert sorted(names) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert "family qwen3" in done.stderr
+    llama = "weights/qwen3-1.7b"
+    model = MiniGPT4.from_files(None, None, str(tmp_path / llama))
+    assert model.llama.config.vocab_size == 420  # padded ids are kept
+    assert model.tokenizer.no_thinking and len(model.tokenizer.ends) == 2
+
+    *_, first, second = done.stdout.splitlines()
+    stages = []
+    for command in (first, second):
+        _, _, path, *options = command.split()
+        given = dict(option.removeprefix("--").split("=") for option in options)
+        stages.append(load_config(tmp_path / path, given))
+    stage1, stage2 = stages
+    assert stage1.llama == stage2.llama == llama
+    assert stage2.proj == f"{stage1.out_dir}/proj.safetensors"
+    assert (stage1.template, stage2.template) == ("", "chatml")
+    assert stage1.out_dir != stage2.out_dir
+
+
+@pytest.mark.parametrize("name", get_weights.RECIPES)
+def test_every_recipe_has_a_config_for_its_parts(name):
+    recipe = get_weights.RECIPES[name]
+    config = load_config(get_weights.config_path(recipe.config), recipe.settings)
+    assert config.llama.startswith("weights/")
+    assert bool(recipe.proj) != bool(recipe.stage2)
 
 
 @pytest.mark.slow

@@ -34,13 +34,13 @@ BUDGETS = {
     "train.py": 2450,
     "model.py": 2300,
     "data.py": 2950,
-    "llama.py": 3400,
+    "llama.py": 3900,
     "vision.py": 1800,
     "qformer.py": 900,
-    "chat.py": 3200,
-    "plumbing": 14_000,
+    "chat.py": 3250,
+    "plumbing": 15_200,
     "configs/schema.py": 1400,
-    "tools": 28_639,
+    "tools": 29_000,
 }
 DENSE = 25  # a line with more tokens is hard to read once
 LONGEST = 45  # code lines of a function
@@ -218,6 +218,7 @@ OPTIONAL = {  # tools say so in one line, or leave out a row, where one is missi
     ("webchat.py", "gradio"),
     ("plot.py", "matplotlib"),
     ("get_weights.py", "huggingface_hub"),
+    ("tokenizer.py", "tokenizers"),
 }
 
 

@@ -47,6 +47,29 @@ SHAPES = {
         "rms_norm_eps": 1e-5,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
     },
+    "llama3_rope": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    },
+    "mistral": {
+        "model_type": "mistral",
+        "sliding_window": None,
+        "num_key_value_heads": 2,
+    },
+    "qwen2": {"model_type": "qwen2", "num_key_value_heads": 2},
+    "qwen3": {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 20},
+    "tied_qwen3": {
+        "model_type": "qwen3",
+        "num_key_value_heads": 4,
+        "head_dim": 8,
+        "tie_word_embeddings": True,
+    },
 }
 TOKENS = torch.randint(3, 600, (2, 40), generator=torch.Generator().manual_seed(7))
 
@@ -59,11 +82,14 @@ def make_folder(folder, **changes):
         else {}
     )
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**SIZES | {"initializer_range": 0.2} | changes)
-    theirs = transformers.LlamaForCausalLM(config).eval()
+    settings = SIZES | {"model_type": "llama", "initializer_range": 0.2} | changes
+    config = transformers.AutoConfig.for_model(**settings)
+    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
     for name, p in theirs.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(p, 0.5, 1.5)
+        elif name.endswith("bias"):
+            torch.nn.init.uniform_(p, -1, 1)
     theirs.save_pretrained(folder, **shard)
     shutil.copy(GOLDEN / "tokenizer" / "tokenizer.model", folder)
     return theirs
@@ -92,6 +118,55 @@ def close(got, want, tolerance):
 # ---- parity --------------------------------------------------------------------------
 
 
+@torch.no_grad()
+def test_llama3_s_positions_equal_transformers_beyond_the_original_context(tmp_path):
+    """8,192 tokens; LLaMA 3.2's numbers."""
+    rope = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 32.0}
+    rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope["original_max_position_embeddings"] = 8192
+    changes = dict(rope_parameters=rope, num_hidden_layers=1, num_attention_heads=1)
+    theirs = make_folder(
+        tmp_path, **changes, head_dim=64, max_position_embeddings=131_072
+    )
+    model = load(tmp_path)
+    tokens = torch.arange(9000).remainder(600)[None]
+    got = model.llama(model.llama.embed_tokens(tokens))[:, -100:]
+    want = theirs.model(tokens).last_hidden_state[:, -100:]
+    close(got, want, 1e-5)
+    cache = KVCache()
+    parts = model.llama.embed_tokens(tokens).split((8990, 9, 1), 1)
+    *_, last = [model.llama(part, cache) for part in parts]
+    close(last, want[:, -1:], 1e-5)
+
+
+def test_ids_that_the_tokenizer_does_not_have_are_never_chosen(tmp_path):
+    """Even where their embeddings are the likeliest."""
+    make_folder(tmp_path, vocab_size=640)  # the tokenizer has 600
+    model, prompt = load(tmp_path), TOKENS[0].tolist()
+    model.llama.lm_head.weight[600:] *= 100
+    options = dict(max_new_tokens=20, repetition_penalty=1.0)
+    answers = [list(model.generate(prompt, temperature=t, **options)) for t in (0, 5.0)]
+    answers += model.generate_batch([prompt] * 2, **options)
+    answers.append(model.beam_search(prompt, **options, num_beams=3))
+    assert max(id for answer in answers for id in answer) < 600
+
+
+@pytest.mark.parametrize(
+    "change, context",
+    [
+        ({}, 40960),
+        ({"sliding_window": 4096}, 40960),
+        ({"sliding_window": 4096, "use_sliding_window": False}, 40960),
+        ({"sliding_window": 4096, "use_sliding_window": True}, 4096),
+    ],
+    ids=["none", "unused", "off", "on"],
+)
+def test_qwen_s_window_counts_only_where_it_is_used(change, context):
+    sizes = {"model_type": "qwen3", "max_position_embeddings": 40960}
+    config = LlamaConfig.from_dict(LlamaConfig().to_hub() | sizes | change)
+    assert config.max_position_embeddings == context
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_equal_transformers(tmp_path, shape):
     theirs = make_folder(tmp_path, **SHAPES[shape])
@@ -103,7 +178,14 @@ def test_logits_equal_transformers(tmp_path, shape):
 def test_each_size_changes_the_logits(tmp_path):
     """Parity would hold even if both readers ignored rope_theta or rms_norm_eps."""
     plain = their_logits(make_folder(tmp_path))
-    for shape in ("rope_theta", "rms_norm_eps", "tied"):
+    for shape in (
+        "rope_theta",
+        "rms_norm_eps",
+        "tied",
+        "llama3_rope",
+        "qwen2",
+        "qwen3",
+    ):
         assert (
             their_logits(make_folder(tmp_path, **SHAPES[shape])) - plain
         ).abs().max() > 0.05, shape
@@ -242,8 +324,9 @@ def test_enough_beams_find_the_likeliest_of_all_answers(min_length, length_penal
 @pytest.mark.parametrize("num_beams, penalty", [(2, 1.0), (4, 0.5), (3, -1.0)])
 def test_beam_search_equals_transformers(tmp_path, num_beams, penalty):
     """With a likely `</s>`: some answers end early, others at the limit."""
-    theirs, prompt = make_folder(tmp_path, **SHAPES["grouped_query"]), TOKENS[:1]
-    model = load(tmp_path)
+    # as many ids as the tokenizer has
+    theirs = make_folder(tmp_path, **SHAPES["grouped_query"], vocab_size=600)
+    model, prompt = load(tmp_path), TOKENS[:1]
     model.tokenizer.eos = next(model.generate(prompt[0].tolist(), temperature=0))
     want = theirs.generate(
         prompt,
@@ -267,11 +350,13 @@ def test_beam_search_equals_transformers(tmp_path, num_beams, penalty):
     assert [*got] == [id for id in want if id]
 
 
+@pytest.mark.parametrize("shape", ["multi_head", "llama3_rope", "qwen2", "tied_qwen3"])
 @pytest.mark.parametrize("dtype, error", [("int8", 0.05), ("int4", 0.5)])
 def test_quantized_matrices_are_close_and_the_same_from_a_converted_folder(
-    tmp_path, dtype, error
+    tmp_path, dtype, error, shape
 ):
-    make_folder(tmp_path / "hub", vocab_size=600, hidden_size=64, intermediate_size=128)
+    sizes = dict(vocab_size=600, hidden_size=64, intermediate_size=128)
+    make_folder(tmp_path / "hub", **SHAPES[shape] | sizes | {"head_dim": 16})
     hub, small = str(tmp_path / "hub"), str(tmp_path / "small")
     convert.main(["llama", hub, small, f"--dtype={dtype}", "--check=false"])
     model, plain, again = load(hub, dtype), load(hub), load(small)
@@ -415,7 +500,7 @@ def test_saved_part_loads_again_here_and_in_transformers(tmp_path, shape):
     want = their_logits(theirs)
     load(tmp_path / "in").save_part("llama", str(tmp_path))
     close(logits(load(tmp_path / "llama")), want, 2e-5)
-    again = transformers.LlamaForCausalLM.from_pretrained(
+    again = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "llama", dtype=torch.float32
     ).eval()
     close(their_logits(again), want, 2e-5)
@@ -520,7 +605,22 @@ def test_truncated_files_are_named(tmp_path, name):
                 "rope_scaling": {"type": "dynamic", "factor": 2.0},
             },
         ),
-        ("qwen2", {"model_type": "qwen2"}),
+        ("gemma2", {"model_type": "gemma2"}),
+        ("smollm3", {"model_type": "smollm3"}),
+        ("partial_rotary", {"rope_parameters": {"partial_rotary_factor": 0.5}}),
+        (
+            "full_attention",
+            {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+        ),
+        ("biases", {"model_type": "qwen3", "attention_bias": True}),
+        (
+            "sliding window",
+            {
+                "model_type": "qwen2",
+                "use_sliding_window": True,
+                "sliding_window": 1024,
+            },
+        ),
         ("sliding window", {"model_type": "mistral", "sliding_window": 1024}),
         ("biases", {"attention_bias": True}),
         ("biases", {"mlp_bias": True}),
@@ -531,7 +631,12 @@ def test_truncated_files_are_named(tmp_path, name):
         "linear_rope",
         "llama3_rope",
         "dynamic_rope",
-        "qwen2",
+        "gemma2",
+        "smollm3",
+        "partial_rope",
+        "rope_by_layer",
+        "qwen3_with_biases",
+        "qwen2_window",
         "short_window",
         "attention_bias",
         "mlp_bias",

@@ -1,33 +1,46 @@
 """Texts that look like parts of a template stay texts."""
 
+from itertools import cycle, zip_longest
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from configs.prompts import (
     BOS,
     END,
     IMAGE,
+    NO_THINKING,
     SYSTEM,
     TEMPLATES,
+    Control,
     chat_segments,
+    check_template,
     encode_answer,
+    encode_chat,
     encode_segments,
     format_end,
     harmless,
     is_end,
     parse_end,
     placed_message,
+    settled_text,
     stop_sequences,
+    suggest_template,
     training_segments,
     user_message,
     visible_answer,
 )
 from configs.schema import Config
 from data import Samples
+from plumbing.console import InputError
 from plumbing.sources import Sample
+from plumbing.tokenizer import open_tokenizer, read_chat_template
 from tests.common import TOKENIZER
+from tests.families import CONTROLS, write_tokenizer
 from tests.samples import N
 
 FORGED = st.lists(
@@ -201,3 +214,129 @@ def test_a_later_message_follows_the_end_of_the_answer(template, end, as_chat, l
 def test_pictures_stand_where_a_message_places_them(text, segments):
     assert placed_message(text) == segments
     assert user_message(segments, n_images=7) == segments
+
+
+# ---- models with a tokenizer.json ----------------------------------------------------
+
+MESSAGES = st.text(min_size=1).map(lambda text: f"a{text}b")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """{family: a folder with its tokenizer}."""
+    root = tmp_path_factory.mktemp("tokenizers")
+    for family in CONTROLS:
+        write_tokenizer(root / family, family)
+    return {family: root / family for family in CONTROLS}
+
+
+@pytest.mark.parametrize("family", CONTROLS)
+@given(turns=st.lists(MESSAGES, min_size=1, max_size=5))
+def test_chat_equals_the_model_s_own_template(folders, family, turns):
+    """Questions and answers in turn, also where they name control tokens."""
+    tokenizer = open_tokenizer("", folders[family])
+    if len(turns) % 2 == 0:
+        turns.pop()
+    pairs = zip_longest(turns[::2], turns[1::2])
+    template = TEMPLATES[suggest_template(read_chat_template(tokenizer.path))]
+    exchanges = [(question, 0, answer) for question, answer in pairs]
+    ours = encode_chat(tokenizer, exchanges, template, 0)
+
+    theirs = AutoTokenizer.from_pretrained(folders[family])
+    roles = cycle(("user", "assistant"))
+    messages = [{"role": r, "content": text} for r, text in zip(roles, turns)]
+    text = theirs.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
+    assert ours == theirs(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("family", CONTROLS)
+def test_training_has_the_ids_of_chat(folders, family):
+    """Of one turn; `###` and names of control tokens are not changed."""
+    tokenizer = open_tokenizer("", folders[family])
+    name = suggest_template(read_chat_template(tokenizer.path))
+    template, question, answer = TEMPLATES[name], "a ### <|im_end|>", "b <|eot_id|>"
+    (prompt,) = training_segments([(question, answer)], 1, name, template.end)
+    ids = encode_segments(tokenizer, prompt, 2)
+    assert ids == encode_chat(tokenizer, [(question, 1, None)], template, 2)
+    assert ids.count(IMAGE) == 2
+    answer_ids = encode_answer(tokenizer, answer, template.end)
+    assert answer_ids[-1] == tokenizer.control(template.end.name)
+    stops = stop_sequences(tokenizer, template.end)
+    ended = [is_end(answer_ids[:n], stops) for n in range(1, len(answer_ids) + 1)]
+    assert ended == [False] * (len(answer_ids) - 1) + [True]
+    assert visible_answer(tokenizer, answer_ids, template.end) == answer
+
+
+def test_a_later_message_of_chatml_follows_a_new_line():
+    start, end = Control("<|im_start|>"), Control("<|im_end|>")
+    turns = [("Hi", "Hello"), ("And?", "Bye")]
+    _, second = training_segments(turns, 0, "chatml", end)
+    message = ["\n", start, "user\n", "And?"]
+    assert second == [*message, end, "\n", start, "assistant\n", NO_THINKING]
+    segments = chat_segments([(["Hi"], "Hello")], TEMPLATES["chatml"])
+    assert segments[-3:] == ["Hello", end, "\n"]
+
+
+@pytest.mark.parametrize("end", ["\n", "###", "<END>"], ids=["newline", "marks", "tag"])
+@pytest.mark.parametrize("family", CONTROLS)
+def test_a_text_ends_answers_whatever_stands_before_it(folders, family, end):
+    """A tokenizer.json may have a token for ".\\n" or ".###"."""
+    tokenizer = open_tokenizer("", folders[family])
+    stops = stop_sequences(tokenizer, end)
+    for text in ("a dog", "a dog.", "a dog #", "dog \n"):
+        text = harmless(text, end)
+        ids = encode_answer(tokenizer, text, end)
+        assert is_end(ids, stops)
+        assert visible_answer(tokenizer, ids, end) == text.strip()
+
+
+def test_the_first_end_is_the_tokenizer_s_own(folders):
+    tokenizer = open_tokenizer("", folders["llama3"])
+    end, answer_end = map(tokenizer.control, CONTROLS["llama3"][:2])
+    assert stop_sequences(tokenizer, END) == ([answer_end], [end])
+    assert stop_sequences(tokenizer, parse_end("<|eot_id|>")) == ([answer_end], [end])
+
+
+@pytest.mark.parametrize("family", CONTROLS)
+@given(text=st.text())
+def test_a_growing_answer_shows_no_half_characters(folders, family, text):
+    tokenizer = open_tokenizer("", folders[family])
+    end = parse_end("<|eot_id|>" if family == "llama3" else "<|im_end|>")
+    ids = encode_answer(tokenizer, text, end)
+    shown = ""
+    for n in range(1, len(ids) + 1):
+        answer = visible_answer(tokenizer, ids[:n], end)
+        settled = settled_text(answer, end)
+        assert settled.startswith(shown)
+        shown = settled
+    if "\ufffd" not in text:
+        assert "\ufffd" not in shown
+
+
+@pytest.mark.parametrize(
+    "jinja, name",
+    [
+        ("{{ '<|im_start|>' + message['role'] }}", "chatml"),
+        ("{{ '<|start_header_id|>' }}", "llama3"),
+        ("{{ bos_token + '[INST] ' }}", "llama2"),
+        ("", "vicuna"),
+        ("{{ 'user: ' }}", "vicuna"),
+    ],
+    ids=["chatml", "llama3", "llama2", "none", "other"],
+)
+def test_a_model_s_own_template_is_recognized(jinja, name):
+    assert suggest_template(jinja) == name
+
+
+@pytest.mark.parametrize(
+    "template, end",
+    [("chatml", "###"), ("", Control("<|im_end|>"))],
+    ids=["name", "end"],
+)
+def test_a_template_without_its_control_tokens_is_refused(template, end):
+    with pytest.raises(
+        InputError, match="it has no token <.im_.*take another template"
+    ):
+        check_template(TOKENIZER, template, end)

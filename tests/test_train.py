@@ -19,6 +19,8 @@ import train
 from configs.schema import read_saved_config
 from model import MiniGPT4
 from plumbing.console import InputError
+from tests.common import EXAMPLE
+from tests.families import write_tokenizer
 from tests.runs import CPU, assert_same, losses, micro, run, weights
 
 # ---- what learns ---------------------------------------------------------------------
@@ -37,6 +39,64 @@ def test_only_the_projection_learns(world, tmp_path):
     )
     files = ["config.json", "log.jsonl", "proj.safetensors", "state.old.pt", "state.pt"]
     assert sorted(os.listdir(tmp_path)) == files
+
+
+FAMILY_SIZES = dict(
+    hidden_size=64,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+)
+
+
+@pytest.mark.parametrize(
+    "family, model_type, template",
+    [
+        ("smollm2", "llama", "chatml"),
+        ("qwen2.5", "qwen2", "chatml"),
+        ("qwen3", "qwen3", "chatml"),
+        ("llama3", "llama", "llama3"),
+    ],
+    ids=["smollm2", "qwen2.5", "qwen3", "llama3"],
+)
+def test_a_model_with_a_tokenizer_json_trains_resumes_and_chats(
+    world, tmp_path, family, model_type, template, capsys
+):
+    write_tokenizer(tmp_path, family)
+    sizes = FAMILY_SIZES | {"model_type": model_type}
+    path = f"{tmp_path}/tokenizer.json"
+    new = MiniGPT4.from_files(None, None, sizes, tokenizer=path)
+    new.save_part("llama", str(tmp_path))
+    llama = f"{tmp_path}/llama"
+    first = micro(world, tmp_path / "one", llama=llama, num_workers=1)
+    run(first)
+    second = replace(
+        first,
+        proj=f"{tmp_path}/one/proj.safetensors",
+        data=world["stage2"],
+        template=template,
+        heldout_data=world["stage2"],
+        out_dir=f"{tmp_path}/two",
+    )
+    run(replace(second, max_steps=2))
+    run(replace(second, resume=True))
+    run(whole := replace(second, out_dir=f"{tmp_path}/whole"))
+    assert_same(weights(second.out_dir), weights(whole.out_dir))
+
+    options = chat.Options(ckpt=second.out_dir, max_new_tokens=5, num_beams=2)
+    for dtype in ("int8", "int4"):
+        talk = chat.Chat(*chat.load(replace(options, dtype=dtype)))
+        talk.add_image(str(EXAMPLE))
+        answers = ["".join(talk.ask(text)) for text in ("Hi", "<|im_end|>")]
+        assert answers == [turn.answer for turn in talk.turns]
+    assert talk.options.template == template
+    chat.load(replace(options, ckpt=first.out_dir))
+    assert f"--template={template} is used" in capsys.readouterr().err
+
+    with pytest.raises(InputError, match="has no token .*take another template"):
+        run(replace(whole, out_dir=f"{tmp_path}/x", llama=world["llama"], proj=""))
 
 
 @pytest.mark.slow

@@ -10,8 +10,9 @@
 
 BLIP2_FOLDER is Salesforce/blip2-flan-t5-xxl from the Hugging Face hub. It needs
 config.json, model.safetensors.index.json and the shards that hold the part. `llama`
-takes Hugging Face's .bin or .safetensors files (the latter need no conversion) or
-Meta's *.pth; --delta adds SRC to a base model (Vicuna v0), --lora merges an adapter.
+takes Hugging Face's .bin or .safetensors files of a LLaMA, Mistral, SmolLM2, Qwen2 or
+Qwen3 (.safetensors need no conversion), or Meta's *.pth of LLaMA 1 and 2; --delta adds
+SRC to a base model (Vicuna v0), --lora merges an adapter.
 `proj` with --config=CONFIG, a training config, also writes the config.json that
 chat.py --ckpt needs. Nothing in a .pth or .bin file is executed.
 """
@@ -35,12 +36,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configs.schema import load_config, read_saved_config, write_saved_config
-from llama import Llama, LlamaConfig, Tokenizer, check_english
+from llama import Llama, LlamaConfig, check_english
 from model import MiniGPT4
 from plumbing.console import InputError, note, progress, run_main
 from plumbing.files import read_json, replacing, start_of
 from plumbing.options import check_name, option, read_options
 from plumbing.quantized import QUANTIZED, quantize
+from plumbing.tokenizer import TOKENIZER_FILES, JsonTokenizer, open_tokenizer
 from plumbing.weights import (
     DTYPES,
     check_fit,
@@ -600,6 +602,11 @@ def open_meta(folder):
             f"{folder}: no consolidated.*.pth beside params.json; fetch the weights too"
         )
     check_above_0(params, ("dim", "n_layers", "n_heads", "norm_eps"), path)
+    if params.get("use_scaled_rope"):
+        raise InputError(
+            f"{path}: use_scaled_rope is not supported; take the hub's folder, with "
+            "config.json"
+        )
     first = open_weights(files[0])
     originals = rename_all(first, META_NAMES, files[0])
     layout = {}
@@ -825,12 +832,14 @@ def convert_llama(source, target, options):
             f"{target} exists already: give another name, or remove it first"
         )
     llama = open_llama(source)
+    note(f"{source}: a model of the family {llama.config.model_type}")
     if options.delta:
         llama = add_base(llama, open_llama(Path(options.delta)))
     if options.lora:
         llama = merge_lora(llama, Path(options.lora))
     tokenizer = find_tokenizer(source, source.parent, Path(options.delta or source))
-    llama = trim(llama, Tokenizer(str(tokenizer)).vocab_size)
+    if not isinstance(tokenizer, JsonTokenizer):
+        llama = trim(llama, tokenizer.vocab_size)
     if llama.config.quantization:
         raise InputError(
             f"{source}: its matrices are {llama.config.quantization} already; "
@@ -843,7 +852,8 @@ def convert_llama(source, target, options):
     try:
         part.mkdir()
         write_llama(part, llama, options.dtype)
-        shutil.copyfile(tokenizer, part / "tokenizer.model")
+        for name, content in tokenizer.files().items():
+            (part / name).write_bytes(content)
         part.rename(target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -857,13 +867,13 @@ def measure_perplexity(folder):
 
 
 def find_tokenizer(*folders):
-    """The first tokenizer.model in the folders. InputError if there is none."""
+    """The tokenizer of the first folder with one. InputError if there is none."""
     for folder in folders:
-        path = folder / "tokenizer.model"
-        if path.is_file():
-            return path
+        if any((folder / name).is_file() for name in TOKENIZER_FILES):
+            return open_tokenizer("", folder)
     raise InputError(
-        f"{folders[0]}: it has no tokenizer.model of sentencepiece; fetch it too"
+        f"{folders[0]}: it has no tokenizer.model of sentencepiece, and no "
+        "tokenizer.json; fetch one too"
     )
 
 

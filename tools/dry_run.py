@@ -19,11 +19,12 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configs.schema import Config, load_config, read_saved_config
 from data import open_samples
-from llama import IGNORE, LlamaConfig, Tokenizer
+from llama import IGNORE, LlamaConfig
 from model import KINDS, MiniGPT4
 from plumbing.console import InputError, run_main
 from plumbing.files import read_json
 from plumbing.options import option, override, read_options
+from plumbing.tokenizer import open_tokenizer
 from plumbing.weights import PARTS, PartFile, check_sources, read_part, read_sizes
 
 PROMPT = 31  # tokens of a template with an instruction, estimated
@@ -62,7 +63,7 @@ def meta_model(config, trainable=()):
             files[name] = PartFile("the run's config", None, source)
     vocab_size = LlamaConfig().vocab_size
     if Path(config.tokenizer).is_file():
-        vocab_size = Tokenizer(config.tokenizer).vocab_size
+        vocab_size = open_tokenizer(config.tokenizer).vocab_size
     sizes = read_sizes(files, KINDS, vocab_size, config.image_size)
     with torch.device("meta"):
         model = MetaMiniGPT4(*sizes, config.image_size)

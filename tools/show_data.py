@@ -22,11 +22,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configs.prompts import IMAGE
 from configs.schema import Config, load_config
 from data import TrainingSteps, open_samples
-from llama import IGNORE, Tokenizer
+from llama import IGNORE
 from plumbing.console import InputError, printable, run_main
 from plumbing.options import option, read_options
 from plumbing.processes import make_missing
 from plumbing.terminal import half_blocks
+from plumbing.tokenizer import open_tokenizer
 from tools.dry_run import meta_model
 
 GREEN, GRAY, PLAIN = "\033[32m", "\033[90m", "\033[0m"
@@ -137,7 +138,7 @@ def main(argv):
     config = load_config(path, given)
     make_missing(config.prepare, config.data_paths())
     model = meta_model(config)
-    tokenizer = Tokenizer(config.tokenizer or f"{config.llama}/tokenizer.model")
+    tokenizer = open_tokenizer(config.tokenizer, config.llama)
     n_image_tokens = model.n_image_tokens
     samples, weights = open_samples(
         config.data, config, tokenizer, model.image_size, n_image_tokens
