@@ -3,11 +3,13 @@
     python tools/get_weights.py vicuna-7b
     python tools/get_weights.py vicuna-13b --proj=Downloads/pretrained_minigpt4.pth
     python tools/get_weights.py llama2-7b --llama=NousResearch/Llama-2-7b-chat-hf
-    python tools/get_weights.py tinyllama   for configs/stage1_tinyllama.py
+    python tools/get_weights.py smollm2-135m     for the tiny world
+    python tools/get_weights.py smollm2-1.7b     to train with configs/stage1_smollm2.py
 
 Needs huggingface_hub. Downloads go to its cache (HF_HOME), conversions to weights/, the
 run to out/NAME. Existing files are kept: after an interruption, the same command
-continues. Any source can be a path or a repo of the hub. tinyllama has no projection.
+continues. Any source can be a path or a repo of the hub. For the small language models
+nobody has published a projection: the last lines are the commands that train one.
 """
 
 import os
@@ -21,13 +23,14 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import chat
-from configs.prompts import INSTRUCTIONS
+from configs.prompts import INSTRUCTIONS, suggest_template
 from configs.schema import load_config, write_saved_config
 from llama import perplexity
 from model import KINDS
 from plumbing.console import InputError, note, printable, run_main
 from plumbing.files import read_json, replacing, start_of
 from plumbing.options import check_name, option, read_options
+from plumbing.tokenizer import BESIDE_TOKENIZER, TOKENIZER_FILES, read_chat_template
 from plumbing.weights import read_part, read_part_sizes, read_weight_map
 from tools import convert
 from tools.evaluate import is_fragment, repeats_itself
@@ -55,6 +58,7 @@ class Recipe(NamedTuple):
     drive: str = ""  # its id on Google Drive, the only official place
     mirror: str = ""  # a repo with a copy
     settings: dict = {}  # override the config's
+    stage2: str = ""  # in configs/; without a projection, the second one to train with
 
     @property
     def by_hand(self):
@@ -88,8 +92,26 @@ RECIPES = {
         "pretrained_minigpt4_llama2_7b.pth",
         "11nAPjEok8eAGGEG1N2vXo3kBLCg0WgUk",
     ),
-    "tinyllama": Recipe("stage1_tinyllama", "TinyLlama/TinyLlama-1.1B-Chat-v1.0"),
+    "smollm2-135m": Recipe(
+        "smol_stage1", "HuggingFaceTB/SmolLM2-135M-Instruct", stage2="smol_stage2"
+    ),
 }
+# Language models without a projection: {name: repo}
+UNTRAINED = {
+    "smollm2-360m": "HuggingFaceTB/SmolLM2-360M-Instruct",
+    "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B-Instruct",
+    "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B-Instruct",
+    "qwen3-1.7b": "Qwen/Qwen3-1.7B",
+    "llama3.2-1b": "meta-llama/Llama-3.2-1B-Instruct",
+    "tinyllama": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+}
+for _name, _repo in UNTRAINED.items():
+    RECIPES[_name] = Recipe(
+        "stage1_smollm2",
+        _repo,
+        settings={"llama": f"weights/{_name}"},
+        stage2="stage2_smollm2",
+    )
 
 
 @dataclass(frozen=True)
@@ -230,10 +252,22 @@ def names_in_repo(part, repo, proj):
     weights = next(found, choices[0])
     names = ["config.json", weights]
     if part == "llama":
-        names.append("tokenizer.model")
+        names += tokenizer_names(repo)
     if weights.endswith(".json"):
         names += names_in_index(part, fetch(part, repo, weights))
     return names
+
+
+def tokenizer_names(repo):
+    """The files of a repo that a language model's tokenizer needs."""
+
+    def has(name):
+        return look_up("llama", repo, name, optional=True)
+
+    sentencepiece, json_file = TOKENIZER_FILES
+    if has(sentencepiece) or not has(json_file):
+        return [sentencepiece]
+    return [json_file, *filter(has, BESIDE_TOKENIZER)]
 
 
 class Size(NamedTuple):
@@ -275,7 +309,7 @@ def find_local(part, path, target):
     index = path / WEIGHTS[0]
     if index.is_file():
         needed = names_in_index(part, index)
-        small = (".json", ".model")
+        small = (".json", ".jinja", ".model")
         files = [f for f in files if f.name in needed or f.suffix in small]
     for file in files:
         start_of(file)  # raises InputError for a web page or a Git LFS pointer
@@ -437,10 +471,33 @@ def try_out(run, llama):
     note(f"warning: this answer is a fragment or repeats itself: likely {cause}")
 
 
+def config_path(name):
+    return os.path.relpath(f"{ROOT}/configs/{name}.py")
+
+
+def print_training_commands(name, config):
+    """Print how to train the projection of a language model, in two stages."""
+    recipe = RECIPES[name]
+    first, second = [], []  # options
+    if config.llama != load_config(config_path(recipe.config), {}).llama:
+        template = suggest_template(read_chat_template(f"{config.llama}/config.json"))
+        run = f"out/stage1_{name}"
+        first = [f"--llama={config.llama}", f"--out_dir={run}"]
+        second = [
+            f"--llama={config.llama}",
+            f"--proj={run}/proj.safetensors",
+            f"--out_dir=out/stage2_{name}",
+            f"--template={template}",
+        ]
+    train = os.path.relpath(ROOT / "train.py")
+    for stage, options in ((recipe.config, first), (recipe.stage2, second)):
+        print(" ".join(("python", train, config_path(stage), *options)))
+
+
 def main(argv):
     (name,), options, _ = read_options(argv, __doc__, "|".join(RECIPES), Options())
     recipe = RECIPES[check_name(name, RECIPES, "command line")]
-    path = os.path.relpath(f"{ROOT}/configs/{recipe.config}.py")
+    path = config_path(recipe.config)
     run = f"out/{name}"
     proj = f"{run}/proj.safetensors" if recipe.proj else ""
     config = load_config(path, recipe.settings | {"out_dir": run, "proj": proj})
@@ -471,7 +528,7 @@ def main(argv):
             f"the projection is missing: fetch {recipe.official}; "
             "the same command then continues"
         )
-    print(f"python {os.path.relpath(ROOT / 'train.py')} {path}")
+    print_training_commands(name, config)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,17 @@
+"""Stage 2 in the tiny world with SmolLM2-135M-Instruct, in its own chat template.
+
+python train.py configs/smol_stage2.py
+"""
+
+from configs.tiny_stage2 import *
+
+llama = "weights/smollm2-135m"
+proj = "out/smol_stage1/proj.safetensors"
+template = "chatml"
+batch_size = 8
+max_steps = 4000
+lr = 2e-3
+min_lr = 1e-4
+dtype = "bfloat16"
+length_group = 8
+out_dir = "out/smol_stage2"
