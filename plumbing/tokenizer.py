@@ -91,7 +91,8 @@ class JsonTokenizer(Tokenizer):
         self.bos = None if first == self.encode("a")[0] else first
         self.eos, *self.other_ends = read_ends(path, self.controls)
         self.unknown = None  # all bytes have tokens
-        if "enable_thinking" in read_chat_template(path):
+        may_think = "enable_thinking" in read_chat_template(path)
+        if may_think and {"<think>", "</think>"} <= self.controls.keys():
             gap = self.encode("\n\n")
             start, end = self.control("<think>"), self.control("</think>")
             self.no_thinking = [start, *gap, end, *gap]
@@ -165,7 +166,7 @@ def read_ends(path: str, controls: dict[str, int]) -> list[int]:
     name = beside(path, "tokenizer_config.json").get("eos_token")
     if isinstance(name, dict):
         name = name.get("content")
-    eos = controls.get(name)
+    eos = controls.get(str(name))
     for given in (
         beside(path, "generation_config.json").get("eos_token_id"),
         beside(path, "config.json").get("eos_token_id"),
@@ -185,8 +186,7 @@ def read_chat_template(path: str) -> str:
     """The chat template (Jinja) of the folder with a tokenizer; "" without one."""
     file = Path(path).with_name("chat_template.jinja")
     if file.is_file():
-        return file.read_text("utf-8")
-    template = beside(path, "tokenizer_config.json").get("chat_template")
-    if isinstance(template, list):  # several, with names
-        template = {t["name"]: t["template"] for t in template}.get("default")
-    return template or ""
+        return file.read_text("utf-8", "replace")
+    template = beside(path, "tokenizer_config.json").get("chat_template", "")
+    # One template, or a list of several with names
+    return template if isinstance(template, str) else json.dumps(template)

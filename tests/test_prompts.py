@@ -36,6 +36,7 @@ from configs.prompts import (
 )
 from configs.schema import Config
 from data import Samples
+from llama import IGNORE
 from plumbing.console import InputError
 from plumbing.sources import Sample
 from plumbing.tokenizer import open_tokenizer, read_chat_template
@@ -267,6 +268,37 @@ def test_training_has_the_ids_of_chat(folders, family):
     ended = [is_end(answer_ids[:n], stops) for n in range(1, len(answer_ids) + 1)]
     assert ended == [False] * (len(answer_ids) - 1) + [True]
     assert visible_answer(tokenizer, answer_ids, template.end) == answer
+
+
+@pytest.mark.parametrize("family", CONTROLS)
+@given(data=st.data())
+def test_control_tokens_in_data_are_text(folders, family, data):
+    """In a caption, in a conversation and in LLaVA's rows, whatever they say."""
+    tokenizer = open_tokenizer("", folders[family])
+    name = suggest_template(read_chat_template(tokenizer.path))
+    names = [*CONTROLS[family], "<image>", "user\n", " ", "a"]
+    texts = st.lists(st.sampled_from(names), min_size=1).map("".join)
+    said = data.draw(texts.filter(str.strip)), data.draw(texts.filter(str.strip))
+    settings = Config(template=name, max_txt_len=10_000)
+    samples = Samples([], settings, tokenizer, 28, N)
+    controls = {tokenizer.control(name) for name in CONTROLS[family]}
+    for sample in (
+        Sample(["x.jpg"], caption=said[1]),
+        Sample(["x.jpg"], turns=[said]),
+        Sample(["x.jpg"], turns=[said], is_marked=True),
+    ):
+        ids, targets = samples.tokenize(sample, np.random.default_rng(0))
+        plain = sample._replace(caption="a" if sample.caption else None)
+        if sample.turns:
+            plain = plain._replace(turns=[("a", "a")], is_marked=False)
+        expected, _ = samples.tokenize(plain, np.random.default_rng(0))
+        assert [i for i in ids if i in controls] == [
+            i for i in expected if i in controls
+        ]
+        answer = [i for i in targets if i != IGNORE]
+        *own, end = answer
+        assert tokenizer.decode(own) == said[1]
+        assert end == tokenizer.control(settings.answer_end.name)
 
 
 def test_a_later_message_of_chatml_follows_a_new_line():

@@ -115,9 +115,9 @@ def test_chat_template_is_read_from_either_file(folders, tmp_path):
     write_tokenizer(tmp_path, "smollm2")
     path = str(tmp_path / "tokenizer.json")
     assert "<|im_start|>" in read_chat_template(path)
-    named = [{"name": "tools", "template": "x"}, {"name": "default", "template": "y"}]
+    named = [{"name": "tools", "template": "<|im_end|>"}]
     change(tmp_path, "tokenizer_config.json", chat_template=named)
-    assert read_chat_template(path) == "y"
+    assert "<|im_end|>" in read_chat_template(path)
     (tmp_path / "chat_template.jinja").write_text("zé", "utf-8")
     assert read_chat_template(path) == "zé"
     assert read_chat_template(str(ROOT / "assets/tiny/llama/tokenizer.model")) == ""

@@ -95,8 +95,18 @@ def test_a_model_with_a_tokenizer_json_trains_resumes_and_chats(
     chat.load(replace(options, ckpt=first.out_dir))
     assert f"--template={template} is used" in capsys.readouterr().err
 
+    other = replace(whole, out_dir=f"{tmp_path}/x", llama=f"{tmp_path}/other")
+    sizes["model_type"] = "qwen2" if model_type != "qwen2" else "qwen3"
+    MiniGPT4.from_files(None, None, sizes, tokenizer=path).save_part(
+        "llama", f"{tmp_path}/save"
+    )
+    os.rename(f"{tmp_path}/save/llama", other.llama)
+    for changed in (other, replace(other, out_dir=second.out_dir, resume=True)):
+        run(changed)
+        assert "was trained with another llama" in capsys.readouterr().err
+
     with pytest.raises(InputError, match="has no token .*take another template"):
-        run(replace(whole, out_dir=f"{tmp_path}/x", llama=world["llama"], proj=""))
+        run(replace(whole, out_dir=f"{tmp_path}/y", llama=world["llama"], proj=""))
 
 
 @pytest.mark.slow
