@@ -107,6 +107,8 @@ def unsupported_feature(sizes: dict, rope: dict, window: int) -> str:
     activation = sizes.get("hidden_act", "silu")
     if not is_known_rope(rope):
         return f"rotary scaling {rope}"
+    if sizes.get("quantization_config"):
+        return f"the quantization {sizes['quantization_config']}"
     if model_type not in (*FAMILIES, "mistral"):
         return f"the architecture {model_type}"
     # Attention looks at all tokens: the conversation has to fit into the window.

@@ -14,7 +14,7 @@ from types import ModuleType
 from configs.prompts import TEMPLATES, Segment, parse_end
 from plumbing.console import InputError
 from plumbing.files import read_json, relative_path, replacing
-from plumbing.options import check_options, option, override, to_json
+from plumbing.options import check_name, check_options, option, override, to_json
 from plumbing.weights import DTYPES
 
 
@@ -182,7 +182,9 @@ def load_config(path: str, options: dict) -> Config:
         raise InputError(f"config file {path}: {type(e).__name__}: {e}") from e
     settings = {}
     for name, value in names.items():
-        if not name.startswith("_") and not isinstance(value, ModuleType):
+        is_helper = isinstance(value, ModuleType) or callable(value)
+        if not name.startswith("_") and not is_helper:
+            check_name(name, vars(Config()), path, "begin names of your own with _")
             settings[name] = value
     config = override(override(Config(), settings, path), options)
     if config.lr < config.min_lr:  # not in Config: earlier runs are still read

@@ -54,20 +54,29 @@ def override(config, values: dict, where: str = "command line"):
 
     Raises InputError, which says `where`, for an unknown name or another type.
     """
-    types = {f.name: f.type for f in fields(config)}
+    known = {f.name: f for f in fields(config)}
     changes = {}
     for name, value in values.items():
-        check_name(name, types, where)
-        changes[name] = _convert(name, value, types[name], where)
+        check_name(name, known, where)
+        if value == "none" and "" in known[name].metadata.get("choices", ()):
+            value = ""
+        changes[name] = _convert(name, value, known[name].type, where)
     return replace(config, **changes)
 
 
-def check_name(name: str, known, where: str) -> str:
-    """The name, if it is known. Raises InputError with the nearest known one if not."""
+def check_name(name: str, known, where: str, advice: str = "") -> str:
+    """The name, if it is known. Raises InputError with the nearest known one if not.
+
+    advice: for a name that is near to none, instead of all known ones.
+    """
     if name in known:
         return name
+    initials = "".join(word[:1] for word in name.split("_"))  # learning_rate: lr
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    hint = f"did you mean {near[0]}?" if near else "the names are: " + ", ".join(known)
+    near = [initials] if initials in known else near
+    hint = advice or "the names are: " + ", ".join(known)
+    if near:
+        hint = f"did you mean {near[0]}?"
     raise InputError(f"{where}: unknown name {name!r}; {hint}")
 
 
@@ -80,6 +89,8 @@ def _convert(name, value, kind, where):
     literal = _parse(value, kinds)
     if float in kinds and type(literal) is int:
         return float(literal)
+    if kinds == (int,) and type(literal) is float and literal.is_integer():
+        return int(literal)  # 1e3
     if type(literal) in kinds:  # True is no int here
         return literal
     names = " or ".join(k.__name__ for k in kinds)
@@ -142,6 +153,12 @@ def parse_args(
     parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
     options = vars(parser.parse_intermixed_args(_spell_out(argv, known)))
     arguments = options.pop("arguments")
+    for argument in arguments:
+        key, equals, _ = argument.partition("=")
+        if equals and key in known and not os.path.exists(argument):
+            raise InputError(
+                f"{argument}: an option begins with two dashes, --{argument}"
+            )
     if "..." not in positional and len(arguments) != len(positional.split()):
         raise InputError(f"usage: {usage}")
     return arguments, options

@@ -63,13 +63,18 @@ def quantize_int4(weight):
 
 
 def shapes_of(tensors: dict[str, Tensor]) -> dict[str, tuple]:
-    """{name: shape before quantization}, without scales. A uint8 holds two int4."""
+    """{name: shape before quantization}, without our scales. A uint8 holds two int4.
+
+    Scales beside other matrices, such as float8, are not ours and stay.
+    """
     shapes = {}
     for name, tensor in tensors.items():
         shape = tuple(tensor.shape)
         if tensor.dtype == torch.uint8 and len(shape) == 2:
             shape = (shape[0], 2 * shape[1])
-        if not name.endswith(".weight_scale"):
+        matrix = tensors.get(name.removesuffix("_scale"))
+        is_scale = name.endswith(".weight_scale") and matrix is not None
+        if not is_scale or matrix.dtype not in (torch.int8, torch.uint8):
             shapes[name] = shape
     return shapes
 

@@ -39,8 +39,10 @@ class Tokenizer:
             ) from e
         self.path = str(path)
         self.vocab_size = self._processor.vocab_size()
-        self.bos = self._processor.bos_id()
-        self.eos = self._processor.eos_id()
+        bos, self.eos = self._processor.bos_id(), self._processor.eos_id()
+        self.bos = bos if bos >= 0 else None  # a model may have none
+        if self.eos < 0:
+            raise InputError(f"{path}: no `</s>`, which ends answers; take another")
         self.unknown = self._processor.unk_id()
 
     @property
@@ -51,7 +53,7 @@ class Tokenizer:
     def encode(self, text: str, bos: bool = False) -> list[int]:
         """ "a dog" -> [263, 11203], with a leading space; `bos` prepends `<s>`."""
         ids = self._processor.encode(text)
-        return [self.bos, *ids] if bos else ids
+        return [self.bos, *ids] if bos and self.bos is not None else ids
 
     def decode(self, ids: list[int]) -> str:
         """[263, 11203] -> "a dog", the reverse; control tokens give no text."""

@@ -328,11 +328,26 @@ def read_hub_tensors(folder, is_tied) -> Tensors:
     # These are computed, or a copy of the embeddings.
     unused = ("rotary_emb.inv_freq", "lm_head.weight" if is_tied else "inv_freq")
     tensors = {}
-    for shard in hub_weight_files(Path(folder)):
-        for name, tensor in load_tensors(shard)[0].items():
+    shards = hub_weight_files(Path(folder))
+    if not shards:
+        raise InputError(
+            f"{folder}: no *.safetensors file; see the README on getting the weights"
+        )
+    for shard in shards:
+        for hub_name, tensor in load_tensors(shard)[0].items():
+            name = hub_name.removeprefix("model.")
+            check_new(name, tensors, shard)
             if not name.endswith(unused):
-                tensors[name.removeprefix("model.")] = tensor
+                tensors[name] = tensor
     return tensors
+
+
+def check_new(name: str, known, file: Path):
+    """Raise InputError for a tensor that another file of its folder has, too."""
+    if name in known:
+        raise InputError(
+            f"{file}: another file of this folder also holds {name}; remove one of them"
+        )
 
 
 def hub_name(name: str) -> str:
@@ -354,22 +369,26 @@ def save_hub_folder(
     save_tensors(root / "model.safetensors", named, dtype, {})
 
 
-def hub_weight_files(folder) -> list[Path]:
-    """The safetensors files of a Hugging Face folder; InputError if one is missing."""
-    index = folder / "model.safetensors.index.json"
+def hub_weight_files(
+    folder: Path, whole: str = "model.safetensors", pattern: str = "[!.]*.safetensors"
+) -> list[Path]:
+    """The weight files of a Hugging Face folder, [] without any.
+
+    They are those of the index, or the file with all weights, or those of the pattern.
+    Raises InputError if one of several is missing.
+    """
+    index = folder / f"{whole}.index.json"
     if index.is_file():
         return indexed_files(index)
-    files = sorted(folder.glob("[!.]*.safetensors"))
-    if not files:
-        raise InputError(
-            f"{folder}: no *.safetensors file; see the README on getting the weights"
-        )
+    if (folder / whole).is_file():
+        return [folder / whole]
+    files = sorted(folder.glob(pattern))
     for file in files:
         shard = re.fullmatch(r"(.+)-\d+-of-(\d{5})", file.stem)
         if shard:
             stem, total = shard.groups()
             for i in range(1, int(total) + 1):
-                name = f"{stem}-{i:05d}-of-{total}.safetensors"
+                name = f"{stem}-{i:05d}-of-{total}{file.suffix}"
                 require_file(folder / name, file.name)
     return files
 

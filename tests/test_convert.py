@@ -214,6 +214,62 @@ def test_a_lora_adapter_is_merged(tmp_path, use_rslora, scale):
         torch.testing.assert_close(merged, tensor)
 
 
+def test_an_adapter_may_have_another_alpha_and_rank_for_some_layers(tmp_path):
+    sizes, tensors = random_llama()
+    folder = hub_folder(tmp_path / "hub", sizes, tensors)
+    names = [f"model.layers.{i}.self_attn.{p}_proj" for i in (0, 1) for p in "qv"]
+    pairs = {}
+    for name, rank in zip(names, (4, 4, 2, 4)):
+        width = len(tensors[f"{name}.weight"])
+        pairs[name] = torch.randn(rank, 32), torch.randn(width, rank)
+    adapter = tmp_path / "adapter"
+    lora = {}
+    for name, pair in pairs.items():
+        for letter, matrix in zip("AB", pair):
+            lora[f"base_model.model.{name}.lora_{letter}.weight"] = matrix
+    patterns = {
+        "rank_pattern": {"layers.1.self_attn.q_proj": 2},
+        "alpha_pattern": {r"layers\.1\.self_attn\.q_proj": 64, "v_proj": 4},
+    }
+    write_adapter(adapter, lora, r=4, lora_alpha=8, **patterns)
+    _, got = converted(folder, tmp_path / "ours", f"--lora={adapter}")
+    for name, scale in zip(names, (8 / 4, 4 / 4, 64 / 2, 4 / 4)):
+        a, b = pairs[name]
+        merged = got[f"{name}.weight".removeprefix("model.")].detach()
+        torch.testing.assert_close(merged, tensors[f"{name}.weight"] + scale * b @ a)
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+def test_a_backup_beside_the_weights_is_not_read(tmp_path, ending):
+    sizes, tensors = random_llama()
+    folder = hub_folder(tmp_path / "hub", sizes, tensors, 1, ending)
+    old = {name: tensor + 1 for name, tensor in tensors.items()}
+    stem = "model" if ending == "safetensors" else "pytorch_model"
+    write = save_file if ending == "safetensors" else torch.save
+    write(old, folder / f"{stem}_old.{ending}")
+    _, got = converted(folder, tmp_path / "ours")
+    same(got, tensors)
+    (folder / f"{stem}.{ending}").rename(folder / f"{stem}_new.{ending}")
+    message = fails("llama", folder, tmp_path / "x")
+    assert f"{stem}_old.{ending}: another file of this folder also holds" in message
+
+
+def test_a_missing_bin_shard_is_named_also_without_an_index(tmp_path):
+    folder = hub_folder(tmp_path / "hub", *random_llama(), 2, "bin")
+    (folder / "pytorch_model.bin.index.json").unlink()
+    (folder / "pytorch_model-00002-of-00002.bin").unlink()
+    message = fails("llama", folder, tmp_path / "ours")
+    assert "pytorch_model-00002-of-00002.bin: no such weight file" in message
+
+
+def test_a_minigpt_v2_is_no_projection(tmp_path):
+    lora = "llama_model.base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    tensors = {"llama_proj.weight": torch.ones(4, 8), lora: torch.ones(2, 4)}
+    torch.save({"model": tensors}, tmp_path / "v2.pth")
+    message = fails("proj", tmp_path / "v2.pth", tmp_path / "p.safetensors")
+    assert "as MiniGPT-v2 does" in message
+
+
 def test_an_adapter_that_cannot_be_merged_is_refused(tmp_path):
     folder = hub_folder(tmp_path / "hub", *random_llama())
     name = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"

@@ -35,6 +35,8 @@ def parsed(*words) -> Config:
         (["--data={'a': 1}"], "data", {"a": 1}),
         (["--out_dir=7"], "out_dir", "7"),
         (["--out_dir=a=b"], "out_dir", "a=b"),
+        (["--max_steps=1e3", "--warmup_steps=0"], "max_steps", 1000),
+        (["--template=none"], "template", ""),
     ],
     ids=readable,
 )
@@ -49,7 +51,8 @@ def test_options_are_parsed_as_their_type(words, name, value):
 @pytest.mark.parametrize(
     "option, words",
     [
-        ("learning_rate=1", "'learning_rate'"),
+        ("learning_rate=1", "'learning_rate'; did you mean lr"),
+        ("max_steps=1.5", "max_steps = 1.5 is not of type int"),
         ("bath_size=4", "did you mean batch_size"),
         ("batch_size=many", "batch_size = 'many' is not of type int"),
         ("lr=True", "lr = True"),
@@ -117,3 +120,12 @@ def test_read_options_checks_its_own_and_hands_on_the_rest():
     )
     with pytest.raises(InputError, match="n = 0: give at least 1"):
         read_options(["--n=0"], "", "", Small())
+
+
+def test_an_option_without_dashes_says_so(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="^max_steps=3: .* two dashes, --max_steps=3$"):
+        parsed("max_steps=3")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "seed=3.png").touch()
+    arguments, _ = parse_args(["seed=3.png"], "", "[IMAGE ...]", Config)
+    assert arguments == ["seed=3.png"]

@@ -76,7 +76,10 @@ def test_a_quantized_value_is_off_by_half_a_step(kind, n_steps):
     """A step: the range of an output (int8) or of a group of 64 inputs (int4)."""
     matrix = random_matrix(32)
     values, scales = quantize(matrix, kind)
-    assert shapes_of({"a": values, "a.weight_scale": scales}) == {"a": matrix.shape}
+    tensors = {"a.weight": values, "a.weight_scale": scales}
+    assert shapes_of(tensors) == {"a.weight": matrix.shape}
+    foreign = {"a.weight": matrix, "a.weight_scale": scales}
+    assert shapes_of(foreign).keys() == foreign.keys()
     if kind == "int8":
         restored = values * scales[:, None]
         step = 2 * matrix.abs().amax(1, keepdim=True) / n_steps

@@ -1,5 +1,7 @@
 """Config files."""
 
+from pathlib import Path
+
 import pytest
 
 from configs.schema import Config, load_config, read_saved_config
@@ -32,6 +34,17 @@ def test_an_unreadable_config_json_is_named(tmp_path, content, words):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(InputError, match=f"config.json.*{words}"):
         read_saved_config(str(tmp_path))
+
+
+def test_a_config_may_import_and_define_helpers(tmp_path):
+    lines = ["from pathlib import Path", "import math", "_root = Path('data')"]
+    lines += ["def half(x): return x / 2", "lr = half(2e-4)", "data = str(_root / 'a')"]
+    (tmp_path / "c.py").write_text("\n".join(lines))
+    config = load_config(str(tmp_path / "c.py"), {})
+    assert (config.lr, Path(config.data)) == (1e-4, Path("data/a"))
+    (tmp_path / "c.py").write_text("root = 'data'")
+    with pytest.raises(InputError, match="'root'; begin names of your own with _"):
+        load_config(str(tmp_path / "c.py"), {})
 
 
 @pytest.mark.parametrize(

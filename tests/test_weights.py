@@ -160,6 +160,42 @@ def test_a_missing_shard_is_named_also_without_an_index(tiny):
         load(tiny)
 
 
+def test_a_backup_beside_the_weights_is_not_read_or_refused(tiny):
+    path = tiny / "llama/model.safetensors"
+    before, _ = load(tiny)
+    tensors = load_file(path)
+    save_file(
+        {k: t + 1 for k, t in tensors.items()}, tiny / "llama/model_old.safetensors"
+    )
+    assert load(tiny)[0].fingerprints == before.fingerprints
+    path.rename(tiny / "llama/model_new.safetensors")
+    with pytest.raises(
+        InputError, match="model_old.*: another file of this folder also"
+    ):
+        load(tiny)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
+@pytest.mark.parametrize("is_told", [False, True], ids=["silent", "in_config"])
+def test_weights_with_foreign_scales_are_refused(tiny, dtype, is_told):
+    path = tiny / "llama/model.safetensors"
+    tensors = load_file(path)
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        scale = tensors[name].float().abs().amax(1, keepdim=True) / 127
+        tensors[name] = (tensors[name].float() / scale).to(dtype)
+        tensors[f"{name}_scale"] = scale.bfloat16()
+    save_file(tensors, path)
+    if is_told:
+        config = json.loads((tiny / "llama/config.json").read_text())
+        config["quantization_config"] = {"quant_method": "compressed-tensors"}
+        (tiny / "llama/config.json").write_text(json.dumps(config))
+    words = (
+        "compressed-tensors.* is not supported" if is_told else "unexpected|no floats"
+    )
+    with pytest.raises(InputError, match=words):
+        load(tiny)
+
+
 def test_a_language_model_s_folder_is_no_run():
     with pytest.raises(InputError, match="llama: a language model's folder"):
         load(TINY / "llama")

@@ -46,10 +46,11 @@ from plumbing.tokenizer import TOKENIZER_FILES, JsonTokenizer, open_tokenizer
 from plumbing.weights import (
     DTYPES,
     check_fit,
+    check_new,
     check_sizes,
     fingerprint,
     hub_name,
-    indexed_files,
+    hub_weight_files,
     load_tensors,
     read_weight_map,
 )
@@ -487,6 +488,12 @@ def open_original(path, part):
 
 def select_part(part, source, tensors, n_layers):
     """A part's tensors under our names, with the first layers of a vision part."""
+    lora = [name for name in tensors if "lora_" in name]
+    if part == "proj" and lora:
+        raise InputError(
+            f"{source}: it adapts the language model, too ({lora[0]}), as MiniGPT-v2 "
+            "does; only MiniGPT-4's projections can be used"
+        )
     by_part = {part: {} for part in KINDS}
     for name, original in rename_all(tensors, NAMES, source).items():
         owner, _, own_name = name.partition(".")
@@ -565,6 +572,7 @@ def open_llama(folder):
     for file in hub_files(folder):
         tensors = open_weights(file)
         for name, original in rename_all(tensors, HUB_NAMES, file).items():
+            check_new(name, layout, file)
             layout[name] = tensors[original].to("meta")
             places[name] = file, original
     if config.tie_word_embeddings:
@@ -579,11 +587,8 @@ def open_llama(folder):
 
 def hub_files(folder):
     """The weight files of a Hugging Face folder, safetensors rather than .bin."""
-    for pattern in ("model*.safetensors", "pytorch_model*.bin"):
-        index = folder / f"{pattern.replace('*', '')}.index.json"
-        if index.is_file():
-            return indexed_files(index)
-        files = sorted(folder.glob(pattern))
+    for whole in ("model.safetensors", "pytorch_model.bin"):
+        files = hub_weight_files(folder, whole, whole.replace(".", "*."))
         if files:
             return files
     raise InputError(
@@ -745,17 +750,29 @@ def merge_lora(source, folder):
         )
     check_above_0(settings, ("r", "lora_alpha"), settings_path)
     exponent = 0.5 if settings.get("use_rslora") else 1
-    scale = settings["lora_alpha"] / settings["r"] ** exponent
+    alphas = settings.get("alpha_pattern") or {}
+    check_above_0(alphas, alphas, settings_path)
     pairs = read_lora(path, source.layout)
 
     def read(name):
         weight = source.read(name)
         if name not in pairs:
             return weight
-        change = scale * pairs[name]["B"] @ pairs[name]["A"]
+        A, B = pairs[name]["A"], pairs[name]["B"]
+        alpha = of_layer(alphas, name, settings["lora_alpha"])
+        change = alpha / len(A) ** exponent * B @ A  # len(A) is the rank
         return (weight.float() + change).to(weight.dtype)
 
     return source._replace(read=read)
+
+
+def of_layer(by_pattern, name, default):
+    """The value that PEFT's {pattern: value} gives a layer: the end of its name."""
+    module = hub_name(name).removesuffix(".weight")
+    for pattern, value in by_pattern.items():
+        if re.fullmatch(rf"(.*\.)?(?:{pattern})", module):
+            return value
+    return default
 
 
 class LazyTensors(dict):
