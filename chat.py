@@ -364,6 +364,7 @@ def say(talk: Chat, message: str, is_script: bool = False):
     Ctrl-C stops an answer that has begun, or ends a script.
     """
     question, paths = terminal.find_pictures(message)
+    terminal.check_pictures(question)
     for path in paths:
         show(talk, path)
     if not question:
@@ -427,6 +428,11 @@ def speed(talk: Chat) -> str:
 # ---- the commands; each gets the Chat and the text after the command, perhaps "" ----
 
 
+def tell(talk, text):
+    """Print what is no answer; with --json, stdout is for answers alone."""
+    print(printable(text), file=sys.stderr if talk.options.json else sys.stdout)
+
+
 def show_pictures(talk, text):
     rest, paths = terminal.find_pictures(text)
     missing = rest.strip("'\"")
@@ -436,29 +442,28 @@ def show_pictures(talk, text):
         raise InputError("/image wants a path")
     for path in paths:
         show(talk, path)
-        print(f"{printable(path)}: seen. What would you like to know?")
+        tell(talk, f"{path}: seen. What would you like to know?")
 
 
 def clear(talk, text):
     talk.reset()
-    print("A new conversation begins, without a picture.")
+    tell(talk, "A new conversation begins, without a picture.")
 
 
 def undo(talk, text):
     if talk.new_pictures:
         *kept, picture = talk.new_pictures
         talk.new_pictures = tuple(kept)
-        print(f"Forgotten: {printable(picture.path)}")
+        tell(talk, f"Forgotten: {picture.path}")
     elif talk.turns:
-        print(f"Forgotten: {printable(talk.undo().question)}")
+        tell(talk, f"Forgotten: {talk.undo().question}")
     else:
-        print("There is no question yet.")
+        tell(talk, "There is no question yet.")
 
 
 def regenerate(talk, text):
     if not talk.turns:
-        print("There is no question yet.")
-        return
+        return tell(talk, "There is no question yet.")
     old = talk.undo()
     say(talk, old.question)
     new = talk.turns[-1]
@@ -478,7 +483,7 @@ def set_option(talk, text):
 
 def list_options(talk, text):
     for name in SETTINGS:
-        print(f"{name:20}{getattr(talk.options, name)}")
+        tell(talk, f"{name:20}{getattr(talk.options, name)}")
 
 
 def save(talk, path):
@@ -488,11 +493,11 @@ def save(talk, path):
         pictures = [picture.path for picture in turn.pictures]
         rows.append(turn._asdict() | {"pictures": pictures})
     terminal.write_conversation(path, rows)
-    print(f"{printable(path)}: {len(rows)} answers written")
+    tell(talk, f"{path}: {len(rows)} answers written")
 
 
 def print_help(talk, text):
-    print(HELP)
+    tell(talk, HELP)
 
 
 COMMANDS = {
@@ -516,7 +521,7 @@ def carry_out(talk: Chat, command: str, text: str):
     if command in COMMANDS:
         COMMANDS[command](talk, text)
     elif command:
-        print(f"{printable(command)}: unknown command\n{HELP}")
+        tell(talk, f"{command}: unknown command\n{HELP}")
     elif text:
         say(talk, text)
 
@@ -556,7 +561,11 @@ def main(argv: list[str]):
     set_plain(options.plain)
     talk = Chat(*load(options))
     for path in pictures:
-        show(talk, sys.stdin.buffer.read() if path == "-" else path)
+        is_pipe = path.startswith("/dev/fd/")  # <(...) of a shell
+        if path == "-":
+            show(talk, sys.stdin.buffer.read())
+        else:
+            show(talk, Path(path).read_bytes() if is_pipe else path)
     is_optional = bool(options.prompt)
     text = "" if "-" in pictures else terminal.read_piped_text(is_optional)
     if options.prompt or (text and not terminal.has_command(text, NAMES)):

@@ -11,6 +11,7 @@ square without a crop.
 import io
 import math
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,8 +66,9 @@ def decode(source: str | bytes) -> Image.Image:
         if image.width * image.height * bytes_per_pixel > MOST_BYTES:
             raise ValueError(f"too large: {image.width} x {image.height} pixels")
         image.load()
-        keep_only_orientation(image.getexif())
-        ImageOps.exif_transpose(image, in_place=True)
+        with suppress(Exception):  # a broken EXIF block spoils no picture
+            keep_only_orientation(image.getexif())
+            ImageOps.exif_transpose(image, in_place=True)
         return image
 
 

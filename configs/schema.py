@@ -9,13 +9,14 @@ import os
 import runpy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 
 from configs.prompts import TEMPLATES, Segment, parse_end
 from plumbing.console import InputError
 from plumbing.files import read_json, relative_path, replacing
 from plumbing.options import check_name, check_options, option, override, to_json
 from plumbing.weights import DTYPES
+
+PLAIN = (str, int, float, list, tuple, dict, type(None))  # that a setting may have
 
 
 @dataclass(frozen=True)
@@ -182,9 +183,10 @@ def load_config(path: str, options: dict) -> Config:
         raise InputError(f"config file {path}: {type(e).__name__}: {e}") from e
     settings = {}
     for name, value in names.items():
-        is_helper = isinstance(value, ModuleType) or callable(value)
-        if not name.startswith("_") and not is_helper:
-            check_name(name, vars(Config()), path, "begin names of your own with _")
+        # Modules, functions and the like are helpers.
+        if not name.startswith("_") and isinstance(value, PLAIN):
+            advice = "begin names of your own with an underscore"
+            check_name(name, vars(Config()), path, advice)
             settings[name] = value
     config = override(override(Config(), settings, path), options)
     if config.lr < config.min_lr:  # not in Config: earlier runs are still read

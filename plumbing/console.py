@@ -1,5 +1,6 @@
 """What a program says: usage errors, notes, progress, text that is safe to print."""
 
+import importlib
 import os
 import sys
 import unicodedata
@@ -13,6 +14,23 @@ _quiet = False
 
 class InputError(Exception):
     """A usage error. Its message is one line: what is wrong, where, and what to do."""
+
+
+def optional_package(name: str, purpose: str):
+    """Import a package. Raises InputError that says whether it is missing or broken."""
+    top = name.partition(".")[0]
+    try:
+        importlib.import_module(top)
+        return importlib.import_module(name)
+    except ModuleNotFoundError as e:
+        if e.name == top:
+            raise InputError(
+                f"{purpose} needs the package {top}: pip install {top}"
+            ) from e
+        reason = e
+    except Exception as e:  # an installed package may raise anything
+        reason = e
+    raise InputError(f"{purpose}: the package {name} cannot be imported: {reason}")
 
 
 def note(text: str):
@@ -54,7 +72,8 @@ def printable(text: str) -> str:
 
 
 def _printable(character: str) -> str:
-    if character in "\n\t\u200d":  # the last joins emojis
+    # The zero-width ones join emojis, and are part of words in Persian or Hebrew.
+    if character in "\n\t\u200c\u200d\u200e\u200f":
         return character
     if unicodedata.category(character) in ("Cc", "Cf", "Cs"):
         return f"\\x{ord(character):02x}"

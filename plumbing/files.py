@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from plumbing.console import InputError
 
 # of pictures
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 BOM = b"\xef\xbb\xbf"
 

@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader
 from plumbing.console import InputError, note
 
 # that end a run after its step; Windows has not all of them
-SIGNALS = [s for s in signal.Signals if s.name in ("SIGTERM", "SIGUSR1", "SIGINT")]
+STOPPING = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")
+SIGNALS = [s for s in signal.Signals if s.name in STOPPING]
 LAUNCHER = os.getppid()  # torchrun, or a shell
 
 
@@ -76,7 +77,9 @@ class StopSignals:
         self.device = device
         self.received: list[int] = []  # by this process
         for number in SIGNALS:
-            signal.signal(number, self.receive)
+            is_ignored = signal.getsignal(number) == signal.SIG_IGN
+            if not is_ignored or number.name != "SIGHUP":  # nohup ignores it
+                signal.signal(number, self.receive)
 
     def receive(self, number, frame):
         """The third signal ends the run at once: torchrun may pass one on twice."""

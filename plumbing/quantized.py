@@ -98,15 +98,25 @@ def pack(weight, scale):
     return torch.ops.aten._convert_weight_to_int4pack(weight, n_tiles)
 
 
-def multiply_int8_on_cpu(rows, packed):
-    """rows (n, in) -> float32 (n, out)."""
+def multiply_int8_on_cpu(rows, packed, reduce_range):
+    """rows (n, in) -> float32 (n, out). reduce_range: 7 bits of x instead of 8."""
     multiply = torch.ops.quantized.linear_dynamic
     rows = rows.float()
     if len(rows) == 1:
-        return multiply(rows, packed)
+        return multiply(rows, packed, reduce_range)
     # The kernel quantizes x, too, with one scale for all rows: give them one range.
     largest = rows.abs().amax(1, keepdim=True).clamp(min=1e-12)
-    return multiply(rows / largest, packed) * largest
+    return multiply(rows / largest, packed, reduce_range) * largest
+
+
+def int8_saturates() -> bool:
+    """Whether the kernel adds products in 16 bits, which overflow: without VNNI."""
+    n = 64
+    largest = torch.full((1, n), 127, dtype=torch.int8)
+    y = torch.ops.quantized.linear_dynamic(
+        torch.ones(1, n), pack(largest, torch.ones(1))
+    )
+    return y.item() < 0.99 * 127 * n
 
 
 class QuantizedLinear:
@@ -122,6 +132,7 @@ class QuantizedLinear:
         self.weight = pack(torch.cat(weights).to(device), self.scale)
         self.bias = torch.cat(biases).to(device) if biases else None
         self.sizes = [len(weight) for weight in weights]
+        self.reduce_range = self.is_int8 and self.scale.is_cpu and int8_saturates()
 
     def __call__(self, x):
         y = self.product(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
@@ -132,7 +143,7 @@ class QuantizedLinear:
     def product(self, rows):
         dtype = rows.dtype
         if self.is_int8 and rows.is_cpu:
-            return multiply_int8_on_cpu(rows, self.weight).to(dtype)
+            return multiply_int8_on_cpu(rows, self.weight, self.reduce_range).to(dtype)
         if self.is_int8:
             return F.linear(rows, self.weight.to(dtype)) * self.scale.to(dtype)
         if rows.is_cpu:

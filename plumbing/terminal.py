@@ -15,7 +15,7 @@ from urllib.parse import unquote
 
 from torch import Tensor
 
-from plumbing.console import note
+from plumbing.console import InputError, note
 from plumbing.files import SUFFIXES, replacing
 
 # A word as terminals insert paths: "a b.png", 'it'\''s a.png', it\'s\ a.png
@@ -85,6 +85,19 @@ def _is_picture(path):
     return path.lower().endswith(SUFFIXES) and os.path.isfile(path)
 
 
+def check_pictures(text: str):
+    """Raise InputError for a word that is named like a picture: "See typo.png?"."""
+    for word in text.split():
+        name = word.strip(PUNCTUATION + "'\"")
+        if _is_named_like_a_picture(name):
+            raise InputError(f"{name}: there is no such picture on this computer")
+
+
+def _is_named_like_a_picture(name):
+    suffixes = (*SUFFIXES, ".heic", ".heif", ".avif")
+    return name.lower().endswith(suffixes) and not name.startswith(".")
+
+
 def read_message(commands: Collection[str]) -> tuple[str, str]:
     """Read a command with its argument, or "" with a message.
 
@@ -106,7 +119,8 @@ def read_message(commands: Collection[str]) -> tuple[str, str]:
         return "", text
     if first not in commands:
         _, paths = find_pictures(text)
-        if paths:  # /home/a.png is no unknown command
+        # /home/a.png is no unknown command
+        if paths or _is_named_like_a_picture(first):
             return "", text
     return first, "".join(rest)
 
@@ -140,9 +154,12 @@ def _has_input():
 
 
 def has_command(text: str, commands: Collection[str]) -> bool:
-    """Whether a line of a text begins with a command."""
-    first_words = re.findall(r"^/\S+", text, re.MULTILINE)
-    return not set(commands).isdisjoint(first_words)
+    """Whether a line of a text begins with a command, or with a mistyped picture."""
+    for word in re.findall(r"^/\S+", text, re.MULTILINE):
+        is_missing = _is_named_like_a_picture(word) and not os.path.exists(word)
+        if word in commands or is_missing:
+            return True
+    return False
 
 
 def set_up_readline(commands: Collection[str], history: str):

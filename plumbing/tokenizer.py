@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
-from plumbing.console import InputError
+from plumbing.console import InputError, optional_package
 from plumbing.files import read_json, start_of
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")  # the first one counts
@@ -138,10 +138,7 @@ def open_tokenizer(path: str | None, folder: str | Path = "") -> Tokenizer:
 def read_tokenizer_json(path: str):
     """The tokenizer of the package `tokenizers`, and its control tokens, {name: id}."""
     content = read_json(Path(path))
-    try:
-        import tokenizers
-    except ImportError as e:
-        raise InputError(f"{path}: it needs a package: pip install tokenizers") from e
+    tokenizers = optional_package("tokenizers", path)
     content |= {"truncation": None, "padding": None}
     try:
         controls = content["added_tokens"]

@@ -30,7 +30,7 @@ from plumbing.options import option, override, parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS_PER_MINUTE = 200  # of the whole test; a third of it is the quiet run
-SIGNALS = ("SIGKILL", "SIGTERM", "SIGUSR1", "SIGINT")
+SIGNALS = ("SIGKILL", "SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")
 FAULTS = (
     *SIGNALS,
     "all SIGTERM",
@@ -42,7 +42,13 @@ FAULTS = (
     "full disk",
     "leftover",
 )
-SAVING = ("SIGTERM", "SIGUSR1", "SIGINT", "all SIGTERM")  # end a run after its step
+SAVING = (
+    "SIGTERM",
+    "SIGUSR1",
+    "SIGINT",
+    "SIGHUP",
+    "all SIGTERM",
+)  # end a run after its step
 
 
 @dataclass(frozen=True)

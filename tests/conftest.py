@@ -29,7 +29,7 @@ def seed():
 @pytest.fixture(autouse=True)
 def signals():
     """Training in this process catches them."""
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
     handlers = [signal.getsignal(number) for number in numbers]
     yield
     for number, handler in zip(numbers, handlers):

@@ -183,6 +183,18 @@ def test_mistakes_raise(folder, argv, words):
         caption.main(argv)
 
 
+@pytest.mark.parametrize(
+    "content",
+    ['[\n {"image": "a.png"},\n {"image": "b.png"}\n]', "a\tb", '{"text": 1'],
+    ids=["array", "table", "other_rows"],
+)
+def test_a_file_of_something_else_is_left_as_it_is(folder, content):
+    Path("mine.jsonl").write_text(content)
+    with pytest.raises(InputError, match="mine.jsonl: not a file of captions"):
+        caption.main(["photos", "--out=mine.jsonl"])
+    assert Path("mine.jsonl").read_text() == content
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "argv",

@@ -273,6 +273,14 @@ def test_exif_rotation_transparency_and_16_bits_are_respected(tmp_path):
     assert load_image(str(tmp_path / "c.png"), 8).unique().tolist() == [127]
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_a_broken_exif_block_spoils_no_picture(tmp_path, kind):
+    exif = b"Exif\0\0" + b"\0\x08\0\x02\x01\x12\0\x03" + bytes(30)
+    Image.open(EXAMPLE).convert("RGB").save(tmp_path / "a", kind, exif=exif, quality=99)
+    seen = load_image(str(tmp_path / "a"), 56).float()
+    assert (seen - load_image(str(EXAMPLE), 56)).abs().mean() < 3
+
+
 @pytest.mark.parametrize(
     "content", [None, b"", b"no picture", b"\x89PNG\r\n\x1a\nbroken"]
 )

@@ -13,6 +13,7 @@ import train
 from plumbing.console import (
     InputError,
     note,
+    optional_package,
     outlive_reader,
     printable,
     progress,
@@ -85,6 +86,31 @@ def test_of_several_training_processes_one_prints_notes(world, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("1 of 2 shards are missing") == 1
+
+
+@pytest.mark.parametrize("letter", "\u200c\u200d\u200e\u200f")
+def test_marks_that_scripts_need_are_printed(letter):
+    assert printable(f"a{letter}b") == f"a{letter}b"
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (None, "^the page needs the package odd_package: pip install odd_package$"),
+        ("raise ImportError('no socksio')", "odd_package cannot be imported: no sock"),
+        ("import missing_one", "odd_package cannot be imported: .*missing_one"),
+        ("1 / 0", "odd_package cannot be imported: division by zero"),
+    ],
+    ids=["missing", "import_error", "needs_another", "broken"],
+)
+def test_a_missing_package_and_a_broken_one_are_told_apart(
+    tmp_path, monkeypatch, content, words
+):
+    if content:
+        (tmp_path / "odd_package.py").write_text(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match=words):
+        optional_package("odd_package", "the page")
 
 
 def test_text_that_would_control_a_terminal_is_shown_as_codes():

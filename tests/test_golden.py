@@ -30,7 +30,7 @@ from plumbing.sources import Sample
 from qformer import JoinPatches
 from tests.common import GOLDEN, Golden
 from train import learning_rate, make_optimizer, train_step
-from vision import load_image, normalize, preprocess
+from vision import IMAGE_STD, load_image, normalize, preprocess
 
 CASES = {
     "1_stage1": "",
@@ -82,7 +82,8 @@ def test_pictures_are_preprocessed_as_in_the_original(texts):
             assert not torch.equal(pixels, load_image(str(path), size)), path
         else:
             pixels = load_image(str(path), size)
-        close(normalize(pixels), want, 1e-6)
+        # Versions of Pillow differ by at most one of 255 gray levels.
+        close(normalize(pixels), want, 1.001 / 255 / min(IMAGE_STD))
 
 
 def test_vision_tower(golden):

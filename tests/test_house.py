@@ -37,10 +37,10 @@ BUDGETS = {
     "llama.py": 3900,
     "vision.py": 1800,
     "qformer.py": 900,
-    "chat.py": 3250,
-    "plumbing": 15_200,
-    "configs/schema.py": 1400,
-    "tools": 29_000,
+    "chat.py": 3350,
+    "plumbing": 15_900,
+    "configs/schema.py": 1450,
+    "tools": 29_200,
 }
 DENSE = 25  # a line with more tokens is hard to read once
 LONGEST = 45  # code lines of a function
@@ -242,6 +242,10 @@ def names_imported(path: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             names.add(node.module)
             names.update(f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args:
+            function, first = node.func, node.args[0]
+            if getattr(function, "id", "") == "optional_package":
+                names.add(first.value)
     return names
 
 

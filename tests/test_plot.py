@@ -94,6 +94,6 @@ def test_what_is_no_run_and_a_run_without_losses_are_refused(tmp_path):
 
 
 def test_without_the_package_one_line_says_how_to_get_it(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(InputError, match="pip install matplotlib"):
         plot.main([run_folder(tmp_path / "a", ROWS)])

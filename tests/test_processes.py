@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from plumbing.console import InputError
-from plumbing.processes import make_missing
+from plumbing.processes import StopSignals, make_missing
 from tests.common import ROOT
 from tests.runs import (
+    CPU,
     ENV,
     by_torchrun,
     children,
@@ -33,7 +34,8 @@ from tests.runs import (
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name, status", [("SIGTERM", 0), ("SIGUSR1", 0), ("SIGINT", 130)]
+    "name, status",
+    [("SIGTERM", 0), ("SIGUSR1", 0), ("SIGHUP", 0), ("SIGINT", 130)],
 )
 def test_a_signal_ends_a_run_after_its_step_saved(world, tmp_path, start, name, status):
     endless = dict(max_steps=100_000, save_interval=100_000, num_workers=1)
@@ -45,6 +47,15 @@ def test_a_signal_ends_a_run_after_its_step_saved(world, tmp_path, start, name, 
     step = read_log(run.out)[-1]["step"]
     assert f"stopped after step {step}, which is saved" in err
     assert torch.load(run.out / "state.pt", weights_only=True)["step"] == step
+
+
+def test_nohup_keeps_a_run_from_ending_with_its_terminal():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    StopSignals(CPU)
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    stop = StopSignals(CPU)
+    assert signal.getsignal(signal.SIGHUP) == stop.receive
 
 
 @pytest.mark.slow

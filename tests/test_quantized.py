@@ -13,6 +13,9 @@ from plumbing.console import InputError
 from plumbing.quantized import (
     QuantizedLinear,
     compile_rows,
+    int8_saturates,
+    multiply_int8_on_cpu,
+    pack,
     quantize,
     quantize_linears,
     shapes_of,
@@ -160,6 +163,16 @@ def test_matrices_with_scales_are_taken_as_they_are(kind):
     one, _ = quantized_copy(model, kind, tensors)
     other, _ = quantized_copy(model, kind)
     assert torch.equal(one.logits(one(x)), other.logits(other(x)))
+
+
+@pytest.mark.parametrize("reduce_range", [False, True], ids=["8_bits", "7_bits"])
+def test_int8_products_are_close_where_they_do_not_saturate(reduce_range):
+    weight, x = torch.randn(64, 256), torch.randn(3, 256)
+    packed = pack(*quantize(weight, "int8"))
+    y = multiply_int8_on_cpu(x, packed, reduce_range)
+    error = (y - x @ weight.T).norm() / (x @ weight.T).norm()
+    is_right = error < 0.02
+    assert is_right or (int8_saturates() and not reduce_range)
 
 
 @pytest.mark.slow

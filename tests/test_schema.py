@@ -38,12 +38,19 @@ def test_an_unreadable_config_json_is_named(tmp_path, content, words):
 
 def test_a_config_may_import_and_define_helpers(tmp_path):
     lines = ["from pathlib import Path", "import math", "_root = Path('data')"]
-    lines += ["def half(x): return x / 2", "lr = half(2e-4)", "data = str(_root / 'a')"]
+    lines += [
+        "root = Path()",
+        "def half(x): return x / 2",
+        "lr = half(2e-4)",
+        "data = str(_root / 'a')",
+    ]
     (tmp_path / "c.py").write_text("\n".join(lines))
     config = load_config(str(tmp_path / "c.py"), {})
     assert (config.lr, Path(config.data)) == (1e-4, Path("data/a"))
     (tmp_path / "c.py").write_text("root = 'data'")
-    with pytest.raises(InputError, match="'root'; begin names of your own with _"):
+    with pytest.raises(
+        InputError, match="'root'; begin names of your own with an underscore"
+    ):
         load_config(str(tmp_path / "c.py"), {})
 
 

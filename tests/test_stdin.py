@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import chat
+from plumbing.console import InputError
 from tests.common import EXAMPLE, ROOT
 
 STAR = "What color is the star?"
@@ -84,6 +85,27 @@ def test_json_tells_all_about_an_answer(run):
         run(EXAMPLE, f"--prompt={STAR}", "--json", "--max_new_tokens=2").out
     )
     assert cut["tokens"] == 2 and not cut["ended"]
+
+
+def test_with_json_stdout_has_answers_alone(run):
+    talk = f"/image {EXAMPLE}\nHi\n/undo\n/show\n/set seed 3\n/help\n/x\n/clear\nHi\n"
+    out, err = run("--json", stdin=talk)
+    assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["Hi", "Hi"]
+    for words in ("seen", "Forgotten: Hi", "/x: unknown command", "begins"):
+        assert words in err
+
+
+def test_a_picture_that_is_not_there_is_named_and_nothing_is_answered(run):
+    out, err = run(stdin="/undo\nWhat is in photos/typo.png?\n/tmp/typo.png What?\n")
+    assert out == "There is no question yet.\n"
+    for name in ("photos/typo.png", "/tmp/typo.png"):
+        assert f"error: {name}: there is no such picture on this computer" in err
+    _, err = run(stdin="See a.heic\n/tmp/b.png What is this?")
+    assert "/tmp/b.png: there is no such picture" in err
+    with pytest.raises(InputError, match="cat.jpeg: there is no such picture"):
+        run("--prompt=What is in https://example.org/cat.jpeg?")
+    out, _ = run("--prompt=What is a .png?", "--max_new_tokens=2")
+    assert out
 
 
 def test_a_picture_in_the_prompt_is_shown_and_none_is_noted(run):

@@ -34,6 +34,7 @@ def change(folder, name, **settings):
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ids_equal_transformers(folders, family):
     ours = open_tokenizer("", folders[family])
@@ -162,7 +163,7 @@ def test_broken_files_raise_one_line(tmp_path, content):
 
 def test_a_missing_package_is_named(folders, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(InputError, match="json: .*pip install tokenizers$"):
+    with pytest.raises(InputError, match="json needs the package tokenizers: pip "):
         open_tokenizer("", folders["qwen3"])
 
 

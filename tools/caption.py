@@ -38,6 +38,8 @@ class Options(chat.Options):
     retry: bool = option(False, "try the pictures that failed again")
 
 
+ROW_START = b'{"image": '
+
 # Every `talk` is a chat.Chat, every `o` the Options.
 
 # ---- files ---------------------------------------------------------------------------
@@ -87,6 +89,8 @@ def read_lines(path):
             file.write(b"\n")
     elif rest.rstrip().endswith(b"}"):
         raise InputError(f"{path}: its last line is not JSON; mend it")
+    elif not ROW_START.startswith(rest[: len(ROW_START)]):
+        raise InputError(f"{path}: not a file of captions; give another --out")
     elif rest:
         os.truncate(path, path.stat().st_size - len(rest))
     lines.pop("", None)

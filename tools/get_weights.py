@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +27,13 @@ from configs.prompts import INSTRUCTIONS, suggest_template
 from configs.schema import load_config, write_saved_config
 from llama import perplexity
 from model import KINDS
-from plumbing.console import InputError, note, printable, run_main
+from plumbing.console import (
+    InputError,
+    note,
+    optional_package,
+    printable,
+    run_main,
+)
 from plumbing.files import read_json, replacing, start_of
 from plumbing.options import check_name, option, read_options
 from plumbing.tokenizer import BESIDE_TOKENIZER, TOKENIZER_FILES, read_chat_template
@@ -129,14 +135,10 @@ class Options:
 
 def hub():
     """The package huggingface_hub."""
-    with suppress(ImportError):
-        import huggingface_hub
-
-        if hasattr(huggingface_hub, "DryRunFileInfo"):  # since 1.0
-            return huggingface_hub
-    raise InputError(
-        "huggingface_hub is missing or too old: pip install -U huggingface_hub"
-    )
+    package = optional_package("huggingface_hub", "downloading")
+    if not hasattr(package, "DryRunFileInfo"):  # since 1.0
+        raise InputError("huggingface_hub is too old: pip install -U huggingface_hub")
+    return package
 
 
 def explain(error, repo):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configs.schema import read_saved_config
-from plumbing.console import InputError, run_main
+from plumbing.console import InputError, optional_package, run_main
 from plumbing.files import read_rows
 from plumbing.options import option, read_options
 
@@ -65,13 +65,8 @@ def read_log(run):
 def main(argv):
     runs, options, _ = read_options(argv, __doc__, "RUN_FOLDER ...", Options())
     logs = [read_log(run) for run in runs or ["RUN_FOLDER"]]
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise InputError(
-            "plotting needs the package matplotlib: pip install matplotlib"
-        ) from e
-    figure = Figure((9, 7), layout="constrained")
+    figures = optional_package("matplotlib.figure", "plotting")
+    figure = figures.Figure((9, 7), layout="constrained")
     panels = figure.subplots(len(PANELS), sharex=True)
     for panel, (key, label) in zip(panels, PANELS.items()):
         for i, (run, curves) in enumerate(zip(runs, logs)):

@@ -33,7 +33,13 @@ from statistics import median
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from plumbing.console import InputError, printable, progress, run_main
+from plumbing.console import (
+    InputError,
+    optional_package,
+    printable,
+    progress,
+    run_main,
+)
 from plumbing.files import replacing
 from plumbing.options import option, read_options
 from plumbing.sources import index_tar, split_files
@@ -139,13 +145,8 @@ def write_tsv(path, rows):
 
 
 def write_parquet(path, rows):
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as e:
-        raise InputError(
-            "a .parquet needs the package pyarrow: pip install pyarrow, or write a .tsv"
-        ) from e
+    pyarrow = optional_package("pyarrow", "a .parquet (a .tsv needs none)")
+    parquet = optional_package("pyarrow.parquet", "a .parquet")
     text = pyarrow.string()
     schema = pyarrow.schema([("url", text), ("caption", text)])
     with parquet.ParquetWriter(path, schema) as writer:

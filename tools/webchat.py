@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import chat
 from model import MiniGPT4
-from plumbing.console import InputError, run_main, set_plain
+from plumbing.console import InputError, optional_package, run_main, set_plain
 from plumbing.options import option, read_options
 
 # least, most, step
@@ -135,10 +135,10 @@ def main(argv):
     _, options, _ = read_options(argv, __doc__, "", Options())
     set_plain(options.plain)
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False"}
-    try:
-        import gradio
-    except ImportError as e:
-        raise InputError("the page needs the package gradio: pip install gradio") from e
+    for name in ("no_proxy", "NO_PROXY"):  # gradio opens the page to see if it is there
+        others = os.environ.get(name, "")
+        os.environ[name] = f"{others},127.0.0.1,localhost".strip(",")
+    gradio = optional_package("gradio", "the page")
     model, options = chat.load(options)
     page = Page(gradio, model, options).build()
     try:
