@@ -23,6 +23,7 @@ from plumbing.weights import (
     Part,
     build,
     check_companions,
+    check_initialized,
     check_sources,
     check_vocabulary,
     choose_quantization,
@@ -34,6 +35,7 @@ from plumbing.weights import (
     reset_part,
     save_hub_folder,
     save_tensors,
+    uninitialized_as_nan,
 )
 from qformer import JoinPatches, QFormer, QFormerConfig
 from vision import VisionConfig, VisionTransformer
@@ -345,13 +347,18 @@ class MiniGPT4(nn.Module):
         )
         check_vocabulary(tokenizer, llama_config.vocab_size)
         on_disk = [name for name, file in files.items() if file.tensors is not None]
-        model = cls(vision_config, qformer_config, llama_config, image_size, on_disk)
+        with uninitialized_as_nan():
+            model = cls(
+                vision_config, qformer_config, llama_config, image_size, on_disk
+            )
         model.tokenizer = tokenizer
         for name, part in model.parts.items():
             if name in on_disk:  # new parts are float32, and stay it
                 in_float32 = name in (*trainable, "proj")
                 part_dtype = torch.float32 if in_float32 else getattr(torch, dtype)
                 load_part(name, part, files[name], part_dtype, device)
+            else:
+                check_initialized(name, part)
             for module in part.modules.values():
                 module.to(device).requires_grad_(name in trainable)
         model.fingerprints = identify(model.parts, files)

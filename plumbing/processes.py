@@ -24,6 +24,7 @@ from plumbing.console import InputError, note
 # that end a run after its step; Windows has not all of them
 STOPPING = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")
 SIGNALS = [s for s in signal.Signals if s.name in STOPPING]
+MANY_FILES = 4096
 LAUNCHER = os.getppid()  # torchrun, or a shell
 
 
@@ -194,6 +195,7 @@ def ignore_signals(worker):
 
 def start_workers(dataset, order, n_workers: int) -> Iterator:
     """dataset[i] for each i of `order`, from data workers that start now."""
+    allow_many_files()
     loader = DataLoader(
         dataset,
         batch_size=None,
@@ -207,6 +209,17 @@ def start_workers(dataset, order, n_workers: int) -> Iterator:
         # PyTorch's handler would raise anywhere, also while a file is written
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     return items
+
+
+def allow_many_files():
+    """Let data workers share many tensors, of which each is an open file."""
+    with suppress(ImportError, ValueError, OSError):  # Windows has no such limit
+        import resource
+
+        _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+        if limit < MANY_FILES:
+            torch.multiprocessing.set_sharing_strategy("file_system")
 
 
 def make_missing(prepare: dict[str, str], used: list[str]):

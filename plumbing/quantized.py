@@ -5,7 +5,7 @@ of an output has a scale and an offset in bfloat16.
 """
 
 import os
-import shutil
+import subprocess
 import warnings
 from collections import defaultdict
 from functools import partial
@@ -199,8 +199,15 @@ def quantize_linears(model: nn.Module, kind: str, read_tensors, check, device):
 
 
 def can_compile(device) -> bool:
-    """Whether torch.compile works: on a CPU it needs a C++ compiler."""
-    return device.type != "cpu" or bool(shutil.which(os.environ.get("CXX", "g++")))
+    """Whether torch.compile works: on a CPU it needs a C++ compiler that works."""
+    if device.type != "cpu":
+        return True
+    command = [os.environ.get("CXX", "g++"), "-x", "c++", "-fsyntax-only", "-"]
+    try:
+        done = subprocess.run(command, input=b"int main() {}", capture_output=True)
+    except OSError:
+        return False
+    return done.returncode == 0
 
 
 def compile_blocks(model: nn.Module, device: torch.device):

@@ -24,6 +24,9 @@ ADVICE = (
     "the last checkpoint is kept; "
     "start again with a lower --lr, or with --grad_clip=1.0"
 )
+ADVICE_AT_START = (
+    "no step was: look at the data with tools/show_data.py, at the weights, at --lr"
+)
 MAX_FAILED = 20  # steps in a row whose loss or gradient is not finite
 
 
@@ -182,9 +185,10 @@ class RunLog(AbstractContextManager):
         self.last_failed = step
         append_row(self.file, step=step, not_finite=self.n_failed, samples=samples)
         if self.n_failed == MAX_FAILED:
+            is_start = step == MAX_FAILED
             raise InputError(
                 f"step {step}: the last {self.n_failed} losses or gradients were not "
-                f"finite; {ADVICE}"
+                f"finite; {ADVICE_AT_START if is_start else ADVICE}"
             )
 
     def progress(self, step: int, lr: float, seen: int, report: dict):

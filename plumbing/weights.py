@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -184,6 +185,28 @@ def build(module_class, config, is_from_file: bool):
     if hasattr(module, "reset_parameters"):
         module.reset_parameters()
     return module
+
+
+@contextmanager
+def uninitialized_as_nan():
+    """Fill new memory with NaN: what a new part forgets to initialize then shows."""
+    was = torch.are_deterministic_algorithms_enabled()
+    # The public function imports the compiler, which takes a second.
+    torch._C._set_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch._C._set_deterministic_algorithms(was)
+
+
+def check_initialized(name: str, part: Part):
+    """Raise InputError for a new part with values that are NaN or infinite."""
+    for key, tensor in part.tensors().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise InputError(
+                f"{name}: {key} has no initial values, or infinite ones; "
+                "set them in its constructor or in reset_parameters"
+            )
 
 
 def identify(parts: dict[str, Part], files: Files) -> Marks:

@@ -302,6 +302,78 @@ def test_a_model_with_a_tokenizer_json_comes_with_the_commands_that_train_it(
     assert stage1.out_dir != stage2.out_dir
 
 
+@pytest.mark.slow
+def test_a_damaged_download_is_found_and_fetched_again(hub, tmp_path, local):
+    """Zeros in its middle, as a power cut leaves them; the length is right."""
+    file = f"{TINYLLAMA}/model.safetensors"
+    half = (hub.root / file).stat().st_size // 2
+    hub.cut[file] = half
+    fails(hub, tmp_path, "tinyllama", *local, before=SMALL_CHUNKS)
+    (begun,) = (tmp_path / "hf").rglob("*.incomplete")
+    content = begun.read_bytes()
+    begun.write_bytes(content[:-500] + bytes(500))
+    hub.cut.clear()
+    done = start(hub, tmp_path, "tinyllama")
+    assert done.returncode == 0, done.stderr
+    assert "model.safetensors: damaged, its hash is not the hub's" in done.stderr
+    (cached,) = (tmp_path / "hf").rglob("snapshots/*/model.safetensors")
+    assert cached.read_bytes() == (hub.root / file).read_bytes()
+
+
+def test_a_hash_of_git_or_of_the_whole_content(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"hello")
+    git = "b6fc4c620b67d95f953a5c1c1230aaab5db5a1b0"  # git hash-object
+    sha256 = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
+    for mark in (git, sha256, "of another kind", None):
+        assert get_weights.is_intact(path, mark)
+    path.write_bytes(b"hallo")
+    assert not get_weights.is_intact(path, git)
+    assert not get_weights.is_intact(path, sha256)
+
+
+GDOWN = """
+import sys, types
+def download(id, output):
+    assert id == '1HihQtCEXUyBM1i9DQbaK934wW3TZi-h5'
+    import shutil
+    shutil.copyfile('drive.pth', output)
+sys.modules['gdown'] = types.SimpleNamespace(download=download)
+import importlib.util
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name: name == 'gdown' or find_spec(name)
+"""
+
+
+@pytest.mark.slow
+def test_the_projection_before_stage_2_comes_with_the_command_that_trains_it(
+    hub, tmp_path, local
+):
+    torch.save({"model": fake.official("proj")}, tmp_path / "drive.pth")
+    done = start(hub, tmp_path, "vicuna-7b", *local, "--stage=1", before=GDOWN)
+    assert done.returncode == 0, done.stderr
+    run = "out/vicuna-7b-stage1"
+    config = json.loads((tmp_path / run / "config.json").read_text())
+    assert (config["template"], config["proj"]) == ("", "proj.safetensors")
+    assert not [name for name in hub.fetched() if MIRROR in name]
+    *_, talk, train = done.stdout.splitlines()
+    assert talk.endswith(f"PICTURE --ckpt={run}")
+    *_, path, llama, proj = train.split()
+    given = {"llama": llama.partition("=")[2], "proj": proj.partition("=")[2]}
+    config = load_config(tmp_path / path, given)
+    assert (config.template, config.proj) == ("vicuna", f"{run}/proj.safetensors")
+    assert config.llama == "weights/vicuna-7b"
+    message = fails(hub, tmp_path, "llama2-7b", "--stage=1")
+    assert "--stage=1: llama2-7b has no published one" in message
+
+
+@pytest.mark.slow
+def test_what_is_given_is_checked_before_the_hub_is_asked(hub, tmp_path):
+    (tmp_path / "llama").mkdir()
+    message = fails(hub, tmp_path, "vicuna-7b", "--llama=llama")
+    assert "llama" in message and not hub.requests
+
+
 @pytest.mark.parametrize("name", get_weights.RECIPES)
 def test_every_recipe_has_a_config_for_its_parts(name):
     recipe = get_weights.RECIPES[name]

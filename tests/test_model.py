@@ -7,7 +7,7 @@ from torch import nn
 
 from model import MiniGPT4
 from plumbing.console import InputError
-from plumbing.weights import load_tensors
+from plumbing.weights import Part, load_tensors
 from qformer import QFormer
 from tests.runs import changed_llama, micro, run
 
@@ -111,3 +111,34 @@ def test_new_parts_draw_only_what_their_own_rules_ask_for(world):
     model.bridge.reset_parameters()
     proj = nn.Linear(model.proj.in_features, model.proj.out_features)
     assert torch.equal(model.proj.weight, proj.weight)
+
+
+class Gate(nn.Module):
+    """A part with a value that nobody sets."""
+
+    def __init__(self, fill=None):
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(4))
+        if fill is not None:
+            nn.init.constant_(self.scale, fill)
+
+
+@pytest.mark.parametrize(
+    "fill, is_right", [(None, False), (float("inf"), False), (1.0, True)], ids=str
+)
+def test_a_new_part_needs_initial_values(world, fill, is_right):
+    files = {name: world[name] for name in ("vision", "qformer", "llama")}
+
+    class WithGate(MiniGPT4):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.gate = Gate(fill)
+            self.parts["gate"] = Part({"": self.gate})
+
+    if is_right:
+        model = WithGate.from_files(**files)
+        assert model.gate.scale.tolist() == [1.0] * 4
+    else:
+        with pytest.raises(InputError, match="^gate: scale has no initial values"):
+            WithGate.from_files(**files)
+    assert not torch.are_deterministic_algorithms_enabled()

@@ -92,7 +92,8 @@ def gib(tensors):
 def count_parameters(model):
     """Print a table of the parts: parameters, trainable ones, memory."""
     print(f"{'part':<10}{'parameters':>16}{'trainable':>16}{'GiB':>9}")
-    rows = {name: list(model.part_tensors(name).values()) for name in PARTS}
+    names = dict.fromkeys((*PARTS, *model.parts))  # a new part stands at the end
+    rows = {name: list(model.part_tensors(name).values()) for name in names}
     rows["all"] = list(model.parameters())
     for name, tensors in rows.items():
         total = sum(t.numel() for t in tensors)

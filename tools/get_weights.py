@@ -3,6 +3,7 @@
     python tools/get_weights.py vicuna-7b
     python tools/get_weights.py vicuna-13b --proj=Downloads/pretrained_minigpt4.pth
     python tools/get_weights.py llama2-7b --llama=NousResearch/Llama-2-7b-chat-hf
+    python tools/get_weights.py vicuna-7b --stage=1     to train stage 2 from it
     python tools/get_weights.py smollm2-135m     for the tiny world
     python tools/get_weights.py smollm2-1.7b     to train with configs/stage1_smollm2.py
 
@@ -12,12 +13,14 @@ continues. Any source can be a path or a repo of the hub. For the small language
 nobody has published a projection: the last lines are the commands that train one.
 """
 
+import hashlib
 import os
 import re
 import shutil
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,6 +58,9 @@ WEIGHTS = (
 )
 
 
+PARTS = ("vision", "qformer", "llama", "proj")
+
+
 class Recipe(NamedTuple):
     """What a model is made of."""
 
@@ -63,6 +69,7 @@ class Recipe(NamedTuple):
     proj: str = ""  # file name of the official projection
     drive: str = ""  # its id on Google Drive, the only official place
     mirror: str = ""  # a repo with a copy
+    stage1_drive: str = ""  # the official projection before stage 2, on Google Drive
     settings: dict = {}  # override the config's
     stage2: str = ""  # in configs/; without a projection, the second one to train with
 
@@ -84,12 +91,14 @@ RECIPES = {
         "prerained_minigpt4_7b.pth",  # spelled so
         "1RY9jV0dyqLX-o38LrumkKRh6Jtaop58R",
         "ckpt/minigpt4-7B",
+        "1HihQtCEXUyBM1i9DQbaK934wW3TZi-h5",
     ),
     "vicuna-13b": Recipe(
         "stage2",
         "Vision-CAIR/vicuna",
         "pretrained_minigpt4.pth",
         "1a4zLvaiDBr-36pasffmgpvH5P7CKmpze",
+        stage1_drive="1u9FRRBB3VovP1HxCAlpD9Lw4t4P6-Yq8",
         settings={"llama": "weights/vicuna-13b"},
     ),
     "llama2-7b": Recipe(
@@ -128,6 +137,12 @@ class Options:
     qformer: str = option("", "like --vision")
     llama: str = option("", "a LLaMA's folder or repo")
     proj: str = option("", "a .pth, a converted .safetensors, or a repo")
+    stage: int = option(
+        2,
+        "1: the projection before stage 2, which vicuna-7b and vicuna-13b have",
+        least=1,
+        most=2,
+    )
 
 
 # ---- the hub ---------------------------------------------------------------------
@@ -151,7 +166,7 @@ def explain(error, repo):
             "then set HF_TOKEN or run `hf auth login`"
         )
     if isinstance(error, errors.RepositoryNotFoundError):
-        return "there is no such repo, or it is private"
+        return "there is no such repo, or it is private, or HF_TOKEN is no longer valid"
     if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
         return f"not in the cache, and the hub is out of reach: {reason}"
     if isinstance(error, errors.EntryNotFoundError):
@@ -164,6 +179,8 @@ def explained(part, repo, name):
     """Turn an exception of the hub's library into an InputError of one line."""
     try:
         yield
+    except InputError:
+        raise
     except Exception as e:  # it lets through what its HTTP client raises
         raise InputError(
             f"{repo}/{name}: {explain(e, repo)}; another source can be given, --{part}="
@@ -187,31 +204,56 @@ def look_up(part, repo, name, optional=False):
 def fetch(part, repo, name):
     """Download a file to the hub's cache, unless it is there; return its path.
 
-    hf_hub_download alone would restart an interrupted download from its first byte.
+    hf_hub_download alone would restart an interrupted download from its first byte. A
+    file that is not what the hub has is downloaded again, once.
     """
     info = look_up(part, repo, name)
     path = Path(info.local_path)
     begun = Path(f"{path}.incomplete")  # holds the beginning of a download
     if info.will_download:
-        from huggingface_hub.file_download import http_get
-
-        url = hub().hf_hub_url(repo, name, revision=info.commit_hash)
-        headers = hub().utils.build_hf_headers()
         path.parent.mkdir(parents=True, exist_ok=True)
         with hub().utils.WeakFileLock(f"{path}.lock"), explained(part, repo, name):
             if not path.exists():  # else another process was faster
-                with open(begun, "ab") as file:
-                    http_get(
-                        url,
-                        file,
-                        resume_size=file.tell(),
-                        headers=headers,
-                        expected_size=info.file_size,
-                        displayed_filename=name,
-                    )
+                download(repo, name, info, begun)
                 begun.rename(path)
     with explained(part, repo, name):
         return Path(hub().hf_hub_download(repo, name))
+
+
+def download(repo, name, info, begun):
+    """Download the rest of a file. Raises InputError if it comes damaged twice."""
+    from huggingface_hub.file_download import http_get
+
+    url = hub().hf_hub_url(repo, name, revision=info.commit_hash)
+    mark = hub().get_hf_file_metadata(url).etag
+    for _ in range(2):
+        with open(begun, "ab") as file:
+            http_get(
+                url,
+                file,
+                resume_size=file.tell(),
+                headers=hub().utils.build_hf_headers(),
+                expected_size=info.file_size,
+                displayed_filename=name,
+            )
+        if is_intact(begun, mark):
+            return
+        note(f"{name}: damaged, its hash is not the hub's; it is downloaded again")
+        begun.unlink()
+    raise InputError(f"{repo}/{name}: damaged twice on its way; try another connection")
+
+
+def is_intact(path, mark):
+    """Whether a file has the hub's hash: SHA-256, or Git's for a small file."""
+    if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", mark or ""):
+        return True  # a mirror may have other marks
+    digest = hashlib.sha256()
+    if len(mark) == 40:
+        digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode())
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest() == mark
 
 
 # ---- where the parts come from ---------------------------------------------------
@@ -339,8 +381,13 @@ def find_sources(options, recipe, config):
     """The sources of all parts that are still to be made. Prints what is kept."""
     repos = {"llama": recipe.llama, "proj": recipe.mirror}
     sources = []
-    for part, given in vars(options).items():
-        target = getattr(config, part)
+
+    def is_asked_of_the_hub(part):
+        given = getattr(options, part)
+        return not given or not os.path.exists(os.path.expanduser(given))
+
+    for part in sorted(PARTS, key=is_asked_of_the_hub):  # what is wrong shows at once
+        given, target = getattr(options, part), getattr(config, part)
         if not target:
             continue
         if os.path.exists(target):
@@ -363,7 +410,7 @@ def find_sources(options, recipe, config):
                 f"--{part}={given}: there is no such path, and it is no repo, "
                 "OWNER/NAME"
             )
-    return sources
+    return sorted(sources, key=lambda source: PARTS.index(source.part))
 
 
 def find_by_hand(recipe):
@@ -371,11 +418,28 @@ def find_by_hand(recipe):
     if os.path.exists(recipe.by_hand):
         print(f"proj    {recipe.by_hand}")
         return recipe.by_hand
-    way = "by hand"
+    if find_spec("gdown"):
+        return fetch_from_drive(recipe)
+    way = "by hand, or with the package gdown"
     if recipe.mirror:
         way = f"from {recipe.mirror}, a mirror that is not official"
     print(f"proj    {way}; official: {recipe.official}")
     return ""
+
+
+def fetch_from_drive(recipe):
+    """Download the official projection from Google Drive; return its path."""
+    gdown = optional_package("gdown", "Google Drive")
+    print(f"proj    {recipe.by_hand} <- Google Drive, {recipe.drive}")
+    Path(recipe.by_hand).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with replacing(recipe.by_hand) as temporary:
+            gdown.download(id=recipe.drive, output=str(temporary))
+            start_of(temporary)  # raises InputError for a web page
+    except Exception as e:  # it raises what its HTTP client raises
+        reason = " ".join(str(e).split())
+        raise InputError(f"Google Drive: {reason}; fetch {recipe.official}") from e
+    return recipe.by_hand
 
 
 # ---- making them -----------------------------------------------------------------
@@ -451,7 +515,7 @@ def make(source):
     print(f"{part:8}{target}: made")
 
 
-def try_out(run, llama):
+def try_out(run, llama, stage):
     """Ask about a picture. A bad answer gets a warning with its likely cause."""
     talk = chat.Chat(*chat.load(chat.Options(ckpt=run, temperature=0.0, check=True)))
     talk.add_image(f"{ROOT}/assets/tiny/example.png")
@@ -459,6 +523,9 @@ def try_out(run, llama):
     print(f"{INSTRUCTIONS[0]} (assets/tiny/example.png)\n{printable(answer)}")
     is_broken = is_fragment(answer, "description") or repeats_itself(answer)
     if talk.turns[-1].ended and not is_broken:
+        return
+    if stage == 1:
+        note("note: broken and repeated sentences are expected before stage 2")
         return
     text = (ROOT / "assets/paragraph.txt").read_text().strip()
     if perplexity(talk.model.llama, talk.model.tokenizer, text) > 100:
@@ -471,6 +538,36 @@ def try_out(run, llama):
             "7B with 13B)"
         )
     note(f"warning: this answer is a fragment or repeats itself: likely {cause}")
+
+
+def finish(config, stage):
+    """Try a run out, and print the commands that use it."""
+    run = config.out_dir
+    if not os.path.exists(f"{run}/config.json"):
+        write_saved_config(config)
+    try:
+        try_out(run, config.llama, stage)
+    except InputError as e:
+        raise InputError(
+            f"{e}; remove what was made from a wrong source, and start again"
+        ) from e
+    print(f"python {os.path.relpath(ROOT / 'chat.py')} PICTURE --ckpt={run}")
+    if stage == 1:
+        train = os.path.relpath(ROOT / "train.py")
+        parts = f"--llama={config.llama} --proj={run}/proj.safetensors"
+        print(f"python {train} {config_path('stage2')} {parts}")
+
+
+def before_stage2(name, recipe):
+    """The recipe of the model as it was before stage 2."""
+    if not recipe.stage1_drive:
+        raise InputError(f"--stage=1: {name} has no published one; leave it out")
+    return recipe._replace(
+        config="stage1",
+        proj=f"minigpt4_{name}_stage1.pth",
+        drive=recipe.stage1_drive,
+        mirror="",
+    )
 
 
 def config_path(name):
@@ -501,10 +598,14 @@ def main(argv):
     recipe = RECIPES[check_name(name, RECIPES, "command line")]
     path = config_path(recipe.config)
     run = f"out/{name}"
+    if options.stage == 1:
+        recipe = before_stage2(name, recipe)
+        path = config_path(recipe.config)
+        run = f"{run}-stage1"
     proj = f"{run}/proj.safetensors" if recipe.proj else ""
     config = load_config(path, recipe.settings | {"out_dir": run, "proj": proj})
-    for part, place in vars(options).items():
-        if place and not getattr(config, part):
+    for part in PARTS:
+        if getattr(options, part) and not getattr(config, part):
             raise InputError(f"--{part}: {name} has no {part}; leave it out")
     if proj and not os.path.exists(proj):
         open_folder(config)  # refuses to overwrite another run
@@ -514,16 +615,7 @@ def main(argv):
     for source in sources:
         make(source)
     if os.path.exists(proj):
-        if not os.path.exists(f"{run}/config.json"):
-            write_saved_config(config)
-        try:
-            try_out(run, config.llama)
-        except InputError as e:
-            raise InputError(
-                f"{e}; remove what was made from a wrong source, and start again"
-            ) from e
-        print(f"python {os.path.relpath(ROOT / 'chat.py')} PICTURE --ckpt={run}")
-        return
+        return finish(config, options.stage)
     convert.measure_perplexity(config.llama)
     if recipe.proj:
         raise InputError(
