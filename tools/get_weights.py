@@ -166,7 +166,8 @@ def explain(error, repo):
             "then set HF_TOKEN or run `hf auth login`"
         )
     if isinstance(error, errors.RepositoryNotFoundError):
-        return "there is no such repo, or it is private, or HF_TOKEN is no longer valid"
+        hint = ", or your token is no longer valid" if hub().get_token() else ""
+        return f"there is no such repo, or it is private{hint}"
     if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
         return f"not in the cache, and the hub is out of reach: {reason}"
     if isinstance(error, errors.EntryNotFoundError):
@@ -515,7 +516,7 @@ def make(source):
     print(f"{part:8}{target}: made")
 
 
-def try_out(run, llama, stage):
+def try_out(run, llama, stage=2):
     """Ask about a picture. A bad answer gets a warning with its likely cause."""
     talk = chat.Chat(*chat.load(chat.Options(ckpt=run, temperature=0.0, check=True)))
     talk.add_image(f"{ROOT}/assets/tiny/example.png")
