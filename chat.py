@@ -17,6 +17,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
@@ -388,19 +389,23 @@ def say(talk: Chat, message: str, is_script: bool = False):
         note(speed(talk))
 
 
+def as_dict(turn: Turn) -> dict:
+    """A turn as JSON has it."""
+    return {
+        "prompt": turn.question,
+        "pictures": [picture.path for picture in turn.pictures],
+        "answer": turn.answer,
+        "ended": turn.ended,
+    }
+
+
 def as_json(talk: Chat) -> str:
     """The last answer."""
-    turn = talk.turns[-1]
-    return json.dumps(
-        {
-            "prompt": turn.question,
-            "pictures": [picture.path for picture in turn.pictures],
-            "answer": turn.answer,
-            "tokens": talk.stats["answer_tokens"],
-            "seconds": round(talk.stats["seconds"], 3),
-            "ended": turn.ended,
-        }
-    )
+    stats = {
+        "tokens": talk.stats["answer_tokens"],
+        "seconds": round(talk.stats["seconds"], 3),
+    }
+    return json.dumps(as_dict(talk.turns[-1]) | stats)
 
 
 def why_unfinished(talk: Chat, was_stopped: bool) -> str:
@@ -488,12 +493,15 @@ def list_options(talk, text):
 
 def save(talk, path):
     path = os.path.expanduser(path.strip("'\""))
-    rows = []
-    for turn in talk.turns:
-        pictures = [picture.path for picture in turn.pictures]
-        rows.append(turn._asdict() | {"pictures": pictures})
-    terminal.write_conversation(path, rows)
-    tell(talk, f"{path}: {len(rows)} answers written")
+    turns = list(map(as_dict, talk.turns))
+    options = {name: getattr(talk.options, name) for name in SETTINGS}
+    about = {
+        "model": talk.options.ckpt or "the tiny model",
+        "template": talk.options.template,
+        "options": options,
+    }
+    terminal.write_conversation(path, about, turns)
+    tell(talk, f"{path}: {len(turns)} answers written")
 
 
 def print_help(talk, text):
@@ -521,7 +529,9 @@ def carry_out(talk: Chat, command: str, text: str):
     if command in COMMANDS:
         COMMANDS[command](talk, text)
     elif command:
-        tell(talk, f"{command}: unknown command\n{HELP}")
+        near = get_close_matches(command, NAMES, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        tell(talk, f"{command}: unknown command{hint}\n{HELP}")
     elif text:
         say(talk, text)
 
@@ -530,7 +540,7 @@ def converse(talk: Chat):
     """Carry out messages and commands until one leaves or stdin ends."""
     is_terminal = sys.stdin.isatty()
     if is_terminal and not talk.options.plain:
-        terminal.set_up_readline(NAMES, "~/.nanominigpt4_history")
+        terminal.set_up_readline(NAMES, SETTINGS, "~/.nanominigpt4_history")
     while True:
         turns, new_pictures = talk.turns[:], talk.new_pictures
         try:

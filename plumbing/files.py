@@ -79,6 +79,21 @@ def append_row(file, **row):
         ) from e
 
 
+def lock(file, message: str):
+    """Keep other processes from writing to an open file, until this one ends.
+
+    Raises InputError with the message if another has it. To open and close the same
+    file again would end the lock.
+    """
+    with suppress(ImportError, OSError):  # Windows, or a file system without locks
+        from fcntl import LOCK_EX, LOCK_NB, lockf
+
+        try:
+            lockf(file, LOCK_EX | LOCK_NB)
+        except (BlockingIOError, PermissionError) as e:
+            raise InputError(message) from e
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path to write to; at the end, it replaces `path` in one move.

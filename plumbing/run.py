@@ -15,8 +15,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from plumbing.console import InputError, note
-from plumbing.files import append_row, replacing
+from plumbing.console import InputError, is_plain, note
+from plumbing.files import append_row, lock, replacing
 from plumbing.processes import all_sum, n_processes
 from plumbing.quantized import shapes_of
 
@@ -155,7 +155,10 @@ class RunLog(AbstractContextManager):
         folder.path.mkdir(parents=True, exist_ok=True)
         self.file = open_to_append(os.devnull if is_silent else folder.log)
         if not is_silent:
-            lock(self.file, folder.path)
+            lock(
+                self.file,
+                f"{folder.path}: another run writes to it; choose another --out_dir",
+            )
             # Through this file: to open and close it once more would end the lock.
             self.file.seek(0)
             self.file.truncate(length_until(self.file.buffer.read(), done))
@@ -164,8 +167,9 @@ class RunLog(AbstractContextManager):
             initial=done,
             unit="step",
             dynamic_ncols=True,
-            disable=is_silent,
+            disable=is_silent or is_plain(),
         )
+        self.is_silent = is_silent
 
     def __exit__(self, *error):
         self.bar.close()
@@ -196,7 +200,11 @@ class RunLog(AbstractContextManager):
         if report:
             append_row(self.file, step=step, lr=lr, seen=seen, **report)
             shown = {k: v for k, v in report.items() if k != "losses"}
-            self.bar.set_postfix(shown | {"lr": f"{lr:.1e}"}, refresh=False)
+            shown["lr"] = f"{lr:.1e}"
+            self.bar.set_postfix(shown, refresh=False)
+            if self.bar.disable:  # a log without a terminal gets lines
+                texts = [f"{name} {value}" for name, value in shown.items()]
+                self.write(f"step {step}: {', '.join(texts)}")
 
     def bad_samples(self, step: int, account):
         """How many samples could not be used so far."""
@@ -219,26 +227,13 @@ class RunLog(AbstractContextManager):
 
     def write(self, text: str):
         """Print above the bar."""
-        if not self.bar.disable:
+        if not self.is_silent:
             self.bar.write(text, file=sys.stderr)
 
 
 def open_to_append(path):
     """A text file to read and append to."""
     return open(path, "a+", encoding="utf-8", newline="\n")
-
-
-def lock(file, folder):
-    """Keep other runs from writing to a file; ends with this process."""
-    with suppress(ImportError, OSError):  # Windows, or a file system without locks
-        from fcntl import LOCK_EX, LOCK_NB, lockf
-
-        try:
-            lockf(file, LOCK_EX | LOCK_NB)
-        except (BlockingIOError, PermissionError) as e:
-            raise InputError(
-                f"{folder}: another run writes to it; choose another --out_dir"
-            ) from e
 
 
 def length_until(log: bytes, done: int) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import UnidentifiedImageError
 from torch.utils.data import get_worker_info
 
 from plumbing.console import InputError, note, printable, progress
@@ -32,14 +33,31 @@ class BadSample(Exception):
         self.kind = kind
 
 
+# Kinds of faults by the exceptions that tell of them
+KINDS = (
+    (FileNotFoundError, "missing file"),
+    (PermissionError, "file without permission"),
+    (UnidentifiedImageError, "not a picture"),
+    (json.JSONDecodeError, "not valid JSON"),
+    (UnicodeError, "not valid text"),
+    (KeyError, "missing key"),
+)
+
+
+def kind_of(error: BaseException, other: str) -> str:
+    """The kind of an error; `other` if it has none of its own."""
+    kinds = [kind for class_, kind in KINDS if isinstance(error, class_)]
+    return kinds[0] if kinds else other
+
+
 @contextmanager
 def foreign_bytes():
     """Report errors of other people's files as BadSample."""
     try:
         yield
     except (InputError, OSError) as e:
-        cause = e.__cause__ or e
-        raise BadSample(type(cause).__name__, str(e)) from e
+        kind = kind_of(e.__cause__ or e, "unreadable file")
+        raise BadSample(kind, str(e)) from e
 
 
 class Fault(NamedTuple):
@@ -146,8 +164,8 @@ class Source:
             with foreign_bytes():
                 return self.read_sample(*place)
         except MALFORMED as e:
-            kind = type(e).__name__
-            raise BadSample(kind, f"malformed, {kind}: {e}") from e
+            kind = kind_of(e, "malformed row")
+            raise BadSample(kind, f"{kind}: {e}") from e
 
     def places(self):
         """Yield (shard, row) of all samples."""
@@ -391,10 +409,20 @@ def read_list(path: Path):
     return [(f"annotation {i}", row) for i, row in enumerate(rows, 1)]
 
 
+# One at least is in every row.
+KEYS = {"image", "image_id", "caption", "text", "conversation", "conversations"}
+
+
 def read_row(row, folder) -> Sample:
     """Read a row in the format that its keys tell."""
     if not isinstance(row, dict):
         raise TypeError(f"{row!r:.50} is not a JSON object")
+    if not row.keys() & KEYS or "file_name" in row:  # the latter is ImageFolder's
+        names = ", ".join(map(str, row))
+        raise BadSample(
+            "unknown keys",
+            f"unknown keys {names:.80}; needed: image and caption, or conversation",
+        )
     if "conversations" in row:
         return read_llava(row, folder)
     if "conversation" in row:

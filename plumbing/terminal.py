@@ -162,8 +162,12 @@ def has_command(text: str, commands: Collection[str]) -> bool:
     return False
 
 
-def set_up_readline(commands: Collection[str], history: str):
-    """Switch on arrow keys, a history in a file, and Tab for commands and paths."""
+def set_up_readline(commands: Collection[str], settings: Collection[str], history: str):
+    """Switch on arrow keys, a history in a file, and Tab.
+
+    Tab completes commands, the names of settings after /set, and paths. Lines that are
+    pasted are one message.
+    """
     try:
         import readline
     except ImportError:  # on Windows
@@ -175,12 +179,14 @@ def set_up_readline(commands: Collection[str], history: str):
         atexit.register(readline.write_history_file, path)
 
     def complete(text, index):
-        at_start = readline.get_begidx() == 0
-        found = completions(text, commands if at_start else ())
+        found = completions(text, commands if readline.get_begidx() == 0 else ())
+        if readline.get_line_buffer().startswith("/set "):
+            found = [name for name in settings if name.startswith(text)]
         return [*found, None][index]  # None ends the list
 
     readline.set_completer(complete)
     readline.set_completer_delims(" \t\n\"'")
+    readline.parse_and_bind("set enable-bracketed-paste on")
     is_libedit = "libedit" in str(readline.__doc__)
     readline.parse_and_bind("bind ^I rl_complete" if is_libedit else "tab: complete")
 
@@ -196,13 +202,20 @@ def completions(text: str, commands: Collection[str]) -> list[str]:
     return found
 
 
-def write_conversation(path: str, rows: list[dict]):
-    """Write question, pictures (paths) and answer of each row, as JSON or Markdown."""
+def write_conversation(path: str, about: dict, turns: list[dict]):
+    """Write what a conversation is about and its turns, as JSON or else Markdown.
+
+    Raises InputError without a path, and for one that exists.
+    """
+    if not path or os.path.exists(path):
+        what = f"{path}: it exists already" if path else "/save wants a file name"
+        raise InputError(f"{what}; give a new one, such as talk.json or talk.md")
     blocks = []
-    for row in rows:
-        blocks += [f"![](<{picture}>)\n" for picture in row["pictures"]]
-        blocks += [f"**{row['question']}**\n", f"{row['answer']}\n"]
+    for turn in turns:
+        blocks += [f"![](<{picture}>)\n" for picture in turn["pictures"]]
+        blocks += [f"**{turn['prompt']}**\n", f"{turn['answer']}\n"]
     is_json = path.endswith(".json")
-    text = json.dumps(rows, indent=1) if is_json else "\n".join(blocks)
+    content = about | {"turns": turns}
+    text = json.dumps(content, indent=1) if is_json else "\n".join(blocks)
     with replacing(path) as file:
         file.write_text(text, "utf-8", "replace")

@@ -80,6 +80,18 @@ def save_tensors(path: str | Path, tensors: Tensors, dtype: str, metadata):
         cast[name] = tensor.detach().cpu().contiguous()
     with replacing(path) as temporary:
         save_file(cast, temporary, {"format": "pt"} | metadata)
+        sort_metadata(temporary)
+
+
+def sort_metadata(path: Path):
+    """Sort the metadata of a safetensors file, so that equal files have equal bytes."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
+        file.seek(8)
+        file.write(text.encode().ljust(size))
 
 
 def read_parts(sources: Sources, llama_config: type) -> Files:

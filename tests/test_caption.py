@@ -14,7 +14,7 @@ import chat
 import train
 from plumbing import console
 from plumbing.console import InputError
-from tests.common import readable
+from tests.common import TINY, readable
 from tools import caption, make_scenes, show_data
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -181,6 +181,36 @@ def test_mistakes_raise(folder, argv, words):
     Path("out").mkdir()
     with pytest.raises(InputError, match=words):
         caption.main(argv)
+
+
+def test_captions_of_another_prompt_or_model_are_not_mixed(folder):
+    caption.main(["photos/0.jpg", "--out=a.jsonl", "--max_new_tokens=4"])
+    before = Path("a.jsonl").read_text()
+    for change in ("--prompt=What?", "--num_beams=2", f"--ckpt={TINY}/stage1"):
+        with pytest.raises(InputError, match="a.jsonl: written with .*another --out"):
+            caption.main(["photos", "--out=a.jsonl", "--max_new_tokens=4", change])
+    assert Path("a.jsonl").read_text() == before
+
+
+WRITER = """
+import fcntl
+file = open("a.jsonl", "a")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("locked", flush=True)
+input()
+"""
+
+
+def test_two_at_once_are_refused(folder):
+    command = [sys.executable, "-c", WRITER]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as other:
+        assert other.stdout.readline() == b"locked\n"
+        with pytest.raises(InputError, match="a.jsonl: another process writes to it"):
+            caption.main(["photos/0.jpg", "--out=a.jsonl"])
+        other.communicate(b"\n")
+    caption.main(["photos/0.jpg", "--out=a.jsonl", "--max_new_tokens=4"])
+    assert len(lines("a.jsonl")) == 1
 
 
 @pytest.mark.parametrize(

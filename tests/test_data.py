@@ -454,15 +454,15 @@ def test_resuming_far_into_ten_thousand_shards_reads_only_what_comes_next(tmp_pa
 def test_a_tenth_of_bad_samples_is_left_out_counted_and_named_once(tmp_path, capfd):
     """2,400 samples, 240 broken in 12 ways; all good ones arrive, once."""
     ways = [
-        ({"jpg": picture(size=(200, 200))[:300]}, "OSError"),
-        ({"jpg": b"<html>404</html>"}, "UnidentifiedImageError"),
-        ({"jpg": bytes(range(256)) * 4}, "UnidentifiedImageError"),
+        ({"jpg": picture(size=(200, 200))[:300]}, "unreadable file"),
+        ({"jpg": b"<html>404</html>"}, "not a picture"),
+        ({"jpg": bytes(range(256)) * 4}, "not a picture"),
         ({"jpg": b""}, "no picture"),
-        ({"jpg": picture("L", (1, 1), "PNG")}, "InputError"),
-        ({"jpg": picture("1", (14_000, 14_000), "PNG")}, "DecompressionBombError"),
+        ({"jpg": picture("L", (1, 1), "PNG")}, "unreadable file"),
+        ({"jpg": picture("1", (14_000, 14_000), "PNG")}, "unreadable file"),
         ({"json": b""}, "no caption"),
         ({"json": None}, "no caption"),
-        ({"json": b'{"caption": "a d'}, "JSONDecodeError"),
+        ({"json": b'{"caption": "a d'}, "not valid JSON"),
         ({"json": b'{"url": "x"}'}, "caption is not a text"),
         ({"json": b'{"caption": 7}'}, "caption is not a text"),
         ({"json": b'{"caption": null}'}, "caption is not a text"),
@@ -523,7 +523,7 @@ def test_too_many_bad_samples_stop_the_run(tmp_path):
     )
     with pytest.raises(
         InputError,
-        match=r"cannot be used \(UnidentifiedImageError \d+\), more than max_bad",
+        match=r"cannot be used \(not a picture \d+\), more than max_bad",
     ):
         take(reader(str(tmp_path), batch_size=10), 40)
 
@@ -677,7 +677,7 @@ def test_bad_samples_before_the_first_good_ones_are_reported(tmp_path):
     samples, _ = open_samples(str(tmp_path), Config(), TOKENIZER, 28, N)
     good, (fault,) = samples.first(2)
     assert names([collate(good)]) == ["n0", "n2"]
-    assert fault.kind == "UnidentifiedImageError" and "a.tar:n1 (" in fault.message
+    assert fault.kind == "not a picture" and "a.tar:n1 (" in fault.message
 
 
 def encode(images):
@@ -707,7 +707,7 @@ def test_each_sample_gets_the_features_of_its_own_pictures(tmp_path, n_workers):
     precompute_features(samples, encode, config, "cpu")
     assert samples.features.shape == (15, 2, 3)
     good, (fault,) = samples.first(100)
-    assert fault.kind == "FileNotFoundError" or "picture" in fault.kind
+    assert fault.kind == "missing file" or "picture" in fault.kind
     brightness = {}
     for images, _, targets in good:
         text = TOKENIZER.decode([t for t in targets if t != IGNORE])

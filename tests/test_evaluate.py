@@ -1,6 +1,7 @@
 """tools/evaluate.py: what fails, what is right, answers that are kept, the tables."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -570,3 +571,60 @@ def test_wrong_options_are_refused_before_the_work(folder, argv, words):
     with pytest.raises(InputError, match=words):
         evaluate.main(argv)
     assert Path("a.jsonl").read_text() == line
+
+
+# ---- official files of VQA data sets -------------------------------------------------
+
+QUESTION = {"question": "What is it?", "question_id": 7, "image_id": 42}
+TEN = ["dog"] * 10
+OFFICIAL = {
+    "aokvqa": ({"a.json": [QUESTION | {"direct_answers": TEN}]}, f"{42:012d}.jpg", TEN),
+    "vqav2": (
+        {
+            "a.json": {"questions": [QUESTION], "data_subtype": "val2014"},
+            "b.json": {
+                "annotations": [{"question_id": 7, "answers": [{"answer": "dog"}] * 10}]
+            },
+        },
+        f"COCO_val2014_{42:012d}.jpg",
+        TEN,
+    ),
+    "gqa": (
+        {
+            "a.json": {
+                "9": {"imageId": "n1", "question": "What is it?", "answer": "dog"}
+            }
+        },
+        "n1.jpg",
+        ["dog"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_official_files_are_read_as_they_are(tmp_path, name):
+    files, picture, wanted = OFFICIAL[name]
+    for file, content in files.items():
+        (tmp_path / file).write_text(json.dumps(content))
+    names = [f"{tmp_path}/{file}" for file in files]
+    options = evaluate.Options(images="pictures")
+    got = evaluate.read_questions(names[0], "vqa", options, names)
+    pair = evaluate.Pair(os.path.join("pictures", picture), "What is it?")
+    assert got == [(pair, wanted)]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [[QUESTION], {"questions": [QUESTION]}, [3]],
+    ids=["no_answers", "no_annotations", "numbers"],
+)
+def test_an_official_file_without_answers_is_named(tmp_path, content):
+    path = f"{tmp_path}/a.json"
+    Path(path).write_text(json.dumps(content))
+    with pytest.raises(InputError, match="a.json: no official file of A-OKVQA"):
+        evaluate.read_questions(path, "vqa", evaluate.Options(), [path])
+
+
+def test_an_empty_answer_is_never_right():
+    scores = evaluate.vqa_scores([("the", True, ["a"]), ("", True, [""] * 10)])
+    assert scores["exact match"] == scores["soft accuracy"] == 0

@@ -37,10 +37,10 @@ BUDGETS = {
     "llama.py": 3900,
     "vision.py": 1800,
     "qformer.py": 900,
-    "chat.py": 3350,
-    "plumbing": 15_900,
+    "chat.py": 3400,
+    "plumbing": 16_400,
     "configs/schema.py": 1450,
-    "tools": 29_200,
+    "tools": 30_300,
 }
 DENSE = 25  # a line with more tokens is hard to read once
 LONGEST = 45  # code lines of a function
@@ -218,6 +218,7 @@ OPTIONAL = {  # tools say so in one line, or leave out a row, where one is missi
     ("webchat.py", "gradio"),
     ("plot.py", "matplotlib"),
     ("get_weights.py", "huggingface_hub"),
+    ("get_weights.py", "gdown"),
     ("tokenizer.py", "tokenizers"),
 }
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,20 @@ def test_a_picture_that_is_not_there_is_named_and_nothing_is_answered(run):
     assert out
 
 
+def test_a_file_that_exists_is_not_overwritten(run, tmp_path):
+    (tmp_path / "a.md").write_text("mine")
+    _, err = run(stdin=f"Hi\n/save {tmp_path}/a.md\n/save\n")
+    assert "a.md: it exists already; give a new one" in err
+    assert "/save wants a file name" in err
+    assert (tmp_path / "a.md").read_text() == "mine"
+
+
+def test_a_command_with_a_typing_mistake_is_hinted_at(run):
+    out, _ = run(stdin="/clear\n/undoo\n/zzz\n")
+    assert "/undoo: unknown command; did you mean /undo?" in out
+    assert "/zzz: unknown command\n" in out
+
+
 def test_a_picture_in_the_prompt_is_shown_and_none_is_noted(run):
     found = run(f"--prompt=What color is the star in '{EXAMPLE}'?")
     assert "red" in found.out and "no picture" not in found.err
@@ -122,8 +137,11 @@ def test_save_and_stats(run, tmp_path):
         and "MiB" in err
         and "stats               True" in out
     )
-    (row,) = json.loads((tmp_path / "a.json").read_text())
-    assert (row["question"], row["pictures"], row["ended"]) == (STAR, [EXAMPLE], True)
+    saved = json.loads((tmp_path / "a.json").read_text())
+    (row,) = saved["turns"]
+    assert (row["prompt"], row["pictures"], row["ended"]) == (STAR, [EXAMPLE], True)
+    assert saved["template"] == "vicuna" and saved["options"]["temperature"] == 0
+    assert "tiny" in saved["model"]
     assert row["answer"] in out
     text = (tmp_path / "a.md").read_text()
     assert f"![](<{EXAMPLE}>)\n\n**{STAR}**\n\n{row['answer']}\n" == text
@@ -134,7 +152,8 @@ def test_save_and_stats(run, tmp_path):
 )
 def test_a_conversation_that_cannot_be_saved_goes_on(run, path):
     out, err = run(EXAMPLE, stdin=f"{STAR}\n/save {path}\n/regenerate\n")
-    assert "cannot be written" in err and out.count("red") == 2
+    assert re.search("cannot be written|exists already|wants a file name", err)
+    assert out.count("red") == 2
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ pty = pytest.importorskip("pty")
 fcntl = pytest.importorskip("fcntl")
 termios = pytest.importorskip("termios")
 NAMES = ("/image", "/reset", "/regenerate", "/help")
+SETTINGS = ("top_p", "temperature")
 START = """
 from plumbing.console import run_main
 run_main(chat.main)
@@ -205,6 +206,22 @@ def test_tab_completes_commands_and_paths(start, tmp_path):
 
 
 @pytest.mark.slow
+def test_pasted_lines_are_one_message(start):
+    t = start(EXAMPLE)
+    t.see("you> ")
+    t.type("\033[200~What color is\nthe star?\033[201~\n")
+    t.see("red")
+    t.see("you> ")
+    t.type("/undo\n")
+    t.see("Forgotten: What color is")
+    t.see("you> ")
+    t.type("/undo\n")
+    t.see("There is no question yet")
+    t.type("/bye\n")
+    assert t.end() == 0
+
+
+@pytest.mark.slow
 def test_ctrl_c_stops_an_answer_and_at_the_prompt_leads_to_a_fresh_line(start):
     t = start(EXAMPLE, before=SLOW)
     t.see("you> ")
@@ -305,7 +322,7 @@ def completer(tmp_path, monkeypatch):
     """What readline calls at Tab, with the column where the word begins to be set."""
     readline = pytest.importorskip("readline")
     monkeypatch.setattr(terminal.atexit, "register", lambda *_: None)
-    terminal.set_up_readline(NAMES, str(tmp_path / "history"))
+    terminal.set_up_readline(NAMES, SETTINGS, str(tmp_path / "history"))
     assert (tmp_path / "history").exists()
 
     def complete(text, column):
@@ -326,11 +343,17 @@ def test_tab_offers_commands_at_the_start_of_a_line_alone(completer):
     assert completer(EXAMPLE[:-2], 7) == [EXAMPLE]
 
 
+def test_tab_offers_settings_after_set(completer, monkeypatch):
+    readline = pytest.importorskip("readline")
+    monkeypatch.setattr(readline, "get_line_buffer", lambda: "/set te")
+    assert completer("te", 5) == ["temperature"]
+
+
 def test_a_folder_without_permission_leaves_the_history_out(monkeypatch):
     readline = pytest.importorskip("readline")
     registered = []
     monkeypatch.setattr(terminal.atexit, "register", registered.append)
-    terminal.set_up_readline(NAMES, "/nowhere/history")
+    terminal.set_up_readline(NAMES, SETTINGS, "/nowhere/history")
     assert not registered and readline.get_completer()("/he", 0) is not None
     readline.set_completer(None)
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import chat
 from plumbing.console import InputError
+from plumbing.weights import load_tensors, save_tensors
 from tests.common import TINY, readable
 from tests.samples import PAGE, POINTER
 
@@ -215,3 +216,15 @@ def test_a_matrix_with_nan_is_not_quantized(tiny, dtype):
     save_file(tensors, tiny / "llama/model.safetensors")
     with pytest.raises(InputError, match="layers.1.mlp.up_proj.weight holds NaN"):
         chat.load(chat.Options(ckpt=str(tiny), device="cpu", dtype=dtype))
+
+
+def test_files_of_equal_tensors_have_equal_bytes(tmp_path):
+    """Also their metadata, which the library writes in any order."""
+    tensors = {name: torch.ones(3) for name in ("b", "a")}
+    metadata = {f"key {i}": f"valué {i}" for i in range(20)}
+    for name, items in (("one", metadata), ("two", reversed(metadata.items()))):
+        save_tensors(tmp_path / name, tensors, "float32", dict(items))
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    loaded, read = load_tensors(tmp_path / "one")
+    assert read == metadata | {"format": "pt"}
+    assert torch.equal(loaded["a"], tensors["a"])

@@ -6,7 +6,8 @@
 PICTURE is a picture, a folder (the pictures directly inside), a glob (** includes
 subfolders) or a .txt that lists pictures, one path a line. A line of --out is {"image":
 path from the folder of --out, "caption": ...}. A stopped run continues: pictures with a
-line are skipped. To start over, remove the file. Failures go, as {"image": ...,
+line are skipped; model and options, in captions.settings.json beside it, have to be the
+same. To start over, remove the file. Failures go, as {"image": ...,
 "error": ...}, to captions.errors.jsonl beside it; --retry tries these pictures again.
 """
 
@@ -24,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import chat
 from configs.prompts import is_end, stop_sequences, visible_answer
 from plumbing.console import InputError, printable, progress, run_main, set_plain
-from plumbing.files import SUFFIXES, append_row, read_rows
+from plumbing.files import SUFFIXES, append_row, lock, read_json, read_rows, replacing
 from plumbing.options import option, read_options
 from vision import load_image
 
@@ -39,6 +40,21 @@ class Options(chat.Options):
 
 
 ROW_START = b'{"image": '
+# The options that captions depend on
+RECORDED = (
+    "prompt",
+    "template",
+    "answer_end",
+    "dtype",
+    "temperature",
+    "top_p",
+    "repetition_penalty",
+    "num_beams",
+    "length_penalty",
+    "min_length",
+    "max_new_tokens",
+    "seed",
+)
 
 # Every `talk` is a chat.Chat, every `o` the Options.
 
@@ -215,6 +231,26 @@ def caption_all(talk, o, paths, good, bad):
     return n_cut
 
 
+def check_settings(talk, out, is_new):
+    """Record beside a file of captions what they depend on.
+
+    Raises InputError if captions of something else are in it.
+    """
+    settings = {"model": talk.model.fingerprints}
+    settings |= {name: getattr(talk.options, name) for name in RECORDED}
+    path = out.with_suffix(".settings.json")
+    if path.is_file() and not is_new:
+        known = read_json(path)
+        for name, value in settings.items():
+            if known.get(name, value) != value:
+                raise InputError(
+                    f"{out}: written with {name} = {known[name]!r}, not {value!r}; "
+                    "give another --out"
+                )
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(settings, indent=1))
+
+
 def main(argv):
     names, o, _ = read_options(argv, __doc__, "PICTURE ...", Options())
     set_plain(o.plain)
@@ -242,10 +278,13 @@ def main(argv):
         print(printable(f"{out}: {what}, --retry tries them again"))
         return
     talk = start_chat(o)
-    if o.retry:
-        forget_failures(errors, pictures)
-    with open(out, "a") as good, open(errors, "a") as bad:
-        n_cut = caption_all(talk, o, new, good, bad)
+    with open(out, "a") as good:
+        lock(good, f"{out}: another process writes to it; give another --out")
+        check_settings(talk, out, is_new=not done)
+        if o.retry:
+            forget_failures(errors, pictures)
+        with open(errors, "a") as bad:
+            n_cut = caption_all(talk, o, new, good, bad)
     print(
         f"{len(read_lines(out))} captions ({n_cut} new ones cut off), "
         f"{len(read_lines(errors))} failures"

@@ -53,6 +53,7 @@ from plumbing.weights import (
     hub_weight_files,
     load_tensors,
     read_weight_map,
+    sort_metadata,
 )
 from qformer import QFormer, QFormerConfig
 from train import open_folder
@@ -287,6 +288,7 @@ def write(path, tensors, dtype, **metadata):
             copied = tensor.to(dtype=torch_dtype(dtype), copy=True)
             cast[name] = copied.contiguous()
         save_file(cast, temporary, {"format": "pt"} | metadata)
+        sort_metadata(temporary)
 
 
 def shapes_of(tensors):

@@ -30,8 +30,9 @@ pope        lines of {"image": ..., "text": ..., "label": "yes" or "no"}. By
             RUCAIBox/POPE's rule, an answer with "no", "No" or "not" before its first
             full stop is a no, any other a yes; `yes` is the share of those
 vqa         lines of {"image": ..., "question": ..., "answers": [...]}, or with one
-            "answer". Exact match is with any of them, after VQA's normalization; soft
-            accuracy is VQA's, of questions with ten answers
+            "answer"; or the official files of A-OKVQA, GQA, and, each with questions
+            and annotations, OK-VQA and VQAv2. Exact match is with any of them, after
+            VQA's normalization; soft accuracy is VQA's, of questions with ten answers
 """
 
 import json
@@ -41,6 +42,7 @@ import re
 import sys
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,7 +52,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import chat
 from configs.prompts import INSTRUCTIONS
 from plumbing.console import InputError, note, printable, progress, run_main
-from plumbing.files import append_row, read_rows, replacing
+from plumbing.files import append_row, lock, read_rows, replacing
 from plumbing.options import check_options, option, override, parse_args
 from plumbing.weights import fingerprint
 from tools import caption
@@ -240,6 +242,7 @@ def ask(talk, options, pairs, label):
     unreadable = []
     new = _new_answers(talk, missing, options.batch_size, unreadable)
     with path.open("a") as file:
+        lock(file, f"{path}: another process writes to it; give another --answers")
         for pair, answer in progress(new, label, total=len(missing)):
             known[keys[pair]] = answer
             append_row(file, **dict(zip(KEYS, keys[pair] + answer)))
@@ -463,7 +466,8 @@ def vqa_scores(given):
     matches = []
     for answer, _, wanted in given:
         text = normalize(answer)
-        matches.append([text == normalize(x) for x in wanted])
+        # an empty answer, or one of articles alone, is never right
+        matches.append([bool(text) and text == normalize(x) for x in wanted])
     soft = [soft_accuracy(same) for same in matches if len(same) == 10]
     return {
         "exact match": percent(sum(map(any, matches)), len(matches), 2),
@@ -494,24 +498,94 @@ def _parse_question(line, task):
     return row["image"], question, wanted
 
 
-def read_questions(file, task, options):
-    """A file with one JSON object a line -> [(Pair, [label] or people's answers)]."""
+@lru_cache(maxsize=2)  # questions and annotations
+def _read_whole(file):
+    """The list or object that a whole file is; {} for lines."""
+    try:
+        content = json.loads(Path(file).read_bytes())
+    except (ValueError, RecursionError):
+        return {}
+    if isinstance(content, dict) and not {"questions", "annotations"} & content.keys():
+        are_questions = all(isinstance(value, dict) for value in content.values())
+        return content if are_questions else {}
+    return content
+
+
+def _read_official(file, names):
+    """The official file of a VQA data set -> rows of our own; None for another file.
+
+    A-OKVQA's is a list, GQA's {id: question}. VQAv2's and OK-VQA's has `questions`,
+    whose answers are in another of the files `names`.
+    """
+    content = _read_whole(file)
+    if not content:
+        return None
+    try:
+        if isinstance(content, list):
+            return [_coco_row(row, row["direct_answers"]) for row in content]
+        if "questions" in content:
+            answers = _official_answers(names)
+            subset = content.get("data_subtype", "")
+            rows = content["questions"]
+            return [_coco_row(q, answers[q["question_id"]], subset) for q in rows]
+        return [_gqa_row(row) for row in content.values()]
+    except (KeyError, TypeError) as e:
+        raise InputError(
+            f"{file}: no official file of A-OKVQA, OK-VQA, VQAv2 or GQA: no {e}; "
+            "OK-VQA and VQAv2 need the questions and the annotations, two files"
+        ) from e
+
+
+def _official_answers(names):
+    """{question's id: people's answers} of all files with `annotations`."""
+    answers = {}
+    for name in names:
+        content = _read_whole(name)
+        if "annotations" in content:
+            for row in content["annotations"]:
+                given = [answer["answer"] for answer in row["answers"]]
+                answers[row["question_id"]] = given
+    return answers
+
+
+def _gqa_row(row):
+    return f"{row['imageId']}.jpg", row["question"], [row["answer"]]
+
+
+def _coco_row(row, answers, subset=""):
+    """A question about a picture of COCO, whose file names hold its id."""
+    name = f"{int(row['image_id']):012d}.jpg"
+    name = f"COCO_{subset}_{name}" if subset else name
+    return name, row["question"], answers
+
+
+def read_questions(file, task, options, names):
+    """A file of questions -> [(Pair, [label] or people's answers)]."""
+    rows = _read_official(file, names) if task == "vqa" else None
+    rows = _read_lines(file, task) if rows is None else rows
     questions = []
-    for number, line in enumerate(Path(file).read_bytes().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            picture, question, wanted = _parse_question(line, task)
-        except (ValueError, KeyError, TypeError, RecursionError) as e:
-            raise InputError(
-                f"{file}:{number}: not a line of {task} ({e!r}); --help shows one"
-            ) from e
+    for picture, question, wanted in rows:
         path = os.path.join(options.images, picture)
         prompt = options.prompt.replace("{}", question)
         questions.append((Pair(path, prompt), wanted))
     if not questions:
         raise InputError(f"{file}: no questions in it; give files of {task}")
     return questions[: options.n]
+
+
+def _read_lines(file, task):
+    """A file with one JSON object a line -> (picture, question, wanted) of each."""
+    rows = []
+    for number, line in enumerate(Path(file).read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(_parse_question(line, task))
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
+            raise InputError(
+                f"{file}:{number}: not a line of {task} ({e!r}); --help shows one"
+            ) from e
+    return rows
 
 
 def _prompts_about(names, n):
@@ -529,7 +603,8 @@ def evaluate_pictures(task, options, names):
     if task == "failures":
         questions = _prompts_about(names, options.n)
     else:
-        questions = {name: read_questions(name, task, options) for name in names}
+        asked = [name for name in names if "annotations" not in _read_whole(name)]
+        questions = {name: read_questions(name, task, options, names) for name in asked}
     pairs = [pair for rows in questions.values() for pair, _ in rows]
     if not any(os.path.isfile(pair.picture) for pair in pairs):
         raise InputError(

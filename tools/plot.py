@@ -71,10 +71,12 @@ def main(argv):
     for panel, (key, label) in zip(panels, PANELS.items()):
         for i, (run, curves) in enumerate(zip(runs, logs)):
             color = f"C{i}"
-            panel.plot(*zip(*curves.get(key, [(0, 0)])), color=color, label=run)
+            # matplotlib leaves out labels that begin with _, and reads $ as a formula
+            name = " " + run.replace("$", r"\$")
+            panel.plot(*zip(*curves.get(key, [(0, 0)])), color=color, label=name)
             if key == "loss" and "heldout_loss" in curves:
                 dots = zip(*curves["heldout_loss"])
-                panel.plot(*dots, "o", color=color, label=f"{run}, held out")
+                panel.plot(*dots, "o", color=color, label=f"{name}, held out")
         panel.set(ylabel=label, ylim=(0, None))
     panels[-1].set(xlabel="samples")
     panels[0].legend()
