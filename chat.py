@@ -575,9 +575,13 @@ def main(argv: list[str]):
         if path == "-":
             show(talk, sys.stdin.buffer.read())
         else:
+            path = terminal.as_path(path)
             show(talk, Path(path).read_bytes() if is_pipe else path)
     is_optional = bool(options.prompt)
-    text = "" if "-" in pictures else terminal.read_piped_text(is_optional)
+    text = "" if "-" in pictures else terminal.read_piped(is_optional)
+    if isinstance(text, bytes):
+        show(talk, text)
+        text = ""
     if options.prompt or (text and not terminal.has_command(text, NAMES)):
         parts = filter(None, (text, options.prompt))
         return say(talk, "\n".join(parts), is_script=True)

@@ -13,6 +13,7 @@ import math
 import os
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from PIL import ExifTags, Image, ImageOps
 from torch import nn
 
 from plumbing.console import InputError
+from plumbing.files import HEIF_SUFFIXES
 from plumbing.weights import init_weights
 
 # CLIP's, of RGB values from 0 to 1
@@ -29,6 +31,7 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 # of PIL's formats; for EPS, PIL would start Ghostscript
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+HEIF = ("HEIF", "AVIF")  # formats that the package pillow-heif adds
 PLAIN_MODES = ("1", "L", "RGB", "CMYK", "YCbCr")  # without transparency, 8 bits
 TRANSPARENT_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
 MOST_BYTES = 1_200_000_000  # of memory to decode a picture
@@ -47,7 +50,10 @@ def load_image(source: str | bytes, image_size: int, smallest: int = 1) -> torch
         raise InputError(f"{name}: there is no such picture") from e
     except Exception as e:  # PIL's decoders raise nearly anything
         what = f"cannot be read as a picture ({e})"
-        raise InputError(f"{name}: {what}; give a JPEG, PNG or the like") from e
+        advice = "give a JPEG, PNG or the like"
+        if name.lower().endswith(HEIF_SUFFIXES):
+            advice = f"{advice}, or try pip install pillow-heif"
+        raise InputError(f"{name}: {what}; {advice}") from e
     if min(image.size) < smallest:
         size = f"{image.width} x {image.height}"
         raise InputError(f"{name}: only {size} pixels; give a larger picture")
@@ -59,7 +65,7 @@ def decode(source: str | bytes) -> Image.Image:
     file = source if isinstance(source, str) else io.BytesIO(source)
     if file is source and os.path.exists(file) and not os.path.isfile(file):
         raise ValueError("no regular file")  # reading a pipe could wait forever
-    with Image.open(file, formats=FORMATS) as image:
+    with Image.open(file, formats=(*FORMATS, *installed_heif())) as image:
         # before anything is decoded; the copies made by to_rgb count as well
         is_plain = image.mode in PLAIN_MODES and "transparency" not in image.info
         bytes_per_pixel = 6 if is_plain else 20
@@ -70,6 +76,17 @@ def decode(source: str | bytes) -> Image.Image:
             keep_only_orientation(image.getexif())
             ImageOps.exif_transpose(image, in_place=True)
         return image
+
+
+@cache
+def installed_heif() -> tuple[str, ...]:
+    """Those of HEIF that can be read."""
+    with suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    Image.init()
+    return tuple(name for name in HEIF if name in Image.OPEN)
 
 
 def keep_only_orientation(exif: Image.Exif):

@@ -12,6 +12,8 @@ from plumbing.console import InputError
 
 # of pictures
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+HEIF_SUFFIXES = (".heic", ".heif", ".avif")
+SUFFIXES += HEIF_SUFFIXES
 
 BOM = b"\xef\xbb\xbf"
 

@@ -1,6 +1,7 @@
 """The terminal: line editing, pictures as text, messages and the paths in them."""
 
 import atexit
+import io
 import json
 import os
 import re
@@ -29,6 +30,7 @@ LONG = '"""'  # begins and ends a message of several lines
 COLORED_BLOCK = "\x1b[38;2;{};{};{};48;2;{};{};{}m\u2580"  # upper half, lower half
 RESET = "\x1b[0m"
 PIPE_SECONDS = 5
+PICTURE_STARTS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"II*\0", b"MM\0*")
 
 
 def half_blocks(image: Tensor) -> str:
@@ -71,14 +73,19 @@ def _picture_in(word: re.Match):
     """The path of the picture that a word of a message names; "" if there is none."""
     in_double_quotes, in_quotes, escaped = word.groups(default="")
     path = in_double_quotes or in_quotes.replace(r"'\''", "'")
-    path = path or re.sub(r"\\(.)", r"\1", escaped)
-    if path.startswith("file://"):
-        path = unquote(re.sub("^file://(localhost)?", "", path))
+    path = as_path(path or re.sub(r"\\(.)", r"\1", escaped))
     for spelling in (path, path.strip(PUNCTUATION), word[0]):
         candidate = os.path.expanduser(spelling)
         if _is_picture(candidate):
             return candidate
     return ""
+
+
+def as_path(address: str) -> str:
+    """ "file:///tmp/a%20b.png" -> "/tmp/a b.png"; a path stays."""
+    if address.startswith("file://"):
+        return unquote(re.sub("^file://(localhost)?", "", address))
+    return address
 
 
 def _is_picture(path):
@@ -94,8 +101,7 @@ def check_pictures(text: str):
 
 
 def _is_named_like_a_picture(name):
-    suffixes = (*SUFFIXES, ".heic", ".heif", ".avif")
-    return name.lower().endswith(suffixes) and not name.startswith(".")
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
 def read_message(commands: Collection[str]) -> tuple[str, str]:
@@ -125,8 +131,10 @@ def read_message(commands: Collection[str]) -> tuple[str, str]:
     return first, "".join(rest)
 
 
-def read_piped_text(is_optional: bool) -> str:
-    """The text on stdin, without white space around it; "" from a terminal.
+def read_piped(is_optional: bool) -> str | bytes:
+    """The text on stdin, without white space around it, or a picture's file.
+
+    It is "" from a terminal.
 
     Optional text is waited for PIPE_SECONDS: under ssh or a scheduler, for instance,
     stdin may be an open pipe that nobody writes to.
@@ -139,9 +147,15 @@ def read_piped_text(is_optional: bool) -> str:
             "continuing without it (</dev/null saves the wait)"
         )
         return ""
+    content = b""
     with suppress(OSError):  # it cannot be read
-        return sys.stdin.read().replace("\0", "").strip()
-    return ""
+        if isinstance(sys.stdin, io.StringIO):  # has no bytes
+            content = sys.stdin.read().encode()
+        else:
+            content = sys.stdin.buffer.read()
+    if content.startswith(PICTURE_STARTS):
+        return content
+    return content.decode("utf-8-sig", "replace").replace("\0", "").strip()
 
 
 def _has_input():

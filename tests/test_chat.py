@@ -292,6 +292,12 @@ def test_missing_and_broken_pictures_are_named(tmp_path, content):
         load_image(str(path), 64)
 
 
+def test_a_picture_of_a_telephone_names_the_package_that_reads_it(tmp_path):
+    (tmp_path / "a.HEIC").write_bytes(b"\0\0\0 ftypheic" + bytes(20))
+    with pytest.raises(InputError, match="a.HEIC: .*pip install pillow-heif"):
+        load_image(str(tmp_path / "a.HEIC"), 64)
+
+
 def test_a_truncated_picture_is_named(tmp_path):
     buffer = io.BytesIO()
     Image.effect_noise((200, 200), 50).save(buffer, "JPEG")

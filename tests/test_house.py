@@ -35,10 +35,10 @@ BUDGETS = {
     "model.py": 2300,
     "data.py": 2950,
     "llama.py": 3900,
-    "vision.py": 1800,
+    "vision.py": 1900,
     "qformer.py": 900,
-    "chat.py": 3400,
-    "plumbing": 16_400,
+    "chat.py": 3450,
+    "plumbing": 16_500,
     "configs/schema.py": 1450,
     "tools": 30_300,
 }
@@ -220,6 +220,7 @@ OPTIONAL = {  # tools say so in one line, or leave out a row, where one is missi
     ("get_weights.py", "huggingface_hub"),
     ("get_weights.py", "gdown"),
     ("tokenizer.py", "tokenizers"),
+    ("vision.py", "pillow_heif"),
 }
 
 

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from configs.schema import Config, load_config
+from configs.schema import Config, load_config, read_saved_config
 from plumbing.options import override, parse_args
 from tests.common import ROOT
 from tests.runs import (
@@ -113,6 +114,16 @@ def test_the_committed_weights_are_small():
         sum(p.stat().st_size for p in (ROOT / "assets/tiny").rglob("*") if p.is_file())
         <= 10e6
     )
+
+
+def test_the_projections_for_smollm2_are_small_and_name_their_parts():
+    folder = ROOT / "assets/smol"
+    assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) < 1e6
+    for run in (folder, folder / "stage1"):
+        config = read_saved_config(str(run))
+        assert Path(config.llama).resolve() == ROOT / "weights/smollm2-135m"
+        for name in ("vision", "qformer", "proj"):
+            assert Path(getattr(config, name)).is_file()
 
 
 @pytest.mark.slow

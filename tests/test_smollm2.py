@@ -11,12 +11,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import chat
 from configs.prompts import TEMPLATES, encode_chat
 from llama import perplexity
 from model import MiniGPT4
 from plumbing.tokenizer import open_tokenizer
-from tests.common import ROOT
+from tests.common import EXAMPLE, ROOT
 from tests.families import random_text
+from tools.make_scenes import named_objects
 
 FOLDER = Path(os.environ.get("SMOLLM2", ROOT / "weights/smollm2-135m"))
 TEXT = (ROOT / "assets/paragraph.txt").read_text().strip()
@@ -90,3 +92,15 @@ def test_chat_and_greedy_answers_equal_transformers(theirs, their_tokenizer):
     got = list(model.generate(prompt, **options))
     assert got == want[0, len(prompt) :].tolist()
     assert "Rome" in model.tokenizer.decode(got)
+
+
+@pytest.mark.skipif(
+    FOLDER.resolve() != (ROOT / "weights/smollm2-135m").resolve(),
+    reason="the run names weights/smollm2-135m",
+)
+def test_the_shipped_projection_shows_it_the_example():
+    options = chat.Options(ckpt=str(ROOT / "assets/smol"), temperature=0.0)
+    talk = chat.Chat(*chat.load(options))
+    talk.add_image(EXAMPLE)
+    answer = "".join(talk.ask("Describe this image in detail."))
+    assert named_objects(answer) == {("red", "star"), ("yellow", "ring")}

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import chat
 from plumbing.console import InputError
@@ -107,6 +108,15 @@ def test_a_picture_that_is_not_there_is_named_and_nothing_is_answered(run):
         run("--prompt=What is in https://example.org/cat.jpeg?")
     out, _ = run("--prompt=What is a .png?", "--max_new_tokens=2")
     assert out
+
+
+def test_a_picture_on_stdin_needs_no_dash(run, tmp_path):
+    content = Path(EXAMPLE).read_bytes()
+    out, _ = run(f"--prompt={STAR}", stdin=content)
+    assert "red" in out
+    Image.open(EXAMPLE).convert("RGB").save(tmp_path / "a b.jpg")
+    address = (tmp_path / "a b.jpg").as_uri()
+    assert "red" in run(address, f"--prompt={STAR}").out
 
 
 def test_a_file_that_exists_is_not_overwritten(run, tmp_path):

@@ -455,20 +455,20 @@ def pipe(monkeypatch):
 def test_optional_text_is_read_from_a_pipe(pipe, capsys):
     pipe(" a\nb\n")
     pipe(None)
-    assert terminal.read_piped_text(is_optional=True) == "a\nb"
+    assert terminal.read_piped(is_optional=True) == "a\nb"
     assert capsys.readouterr().err == ""
 
 
 def test_a_pipe_that_was_closed_empty_is_not_waited_for(pipe, capsys):
     pipe(None)
     start = time.monotonic()
-    assert terminal.read_piped_text(is_optional=True) == ""
+    assert terminal.read_piped(is_optional=True) == ""
     assert time.monotonic() - start < 2 and capsys.readouterr().err == ""
 
 
 def test_optional_text_is_not_waited_for_without_end(pipe, capsys, monkeypatch):
     monkeypatch.setattr(terminal, "PIPE_SECONDS", 0.1)
-    assert terminal.read_piped_text(is_optional=True) == ""
+    assert terminal.read_piped(is_optional=True) == ""
     assert "nothing arrived on stdin" in capsys.readouterr().err
 
 
@@ -480,7 +480,7 @@ def test_text_that_comes_late_is_read(pipe):
         )
     )
     late.start()
-    assert terminal.read_piped_text(is_optional=True) == "a b"
+    assert terminal.read_piped(is_optional=True) == "a b"
     late.join(timeout=5)
 
 
@@ -488,7 +488,7 @@ def test_text_that_is_not_optional_is_waited_for(pipe, monkeypatch):
     monkeypatch.setattr(terminal, "PIPE_SECONDS", 0.1)
     late = threading.Timer(0.5, lambda: [pipe("late"), pipe(None)])
     late.start()
-    assert terminal.read_piped_text(is_optional=False) == "late"
+    assert terminal.read_piped(is_optional=False) == "late"
     late.join(timeout=5)
 
 
@@ -497,7 +497,7 @@ def test_a_file_on_stdin_is_read_at_once(tmp_path, content, monkeypatch, capsys)
     (tmp_path / "text").write_text(content)
     with open(tmp_path / "text") as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
-        assert terminal.read_piped_text(is_optional=True) == content.strip()
+        assert terminal.read_piped(is_optional=True) == content.strip()
     assert capsys.readouterr().err == ""
 
 
