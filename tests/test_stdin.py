@@ -183,9 +183,8 @@ def test_a_message_that_fails_leaves_nothing_behind(run, tmp_path):
         EXAMPLE, stdin="\n".join(lines).replace("a.json", f"{tmp_path}/a.json")
     )
     assert "no.png: cannot be read" in err and "room for; shorten it" in err
-    assert [
-        row["question"] for row in json.loads((tmp_path / "a.json").read_text())
-    ] == [STAR]
+    turns = json.loads((tmp_path / "a.json").read_text())["turns"]
+    assert [turn["prompt"] for turn in turns] == [STAR]
     assert (
         out.count("red") == 2
         and out.count("seen.") == out.count("Forgotten") == 9

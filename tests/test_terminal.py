@@ -216,7 +216,7 @@ def test_pasted_lines_are_one_message(start):
     t.see("Forgotten: What color is")
     t.see("you> ")
     t.type("/undo\n")
-    t.see("There is no question yet")
+    t.see("example.png")  # there was one question alone
     t.type("/bye\n")
     assert t.end() == 0
 
