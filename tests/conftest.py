@@ -5,6 +5,7 @@ Some hundreds per property, or by HYPOTHESIS_PROFILE=nightly 200,000."""
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import settings
 
 from model import MiniGPT4
 from tests.common import GOLDEN
+from tests.families import CONTROLS, write_tokenizer
 from tests.runs import Run
 from tools import make_scenes
 
@@ -84,3 +86,12 @@ def world(tmp_path_factory) -> dict:
         "stage2": f"{root}/stage2",
         "texts": f"{root}/texts.jsonl",
     }
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """{family: a folder with its tokenizer.json}."""
+    root = tmp_path_factory.mktemp("tokenizers")
+    for family in CONTROLS:
+        write_tokenizer(root / family, family)
+    return {family: root / family for family in CONTROLS}

@@ -1,7 +1,6 @@
 """Texts that look like parts of a template stay texts."""
 
 from itertools import cycle, zip_longest
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -41,7 +40,7 @@ from plumbing.console import InputError
 from plumbing.sources import Sample
 from plumbing.tokenizer import open_tokenizer, read_chat_template
 from tests.common import TOKENIZER
-from tests.families import CONTROLS, write_tokenizer
+from tests.families import CONTROLS
 from tests.samples import N
 
 FORGED = st.lists(
@@ -220,15 +219,6 @@ def test_pictures_stand_where_a_message_places_them(text, segments):
 # ---- models with a tokenizer.json ----------------------------------------------------
 
 MESSAGES = st.text(min_size=1).map(lambda text: f"a{text}b")
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> dict[str, Path]:
-    """{family: a folder with its tokenizer}."""
-    root = tmp_path_factory.mktemp("tokenizers")
-    for family in CONTROLS:
-        write_tokenizer(root / family, family)
-    return {family: root / family for family in CONTROLS}
 
 
 @pytest.mark.parametrize("family", CONTROLS)

@@ -5,7 +5,6 @@ import pickle
 import random
 import sys
 import unicodedata
-from pathlib import Path
 
 import pytest
 import transformers
@@ -18,15 +17,6 @@ from tests.common import ROOT
 from tests.families import CONTROLS, random_text, write_tokenizer
 
 FAMILIES = list(CONTROLS)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> dict[str, Path]:
-    """{family: a folder with its tokenizer}."""
-    root = tmp_path_factory.mktemp("tokenizers")
-    for family in FAMILIES:
-        write_tokenizer(root / family, family)
-    return {family: root / family for family in FAMILIES}
 
 
 def change(folder, name, **settings):
