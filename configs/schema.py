@@ -186,7 +186,7 @@ def load_config(path: str, options: dict) -> Config:
         # Modules, functions and the like are helpers.
         if not name.startswith("_") and isinstance(value, PLAIN):
             advice = "begin names of your own with an underscore"
-            check_name(name, vars(Config()), path, advice)
+            check_name(name, Config.__dataclass_fields__, path, advice)
             settings[name] = value
     config = override(override(Config(), settings, path), options)
     if config.lr < config.min_lr:  # not in Config: earlier runs are still read

@@ -24,7 +24,7 @@ from plumbing.console import InputError, note
 # that end a run after its step; Windows has not all of them
 STOPPING = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")
 SIGNALS = [s for s in signal.Signals if s.name in STOPPING]
-MANY_FILES = 4096
+MANY_FILES = 4096  # with fewer, tensors are shared by name instead
 LAUNCHER = os.getppid()  # torchrun, or a shell
 
 
