@@ -447,21 +447,22 @@ def beam_search(
     x: Tensor,
     seen: Tensor,
     max_new_tokens: int,
-    stops: tuple[list[int], ...],
+    ends: list[list[int]],
+    stops: tuple[list[int], ...] = (),
     num_beams: int = 5,
     repetition_penalty: float = 1.05,
     min_length: int = 0,
     length_penalty: float = 1.0,
-    n_ends: int = 1,
 ) -> list[int]:
     """The ids of the likeliest answer to a prompt x (1, T, D), as in Hugging Face's.
 
     An answer's score is the log-probability of its ids, over
     (its length with `<s>`, without its end) ** length_penalty. `seen`: see sample.
-    `stops`: the id sequences that end an answer. The first n_ends, of one id each, are
-    not allowed among the first min_length - 1 ids.
+    `ends` of one id, which are not allowed among the first min_length - 1, and the id
+    sequences `stops` end an answer.
     """
-    ends = [stop[0] for stop in stops[:n_ends]]
+    early_ends = [id for (id,) in ends]
+    stops = (*ends, *stops)
     cache = KVCache()
     beams = [Beam(0.0, [], 0)]
     finished: list[tuple[float, list[int]]] = []  # (score, ids), the best first
@@ -471,7 +472,7 @@ def beam_search(
         log_probs = log_probs[:, : seen.shape[1]]  # the tokenizer's ids
         log_probs = penalize(log_probs, seen, repetition_penalty)
         if length < min_length:
-            log_probs[:, ends] = -torch.inf
+            log_probs[:, early_ends] = -torch.inf
 
         candidates = continue_beams(beams, log_probs, (1 + len(stops)) * num_beams)
         for beam in candidates[:num_beams]:

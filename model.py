@@ -268,9 +268,9 @@ class MiniGPT4(nn.Module):
             [tokens], image_embeds, max_new_tokens, context
         )
         seen = self.penalized_ids(1)
-        stops = (*self.ends, *stop)
-        options["n_ends"] = len(self.ends)
-        return search_beams(self.llama, x, seen, max_new_tokens, stops, **options)
+        return search_beams(
+            self.llama, x, seen, max_new_tokens, self.ends, stop, **options
+        )
 
     def embed_prompts(self, prompts, image_embeds, max_new_tokens: int, context: int):
         """Embed B prompts, (B, T, d_llama), and find the length of the answer.

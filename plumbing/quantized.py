@@ -8,7 +8,7 @@ import os
 import subprocess
 import warnings
 from collections import defaultdict
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -109,6 +109,7 @@ def multiply_int8_on_cpu(rows, packed, reduce_range):
     return multiply(rows / largest, packed, reduce_range) * largest
 
 
+@cache
 def int8_saturates() -> bool:
     """Whether the kernel adds products in 16 bits, which overflow: without VNNI."""
     n = 64

@@ -115,13 +115,11 @@ class JsonTokenizer(Tokenizer):
         return self._tokenizer.decode([id], skip_special_tokens=False)
 
     def files(self) -> dict[str, bytes]:
-        ends = json.dumps({"eos_token_id": self.ends})
-        files = {"generation_config.json": ends.encode()}
         folder = Path(self.path).parent
-        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-            if (folder / name).is_file():
-                files[name] = (folder / name).read_bytes()
-        return files
+        names = ("tokenizer.json", *BESIDE_TOKENIZER)
+        files = {n: (folder / n).read_bytes() for n in names if (folder / n).is_file()}
+        ends = json.dumps({"eos_token_id": self.ends})
+        return files | {"generation_config.json": ends.encode()}
 
 
 def open_tokenizer(path: str | None, folder: str | Path = "") -> Tokenizer:
