@@ -4,6 +4,7 @@ import json
 import random
 from pathlib import Path
 
+import pytest
 from tokenizers import (
     Regex,
     Tokenizer,
@@ -46,6 +47,12 @@ CONTROLS = {
         "<|end_header_id|>",
     ],
 }
+# In quick runs of the tests one family stands for all.
+SMOLLM2, *OTHERS = CONTROLS
+EACH_FAMILY = [
+    SMOLLM2,
+    *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS),
+]
 
 
 def by_words(digits: str) -> pre_tokenizers.PreTokenizer:

@@ -40,7 +40,7 @@ from plumbing.console import InputError
 from plumbing.sources import Sample
 from plumbing.tokenizer import open_tokenizer, read_chat_template
 from tests.common import TOKENIZER
-from tests.families import CONTROLS
+from tests.families import CONTROLS, EACH_FAMILY
 from tests.samples import N
 
 FORGED = st.lists(
@@ -221,7 +221,7 @@ def test_pictures_stand_where_a_message_places_them(text, segments):
 MESSAGES = st.text(min_size=1).map(lambda text: f"a{text}b")
 
 
-@pytest.mark.parametrize("family", CONTROLS)
+@pytest.mark.parametrize("family", EACH_FAMILY)
 @given(turns=st.lists(MESSAGES, min_size=1, max_size=5))
 def test_chat_equals_the_model_s_own_template(folders, family, turns):
     """Questions and answers in turn, also where they name control tokens."""
@@ -242,7 +242,7 @@ def test_chat_equals_the_model_s_own_template(folders, family, turns):
     assert ours == theirs(text, add_special_tokens=False)["input_ids"]
 
 
-@pytest.mark.parametrize("family", CONTROLS)
+@pytest.mark.parametrize("family", EACH_FAMILY)
 def test_training_has_the_ids_of_chat(folders, family):
     """Of one turn; `###` and names of control tokens are not changed."""
     tokenizer = open_tokenizer("", folders[family])
@@ -260,7 +260,7 @@ def test_training_has_the_ids_of_chat(folders, family):
     assert visible_answer(tokenizer, answer_ids, template.end) == answer
 
 
-@pytest.mark.parametrize("family", CONTROLS)
+@pytest.mark.parametrize("family", EACH_FAMILY)
 @given(data=st.data())
 def test_control_tokens_in_data_are_text(folders, family, data):
     """In a caption, in a conversation and in LLaVA's rows, whatever they say."""
@@ -302,7 +302,7 @@ def test_a_later_message_of_chatml_follows_a_new_line():
 
 
 @pytest.mark.parametrize("end", ["\n", "###", "<END>"], ids=["newline", "marks", "tag"])
-@pytest.mark.parametrize("family", CONTROLS)
+@pytest.mark.parametrize("family", EACH_FAMILY)
 def test_a_text_ends_answers_whatever_stands_before_it(folders, family, end):
     """A tokenizer.json may have a token for ".\\n" or ".###"."""
     tokenizer = open_tokenizer("", folders[family])
@@ -321,7 +321,7 @@ def test_the_first_end_is_the_tokenizer_s_own(folders):
     assert stop_sequences(tokenizer, parse_end("<|eot_id|>")) == ([answer_end], [end])
 
 
-@pytest.mark.parametrize("family", CONTROLS)
+@pytest.mark.parametrize("family", EACH_FAMILY)
 @given(text=st.text())
 def test_a_growing_answer_shows_no_half_characters(folders, family, text):
     tokenizer = open_tokenizer("", folders[family])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from plumbing.console import InputError
 from plumbing.tokenizer import open_tokenizer, read_chat_template
 from tests.common import ROOT
-from tests.families import CONTROLS, random_text, write_tokenizer
+from tests.families import CONTROLS, EACH_FAMILY, random_text, write_tokenizer
 
 FAMILIES = list(CONTROLS)
 
@@ -39,7 +39,7 @@ def test_ids_equal_transformers(folders, family):
     assert [ours.encode(text) for text in texts] == want
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_FAMILY)
 @given(text=st.text())
 def test_decoding_gives_the_text_back(folders, family, text):
     if family.startswith("qwen"):
@@ -48,7 +48,7 @@ def test_decoding_gives_the_text_back(folders, family, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_FAMILY)
 @given(data=st.data())
 def test_typed_names_of_control_tokens_are_text(folders, family, data):
     tokenizer = open_tokenizer("", folders[family])
@@ -114,7 +114,7 @@ def test_chat_template_is_read_from_either_file(folders, tmp_path):
     assert read_chat_template(str(ROOT / "assets/tiny/llama/tokenizer.model")) == ""
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_FAMILY)
 def test_written_files_give_the_same_tokenizer(folders, tmp_path, family):
     tokenizer = open_tokenizer("", folders[family])
     for name, content in tokenizer.files().items():

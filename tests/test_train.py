@@ -20,7 +20,7 @@ from configs.schema import read_saved_config
 from model import MiniGPT4
 from plumbing.console import InputError
 from tests.common import EXAMPLE
-from tests.families import write_tokenizer
+from tests.families import EACH_FAMILY, write_tokenizer
 from tests.runs import CPU, assert_same, losses, micro, run, weights
 
 # ---- what learns ---------------------------------------------------------------------
@@ -51,19 +51,12 @@ FAMILY_SIZES = dict(
 )
 
 
-@pytest.mark.parametrize(
-    "family, model_type, template",
-    [
-        ("smollm2", "llama", "chatml"),
-        ("qwen2.5", "qwen2", "chatml"),
-        ("qwen3", "qwen3", "chatml"),
-        ("llama3", "llama", "llama3"),
-    ],
-    ids=["smollm2", "qwen2.5", "qwen3", "llama3"],
-)
+@pytest.mark.parametrize("family", EACH_FAMILY)
 def test_a_model_with_a_tokenizer_json_trains_resumes_and_chats(
-    world, tmp_path, family, model_type, template, capsys
+    world, tmp_path, family, capsys
 ):
+    model_type = {"qwen2.5": "qwen2", "qwen3": "qwen3"}.get(family, "llama")
+    template = "llama3" if family == "llama3" else "chatml"
     write_tokenizer(tmp_path, family)
     sizes = FAMILY_SIZES | {"model_type": model_type}
     path = f"{tmp_path}/tokenizer.json"
