@@ -68,12 +68,11 @@ class LlamaConfig:
         rope = sizes.get("rope_parameters") or sizes.get("rope_scaling") or {}
         model_type = sizes.get("model_type") or "llama"
         window = sizes.get("sliding_window") or 0
-        if not sizes.get("use_sliding_window", "qwen" not in model_type):
+        if not sizes.get("use_sliding_window", "qwen" not in str(model_type)):
             window = 0
-        if not isinstance(rope, dict) or not isinstance(window, int):
-            raise InputError(
-                f"{where}: rope_scaling or sliding_window is malformed; fetch it again"
-            )
+        for value, type_ in ((rope, dict), (window, int), (model_type, str)):
+            if not isinstance(value, type_):
+                raise InputError(f"{where}: {value!r} is malformed; fetch it again")
         if feature := unsupported_feature(sizes, rope, window):
             raise InputError(f"{where}: {feature} is not supported; take another model")
         check_has_sizes(sizes, where)

@@ -2,8 +2,12 @@
 
 import io
 import json
+import math
+import re
+import shutil
 import tarfile
 from dataclasses import fields, replace
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -17,11 +21,12 @@ from configs.prompts import END, is_end, stop_sequences
 from configs.schema import Config
 from data import Samples, draw_samples
 from llama import Tokenizer
+from model import MiniGPT4
 from plumbing.console import InputError
 from plumbing.options import override, parse_args
 from plumbing.sources import Rows, Shards, index_tar
 from plumbing.weights import load_tensors
-from tests.common import GOLDEN
+from tests.common import GOLDEN, ROOT
 from tests.samples import picture
 
 pytestmark = pytest.mark.slow  # hundreds of cases each
@@ -71,6 +76,35 @@ def test_a_config_is_taken_or_refused(values):
         assert (
             kept == value or isinstance(value, str) or isinstance(kept, (tuple, float))
         ), name
+
+
+NUMBERS = st.one_of(
+    st.integers(-(10**9), 10**9).map(str),
+    st.floats().map(str),
+    st.builds("{}e{}".format, st.integers(-99, 99), st.integers(-3, 9)),
+    st.sampled_from(["1_000", "1,000", "ten", "1k", "", " 5", "\u0663"]),
+)
+
+
+@given(name=st.sampled_from(["max_steps", "lr", "grad_accum", "seed"]), text=NUMBERS)
+def test_a_number_is_exactly_what_was_typed_or_refused(name, text):
+    try:
+        given = parse_args([f"--{name}={text}"], "", "[X ...]", Config)[1]
+        config = override(Config(), given)
+    except InputError as e:
+        assert name in str(e)
+        return
+    assert getattr(config, name) == float(text)
+
+
+@given(text=st.one_of(st.text(max_size=9), st.sampled_from(["none", "None", "null"])))
+def test_a_choice_is_one_of_those_offered_or_refused(text):
+    try:
+        config = override(Config(), parse_args([f"--dtype={text}"], "", "", Config)[1])
+    except InputError as e:
+        assert "dtype" in str(e)
+        return
+    assert config.dtype == text
 
 
 def damaged(content: bytes):
@@ -157,6 +191,8 @@ def test_any_json_is_a_sample_or_a_bad_one(tmp_path, rows, template):
     )
     good, faults = samples.first(9)
     assert len(good) + len(faults) == len(rows)
+    for fault in faults:
+        assert not re.search(r"[a-z]Error|Exception|Traceback", fault.kind), fault
 
 
 @FIXTURES
@@ -191,6 +227,96 @@ def test_a_damaged_weight_file_is_read_or_refused(tmp_path, content):
         assert sum(t.nbytes for t in tensors.values()) <= len(content) and isinstance(
             metadata, dict
         )
+
+
+LLAMA = ROOT / "assets/tiny/llama"
+# What other programs write into config.json, or add to the tensors
+CONFIG_CHANGES = st.dictionaries(
+    st.sampled_from(
+        [
+            "model_type",
+            "hidden_act",
+            "attention_bias",
+            "mlp_bias",
+            "sliding_window",
+            "use_sliding_window",
+            "rope_scaling",
+            "rope_parameters",
+            "quantization_config",
+            "torch_dtype",
+            "num_experts",
+        ]
+    ),
+    st.one_of(
+        VALUES,
+        st.sampled_from(["gelu", "mistral", "qwen2", "qwen3", "gemma2", "phi3"]),
+        st.sampled_from([{"rope_type": "yarn", "factor": 2.0}, {"type": "linear"}]),
+        st.just({"quant_method": "compressed-tensors", "bits": 8}),
+    ),
+    max_size=2,
+)
+ENDINGS = ["_scale", "_scale_inv", "_zero_point", ".absmax", "_old", "_g_idx"]
+CHANGED_TENSORS = st.lists(
+    st.one_of(
+        st.tuples(st.just("add"), st.sampled_from([*ENDINGS, ".bias"])),
+        st.tuples(st.just("drop"), st.just("")),
+        st.tuples(
+            st.just("cast"),
+            st.sampled_from(["int8", "uint8", "int64", "bool"]),
+        ),
+        st.tuples(st.just("spoil"), st.sampled_from([math.nan, math.inf])),
+        st.tuples(st.just("cut"), st.integers(1, 4)),
+    ),
+    max_size=2,
+)
+
+
+def changed_tensors(tensors, changes, data):
+    tensors = dict(tensors)
+    for what, how in changes:
+        name = data.draw(st.sampled_from(sorted(tensors)))
+        tensor = tensors[name]
+        if what == "add":
+            base = name.removesuffix(".weight") if how == ".bias" else name
+            tensors[base + how] = torch.full((len(tensor),), 0.5)
+        elif what == "drop":
+            del tensors[name]
+        elif what == "cast":
+            tensors[name] = tensor.to(getattr(torch, how))
+        elif what == "spoil" and tensor.is_floating_point():
+            tensors[name] = tensor.clone()
+            tensors[name].flatten()[0] = how
+        elif what == "cut":
+            tensors[name] = tensor[how:].clone()
+    return tensors
+
+
+def first_logits(folder):
+    llama = MiniGPT4.from_files(None, None, str(folder), dtype="float32").llama
+    with torch.no_grad():
+        return llama.logits(llama(llama.embed_tokens(torch.arange(3, 40)[None])))
+
+
+@cache
+def healthy():
+    """The tiny LLaMA: config.json, tensors, logits."""
+    config = json.loads((LLAMA / "config.json").read_text())
+    tensors, _ = load_tensors(LLAMA / "model.safetensors")
+    return config, {k: v.clone() for k, v in tensors.items()}, first_logits(LLAMA)
+
+
+@FIXTURES
+@given(config=CONFIG_CHANGES, changes=CHANGED_TENSORS, data=st.data())
+def test_foreign_weights_are_computed_right_or_refused(tmp_path, config, changes, data):
+    original, tensors, logits = healthy()
+    (tmp_path / "config.json").write_text(json.dumps(original | config))
+    tensors = changed_tensors(tensors, changes, data)
+    (tmp_path / "model.safetensors").write_bytes(save(tensors))
+    shutil.copy(LLAMA / "tokenizer.model", tmp_path)
+    try:
+        assert torch.equal(first_logits(tmp_path), logits)
+    except InputError as e:
+        assert "\n" not in str(e)
 
 
 @given(
