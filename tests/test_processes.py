@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -91,6 +92,15 @@ def test_messages_that_nobody_reads_do_not_end_a_run(world, tmp_path):
     process.stderr.close()
     assert process.wait(60) == 0
     assert read_log(tmp_path / "run")[-1]["step"] == 50
+
+
+@pytest.mark.slow
+def test_few_open_files_are_enough(world, tmp_path):
+    config = micro(world, tmp_path / "run", num_workers=1, length_group=64)
+    line = shlex.join(command(config))
+    done = subprocess.run(["sh", "-c", f"ulimit -n 128; {line}"], env=ENV, timeout=120)
+    assert done.returncode == 0
+    assert read_log(tmp_path / "run")[-1]["step"] == 6
 
 
 # ---- several processes ---------------------------------------------------------------
