@@ -7,6 +7,7 @@ one more entry of TEMPLATES.
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -90,6 +91,21 @@ TEMPLATES = {
         end=EOT,
     ),
 }
+
+
+def turn_marks(templates: Iterable[Template]) -> re.Pattern:
+    """What a text must not contain: what begins a turn or an answer, if it is text."""
+    patterns = ["#{3,}"]
+    for template in templates:
+        before = template.assistant
+        if template.end == END:  # else the end is there first
+            before = (*template.user, *before)
+        if not isinstance(template.end, Control):
+            patterns += [re.escape(s.strip()) for s in before if isinstance(s, str)]
+    return re.compile("|".join(filter(None, patterns)))
+
+
+MARKS = turn_marks(TEMPLATES.values())
 # Ends that are no text, as users type them
 ENDS = {"</s>": END, IM_END.name: IM_END, EOT.name: EOT}
 
@@ -131,7 +147,7 @@ def harmless(text: str, end: Segment = END) -> str:
     """
     if isinstance(end, Control):
         return text
-    text = re.sub(r"#{3,}|\[/?INST\]", lambda mark: " ".join(mark[0]), text)
+    text = MARKS.sub(lambda mark: " ".join(mark[0]), text)
     if text.endswith("#"):  # the template's ### may follow
         text += " "
     return text if end == END else text.replace(end, " ")

@@ -24,7 +24,9 @@ IN_DOUBLE_QUOTES = r'"([^"]+)"'
 IN_QUOTES = r"'((?:[^']|'\\'')+)'"
 ESCAPED = r"((?:\\.|\S)+)"
 WORD = re.compile(rf"(?<!\S)(?:{IN_DOUBLE_QUOTES}|{IN_QUOTES}|{ESCAPED})")
-PUNCTUATION = "?!.,;:()<>`"  # around a path in a sentence
+EAST_ASIAN = "\u3002\uff0c\u3001\uff01\uff1f\uff1a\uff1b\u300c\u300d\uff08\uff09"
+PUNCTUATION = "?!.,;:()<>`" + EAST_ASIAN  # around a path in a sentence
+ASCII = re.compile(r"[!-~]+")  # Chinese and Japanese have no spaces around a path
 LONG = '"""'  # begins and ends a message of several lines
 
 COLORED_BLOCK = "\x1b[38;2;{};{};{};48;2;{};{};{}m\u2580"  # upper half, lower half
@@ -58,8 +60,15 @@ def find_pictures(message: str) -> tuple[str, list[str]]:
 
     def take(word):
         path = _picture_in(word)
-        if not path:
-            return word[0]
+        if path:
+            paths.append(path)
+            return ""
+        return word[0] if word[0].isascii() else ASCII.sub(take_run, word[0])
+
+    def take_run(run):
+        path = os.path.expanduser(as_path(run[0].strip(PUNCTUATION)))
+        if not _is_picture(path):
+            return run[0]
         paths.append(path)
         return ""
 
@@ -94,7 +103,7 @@ def _is_picture(path):
 
 def check_pictures(text: str):
     """Raise InputError for a word that is named like a picture: "See typo.png?"."""
-    for word in text.split():
+    for word in (*text.split(), *ASCII.findall(text)):
         name = word.strip(PUNCTUATION + "'\"")
         if _is_named_like_a_picture(name):
             raise InputError(f"{name}: there is no such picture on this computer")

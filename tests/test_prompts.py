@@ -16,6 +16,7 @@ from configs.prompts import (
     SYSTEM,
     TEMPLATES,
     Control,
+    Template,
     chat_segments,
     check_template,
     encode_answer,
@@ -30,6 +31,7 @@ from configs.prompts import (
     stop_sequences,
     suggest_template,
     training_segments,
+    turn_marks,
     user_message,
     visible_answer,
 )
@@ -114,6 +116,17 @@ def test_a_caption_of_stage_1_ends_once(caption):
 @given(st.text(st.characters(exclude_characters="#[")))
 def test_other_texts_stay_as_they_are(text):
     assert harmless(text) == text == harmless(text, "###")
+
+
+def test_the_marks_of_a_new_template_are_defused_too():
+    vicuna_1_1 = Template(
+        system=("A chat.",), user=("USER: ",), assistant=(" ASSISTANT: ",), end=END
+    )
+    marks = turn_marks([*TEMPLATES.values(), vicuna_1_1])
+    for mark in ("###", "[INST]", "[/INST]", "USER:", "ASSISTANT:"):
+        assert marks.fullmatch(mark)
+    for text in ("Human: a", "assistant", "user\n", "a user", "", "<|im_end|>"):
+        assert not marks.search(text)
 
 
 # ---- the end of an answer ------------------------------------------------------------

@@ -14,7 +14,13 @@ import pytest
 import torch
 
 from plumbing import terminal
-from plumbing.terminal import completions, find_pictures, half_blocks
+from plumbing.console import InputError
+from plumbing.terminal import (
+    check_pictures,
+    completions,
+    find_pictures,
+    half_blocks,
+)
 from tests.common import EXAMPLE, ROOT
 
 pty = pytest.importorskip("pty")
@@ -422,6 +428,26 @@ def test_pictures_are_found_in_messages(tmp_path, spelling):
         f"Compare {tmp_path}/data.png please",
         [str(path), f"{tmp_path}/a.png"],
     )
+
+
+@pytest.mark.parametrize(
+    "message, text",
+    [
+        ("\u8bf7\u770b {}\u3002", "\u8bf7\u770b"),
+        (
+            "\u8bf7\u770b{}\u3002\u8fd9\u662f\u4ec0\u4e48\uff1f",
+            "\u8bf7\u770b\u3002\u8fd9\u662f\u4ec0\u4e48\uff1f",
+        ),
+        ("\u300c{}\u300d\u306f?", "\u300c\u300d\u306f?"),
+    ],
+    ids=["full stop", "chinese", "japanese"],
+)
+def test_paths_stand_between_chinese_or_japanese_words(tmp_path, message, text):
+    path = f"{tmp_path}/a.png"
+    with pytest.raises(InputError, match="there is no such picture"):
+        check_pictures(message.format(path))
+    (tmp_path / "a.png").touch()
+    assert find_pictures(message.format(path)) == (text, [path])
 
 
 def test_spaces_stay_in_a_message_without_pictures():
