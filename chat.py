@@ -374,15 +374,16 @@ def say(talk: Chat, message: str, is_script: bool = False):
     if talk.model.vision and not talk.n_pictures and not n_turns:
         note("note: no picture has been shown; /image PATH shows one")
     was_stopped = False
+    answer = terminal.Wrapper(terminal.answer_columns(talk.options.plain))
     try:
         for piece in talk.ask(question):
             if not talk.options.json:
-                print(printable(piece), end="", flush=True)
+                print(printable(answer.add(piece)), end="", flush=True)
     except KeyboardInterrupt:
         if is_script or len(talk.turns) == n_turns:
             raise
         was_stopped = True
-    print(as_json(talk) if talk.options.json else "")
+    print(as_json(talk) if talk.options.json else printable(answer.rest()))
     if not talk.turns[-1].ended:
         note(why_unfinished(talk, was_stopped))
     if talk.options.stats and talk.stats["answer_tokens"]:

@@ -51,6 +51,48 @@ def picture_width() -> int:
     return max(2, min(40, columns // 2 * 2))
 
 
+class Wrapper:
+    """Breaks the lines of a growing text at words. A word comes when it is complete."""
+
+    def __init__(self, columns: int):
+        self.columns = columns
+        self.column = 0  # where the last line ends
+        self.gap = ""  # white space after the words that were given back
+        self.word = ""  # not complete
+
+    def add(self, piece: str) -> str:
+        """The complete words of the text that were not given back before."""
+        *complete, self.word = re.split(r"(\s+)", self.word + piece)
+        words = ""
+        for word, gap in zip(complete[::2], complete[1::2]):
+            words += self._place(word)
+            self.gap += gap
+        return words
+
+    def rest(self) -> str:
+        """The end of the text."""
+        return self._place(self.word) + self.gap
+
+    def _place(self, word):
+        if not word:
+            return ""
+        before, self.gap = self.gap, ""
+        end = self.column + len(before) + len(word)
+        if "\n" not in before and self.column and end > self.columns:
+            before = "\n"
+        if "\n" in before:
+            end = len(before.rpartition("\n")[2]) + len(word)
+        self.column = end
+        return before + word
+
+
+def answer_columns(is_plain: bool) -> int:
+    """The width that answers are wrapped to; without a terminal they are not."""
+    if is_plain or not sys.stdout.isatty():
+        return sys.maxsize
+    return shutil.get_terminal_size().columns
+
+
 def find_pictures(message: str) -> tuple[str, list[str]]:
     """Split a message into its text and the paths of existing pictures in it."""
     whole = os.path.expanduser(message)

@@ -12,10 +12,13 @@ from contextlib import suppress
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from plumbing import terminal
 from plumbing.console import InputError
 from plumbing.terminal import (
+    Wrapper,
     check_pictures,
     completions,
     find_pictures,
@@ -448,6 +451,22 @@ def test_paths_stand_between_chinese_or_japanese_words(tmp_path, message, text):
         check_pictures(message.format(path))
     (tmp_path / "a.png").touch()
     assert find_pictures(message.format(path)) == (text, [path])
+
+
+@given(
+    pieces=st.lists(st.text("ab \n", max_size=8), max_size=9),
+    columns=st.integers(1, 20),
+)
+def test_answers_wrap_at_words(pieces, columns):
+    text = "".join(pieces)
+    wrapper = Wrapper(columns)
+    shown = "".join([*map(wrapper.add, pieces), wrapper.rest()])
+    assert shown.split() == text.split()
+    assert re.sub(r"\s", "", shown) == re.sub(r"\s", "", text)
+    for line in shown.rstrip().split("\n"):
+        assert len(line.rstrip()) <= columns or not re.search(r"\S\s+\S", line)
+    unbroken = Wrapper(sys.maxsize)
+    assert "".join([*map(unbroken.add, pieces), unbroken.rest()]) == text
 
 
 def test_spaces_stay_in_a_message_without_pictures():
