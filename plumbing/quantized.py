@@ -8,7 +8,7 @@ import os
 import subprocess
 import warnings
 from collections import defaultdict
-from functools import cache, partial
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -109,7 +109,6 @@ def multiply_int8_on_cpu(rows, packed, reduce_range):
     return multiply(rows / largest, packed, reduce_range) * largest
 
 
-@cache
 def int8_saturates() -> bool:
     """Whether the kernel adds products in 16 bits, which overflow: without VNNI."""
     n = 64
