@@ -4,7 +4,9 @@ import importlib
 import os
 import sys
 import unicodedata
+import warnings
 from contextlib import suppress
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -37,6 +39,18 @@ def note(text: str):
     """Print one line on stderr, unless this process is quiet."""
     if not _quiet:
         _print_line(text)
+
+
+def note_warnings():
+    """Print Pillow's warnings, which are about odd pictures, as notes."""
+    show = warnings.showwarning
+
+    def show_warning(message, category, filename, *rest):
+        if "PIL" in Path(filename).parts:
+            return note(f"note: a picture: {message}")
+        show(message, category, filename, *rest)
+
+    warnings.showwarning = show_warning
 
 
 def progress(items=None, label: str = "", **settings) -> tqdm:
@@ -103,6 +117,7 @@ def run_main(main):
     """Call `main(argv)`; a usage error becomes one line on stderr and exit status 2."""
     for name in ("stdin", "stdout", "stderr"):
         _prepare_stream(name)
+    note_warnings()
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from plumbing.console import InputError, note
+from plumbing.console import InputError, note, note_warnings
 
 # that end a run after its step; Windows has not all of them
 STOPPING = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")
@@ -187,8 +187,9 @@ def pick_device(name: str = "", index: int = 0) -> torch.device:
     return device
 
 
-def ignore_signals(worker):
+def set_up_worker(worker):
     """In a data worker: leave SIGNALS, which reach all processes, to the training."""
+    note_warnings()
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -202,7 +203,7 @@ def start_workers(dataset, order, n_workers: int) -> Iterator:
         sampler=order,
         num_workers=n_workers,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=ignore_signals,
+        worker_init_fn=set_up_worker,
     )
     items = iter(loader)
     if hasattr(signal, "SIGCHLD"):

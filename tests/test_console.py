@@ -5,14 +5,17 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
+from PIL import Image
 
 import chat
 import train
 from plumbing.console import (
     InputError,
     note,
+    note_warnings,
     optional_package,
     outlive_reader,
     printable,
@@ -22,6 +25,7 @@ from plumbing.console import (
 )
 from tests.common import ROOT, readable
 from tests.runs import ENV, command, micro, wait_until
+from vision import load_image
 
 
 @pytest.mark.parametrize(
@@ -186,3 +190,20 @@ def test_ctrl_c_ends_a_script_with_130_and_a_mistake_with_2(tmp_path):
         and "nowhere.png" in done.stderr
         and "Traceback" not in done.stderr
     )
+
+
+def test_pillow_s_warnings_are_notes_and_others_stay(tmp_path, monkeypatch, capsys):
+    others = []
+    monkeypatch.setattr(warnings, "showwarning", lambda *given: others.append(given))
+    warnings.simplefilter("always")  # pytest undoes it
+    broken = b"Exif\0\0MM\0*\0\0\0\x08\0\x05" + b"\x01\x12\0\x03\0\0\0\x01"
+    path = tmp_path / "a.jpg"
+    Image.new("RGB", (20, 20)).save(path, exif=broken)
+    note_warnings()
+    load_image(str(path), 20)
+    err = capsys.readouterr().err
+    assert err.startswith("note: a picture: Corrupt EXIF data.")
+    assert err.count("\n") == 1
+    assert not others
+    warnings.warn("ours", stacklevel=1)
+    assert len(others) == 1 and not capsys.readouterr().err
