@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -39,6 +40,14 @@ class Part(NamedTuple):
         for prefix, module in self.modules.items():
             module.state_dict(destination=tensors, prefix=prefix, keep_vars=True)
         return tensors
+
+
+# What get_weights.py calls the models with these files; others have the folder's name
+RECIPES_BY_FILE = {
+    "eva_vit_g.safetensors": "vicuna-7b",
+    "qformer.safetensors": "vicuna-7b",
+    "llama-2-7b-chat": "llama2-7b",
+}
 
 
 class PartFile(NamedTuple):
@@ -101,6 +110,8 @@ def read_parts(sources: Sources, llama_config: type) -> Files:
     """
     files = {}
     for name, source in sources.items():
+        if source and not isinstance(source, dict):
+            check_fetched(source)
         if isinstance(source, dict):
             files[name] = PartFile("the run's config", None, source)
         elif source and name == "llama":
@@ -108,6 +119,18 @@ def read_parts(sources: Sources, llama_config: type) -> Files:
         elif source:
             files[name] = read_part(name, source)
     return files
+
+
+def check_fetched(path: str):
+    """Raise InputError for a missing path in weights/, which get_weights.py fills."""
+    inside = path.rpartition("weights/")[2]
+    if "weights/" in path and not os.path.exists(path):
+        name = inside.split("/")[0]
+        name = RECIPES_BY_FILE.get(name, name)
+        raise InputError(
+            f"{path}: there is no such weight file or folder; was "
+            f"`python tools/get_weights.py {name}` run?"
+        )
 
 
 def read_part(name: str, path: str) -> PartFile:

@@ -18,6 +18,7 @@ import chat
 from configs.schema import load_config
 from model import MiniGPT4
 from plumbing.console import InputError
+from plumbing.weights import check_fetched
 from tests import hub as fake
 from tests.common import EXAMPLE, ROOT, TINY
 from tests.hub import BLIP2, LLAMA2, MIRROR, PROJ, QWEN3, TINYLLAMA, VICUNA
@@ -572,3 +573,21 @@ def test_a_bad_answer_gets_its_likeliest_cause(
 def stammer(talk, question):
     talk.turns.append(chat.Turn(question, "the image of the image of the", (), True))
     yield talk.turns[-1].answer
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs").glob("stage*.py")), ids=lambda path: path.stem
+)
+def test_missing_weights_name_the_command_that_fetches_them(
+    path, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    config = load_config(str(path), {})
+    for source in filter(None, (config.vision, config.qformer, config.llama)):
+        with pytest.raises(InputError, match="there is no such weight file") as e:
+            check_fetched(source)
+        name = re.search(r"get_weights.py (\S+)`", str(e.value))[1]
+        assert name in get_weights.RECIPES
+        Path(source).parent.mkdir(exist_ok=True)
+        Path(source).touch()
+        check_fetched(source)
