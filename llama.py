@@ -70,9 +70,13 @@ class LlamaConfig:
         window = sizes.get("sliding_window") or 0
         if not sizes.get("use_sliding_window", "qwen" not in str(model_type)):
             window = 0
-        for value, type_ in ((rope, dict), (window, int), (model_type, str)):
+        for name, value, type_ in (
+            ("rope_scaling", rope, dict),
+            ("sliding_window", window, int),
+            ("model_type", model_type, str),
+        ):
             if not isinstance(value, type_):
-                raise InputError(f"{where}: {value!r} is malformed; fetch it again")
+                raise InputError(f"{where}: {name} is malformed; fetch it again")
         if feature := unsupported_feature(sizes, rope, window):
             raise InputError(f"{where}: {feature} is not supported; take another model")
         check_has_sizes(sizes, where)

@@ -188,7 +188,10 @@ def pick_device(name: str = "", index: int = 0) -> torch.device:
 
 
 def set_up_worker(worker):
-    """In a data worker: leave SIGNALS, which reach all processes, to the training."""
+    """In a data worker: leave SIGNALS, which reach all processes, to the training.
+
+    Python 3.14 does not fork workers: they have to be told of warnings again.
+    """
     note_warnings()
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -12,6 +12,7 @@ from collections.abc import Collection
 from contextlib import suppress
 from glob import escape, glob
 from pathlib import Path
+from unicodedata import east_asian_width
 from urllib.parse import unquote
 
 from torch import Tensor
@@ -27,6 +28,8 @@ WORD = re.compile(rf"(?<!\S)(?:{IN_DOUBLE_QUOTES}|{IN_QUOTES}|{ESCAPED})")
 EAST_ASIAN = "\u3002\uff0c\u3001\uff01\uff1f\uff1a\uff1b\u300c\u300d\uff08\uff09"
 PUNCTUATION = "?!.,;:()<>`" + EAST_ASIAN  # around a path in a sentence
 ASCII = re.compile(r"[!-~]+")  # Chinese and Japanese have no spaces around a path
+# White space, or nothing after a letter of Chinese, Japanese, Korean, Thai and others
+GAP = re.compile(r"(\s+|(?<=[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\uffef]))")
 LONG = '"""'  # begins and ends a message of several lines
 
 COLORED_BLOCK = "\x1b[38;2;{};{};{};48;2;{};{};{}m\u2580"  # upper half, lower half
@@ -62,7 +65,7 @@ class Wrapper:
 
     def add(self, piece: str) -> str:
         """The complete words of the text that were not given back before."""
-        *complete, self.word = re.split(r"(\s+)", self.word + piece)
+        *complete, self.word = GAP.split(self.word + piece)
         words = ""
         for word, gap in zip(complete[::2], complete[1::2]):
             words += self._place(word)
@@ -77,13 +80,18 @@ class Wrapper:
         if not word:
             return ""
         before, self.gap = self.gap, ""
-        end = self.column + len(before) + len(word)
+        end = self.column + len(before) + width(word)
         if "\n" not in before and self.column and end > self.columns:
             before = "\n"
         if "\n" in before:
-            end = len(before.rpartition("\n")[2]) + len(word)
+            end = len(before.rpartition("\n")[2]) + width(word)
         self.column = end
         return before + word
+
+
+def width(text: str) -> int:
+    """The columns that a text takes: two for each Chinese character, for instance."""
+    return sum(2 if east_asian_width(letter) in "WF" else 1 for letter in text)
 
 
 def answer_columns(is_plain: bool) -> int:

@@ -26,6 +26,12 @@ MAX_LAYERS = 1000
 
 Tensors = dict[str, Tensor]  # by their names in a file
 Marks = dict[str, str]  # fingerprints of parts, by their names
+# What get_weights.py calls models with these files; others have their folder's name
+RECIPES_BY_NAME = {
+    "eva_vit_g.safetensors": "vicuna-7b",
+    "qformer.safetensors": "vicuna-7b",
+    "llama-2-7b-chat": "llama2-7b",
+}
 
 
 class Part(NamedTuple):
@@ -40,14 +46,6 @@ class Part(NamedTuple):
         for prefix, module in self.modules.items():
             module.state_dict(destination=tensors, prefix=prefix, keep_vars=True)
         return tensors
-
-
-# What get_weights.py calls the models with these files; others have the folder's name
-RECIPES_BY_FILE = {
-    "eva_vit_g.safetensors": "vicuna-7b",
-    "qformer.safetensors": "vicuna-7b",
-    "llama-2-7b-chat": "llama2-7b",
-}
 
 
 class PartFile(NamedTuple):
@@ -110,11 +108,12 @@ def read_parts(sources: Sources, llama_config: type) -> Files:
     """
     files = {}
     for name, source in sources.items():
-        if source and not isinstance(source, dict):
-            check_fetched(source)
         if isinstance(source, dict):
             files[name] = PartFile("the run's config", None, source)
-        elif source and name == "llama":
+            continue
+        if source:
+            check_fetched(source)
+        if source and name == "llama":
             files[name] = read_hub_folder(source, llama_config)
         elif source:
             files[name] = read_part(name, source)
@@ -123,13 +122,14 @@ def read_parts(sources: Sources, llama_config: type) -> Files:
 
 def check_fetched(path: str):
     """Raise InputError for a missing path in weights/, which get_weights.py fills."""
-    inside = path.rpartition("weights/")[2]
-    if "weights/" in path and not os.path.exists(path):
-        name = inside.split("/")[0]
-        name = RECIPES_BY_FILE.get(name, name)
+    *folders, name = Path(path).parts
+    if "weights" not in folders or os.path.exists(path):
+        return
+    recipe = RECIPES_BY_NAME.get(name, name)
+    if not recipe.endswith(".safetensors"):  # somebody's own
         raise InputError(
             f"{path}: there is no such weight file or folder; was "
-            f"`python tools/get_weights.py {name}` run?"
+            f"`python tools/get_weights.py {recipe}` run?"
         )
 
 

@@ -591,3 +591,9 @@ def test_missing_weights_name_the_command_that_fetches_them(
         Path(source).parent.mkdir(exist_ok=True)
         Path(source).touch()
         check_fetched(source)
+
+
+@pytest.mark.parametrize("path", ["my_weights/llama", "weights/mine.safetensors"])
+def test_other_missing_files_name_no_recipe(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_fetched(path)

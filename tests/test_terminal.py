@@ -469,6 +469,14 @@ def test_answers_wrap_at_words(pieces, columns):
     assert "".join([*map(unbroken.add, pieces), unbroken.rest()]) == text
 
 
+def test_words_without_spaces_are_shown_at_once_and_wrap_by_their_width():
+    wrapper = Wrapper(7)
+    assert wrapper.add("\u4f60\u597d") == "\u4f60\u597d"
+    assert wrapper.add("\u5417\u3002") == "\u5417\n\u3002"
+    assert wrapper.add(" a dog") == " a"
+    assert wrapper.rest() == "\ndog"
+
+
 def test_spaces_stay_in_a_message_without_pictures():
     assert find_pictures("a  b  'c d.png'") == ("a  b  'c d.png'", [])
 
