@@ -25,7 +25,6 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from configs.prompts import (
     INSTRUCTIONS,
-    check_template,
     clean_caption,
     encode_answer,
     encode_segments,
@@ -81,8 +80,6 @@ class Samples(Dataset):
         # of a sample's pictures in them, by (source, shard, row).
         self.features: Tensor | None = None
         self.feature_rows = defaultdict(list)
-        if tokenizer:
-            check_template(tokenizer, config.template, config.answer_end)
 
     def all_keys(self):
         """Yield the keys of all samples, one of each source in turn."""

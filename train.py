@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from configs.prompts import IMAGE, stop_sequences
+from configs.prompts import IMAGE, check_template, stop_sequences
 from configs.schema import Config, load_config, read_saved_config, write_saved_config
 from data import (
     Batch,
@@ -201,6 +201,7 @@ def build(config: Config, device: torch.device) -> MiniGPT4:
         device="cpu" if config.shard else device,
         image_size=config.image_size,
     )
+    check_template(model.tokenizer, config.template, config.answer_end)
     if config.shard:
         shard_llama(model, device)
     model.llama.grad_checkpoint = config.grad_checkpoint
@@ -314,12 +315,12 @@ def train(config: Config, device: torch.device, rank: int = 0, world: int = 1) -
     """
     set_quiet(rank > 0)
     folder = open_folder(config)
+    model = build(config, device)
     if rank == 0:
         # Runs the commands of config.prepare, which draw the tiny world's pictures.
         make_missing(config.prepare, config.data_paths())
     if world > 1:
         dist.barrier()
-    model = build(config, device)
     samples, source_weights, heldout = open_data(config, model, device)
     steps = TrainingSteps(samples, source_weights, config, rank, world)
     checkpoint = make_checkpoint(folder, model, config, steps.identity, device)

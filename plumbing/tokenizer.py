@@ -16,6 +16,7 @@ BESIDE_TOKENIZER = (
     "generation_config.json",
     "chat_template.jinja",
 )
+EVERY_SCRIPT = "a\né你😀"  # characters of one to four bytes
 
 
 class Tokenizer:
@@ -89,10 +90,15 @@ class JsonTokenizer(Tokenizer):
         self.path = str(path)
         self._tokenizer, self.controls = read_tokenizer_json(path)
         self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
+        if self.decode(self.encode(EVERY_SCRIPT)) != EVERY_SCRIPT:
+            raise InputError(
+                f"{path}: it has no tokens for some characters; take a model whose "
+                "tokenizer knows all bytes"
+            )
         first = self._tokenizer.encode("a").ids[0]
         self.bos = None if first == self.encode("a")[0] else first
         self.eos, *self.other_ends = read_ends(path, self.controls)
-        self.unknown = None  # all bytes have tokens
+        self.unknown = None
         may_think = "enable_thinking" in read_chat_template(path)
         if may_think and {"<think>", "</think>"} <= self.controls.keys():
             gap = self.encode("\n\n")

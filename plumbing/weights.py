@@ -162,7 +162,7 @@ def load_part(name: str, part: Part, file: PartFile, dtype: torch.dtype, device)
         quantize_linears(
             part.modules[""],
             file.sizes.quantization,
-            lambda: read_hub_tensors(file.path, file.sizes.tie_word_embeddings),
+            lambda: read_hub_tensors(file.path),
             lambda tensor, key: finite(tensor, f"{file.path}: {key}"),
             device,
         )
@@ -377,14 +377,15 @@ def read_hub_folder(folder: str, llama_config: type) -> PartFile:
             f"{folder}: not a LLaMA folder, it has no config.json; see the README"
         )
     sizes = llama_config.from_dict(read_json(path), str(path))
-    tensors = read_hub_tensors(folder, sizes.tie_word_embeddings)
+    tensors = read_hub_tensors(folder)
+    if sizes.tie_word_embeddings:
+        check_tied(folder, tensors)
+        tensors.pop("lm_head.weight", None)
     return PartFile(folder, tensors, sizes)
 
 
-def read_hub_tensors(folder, is_tied) -> Tensors:
+def read_hub_tensors(folder) -> Tensors:
     """The tensors of a Hugging Face folder, under their names without `model.`."""
-    # These are computed, or a copy of the embeddings.
-    unused = ("rotary_emb.inv_freq", "lm_head.weight" if is_tied else "inv_freq")
     tensors = {}
     shards = hub_weight_files(Path(folder))
     if not shards:
@@ -395,9 +396,22 @@ def read_hub_tensors(folder, is_tied) -> Tensors:
         for hub_name, tensor in load_tensors(shard)[0].items():
             name = hub_name.removeprefix("model.")
             check_new(name, tensors, shard)
-            if not name.endswith(unused):
+            if not name.endswith("rotary_emb.inv_freq"):  # these are computed
                 tensors[name] = tensor
     return tensors
+
+
+def check_tied(folder, tensors: Tensors):
+    """Warn of an output matrix that is not used, but no copy of the embeddings."""
+    if not {"lm_head.weight", "embed_tokens.weight"} <= tensors.keys():
+        return
+    embeddings = tensors["embed_tokens.weight"]
+    if not torch.equal(tensors["lm_head.weight"].to(embeddings.dtype), embeddings):
+        note(
+            f"warning: {folder}: its lm_head.weight is not used, and it is no copy of "
+            'the embeddings; if it is to be used, set "tie_word_embeddings": false in '
+            "config.json"
+        )
 
 
 def check_new(name: str, known, file: Path):

@@ -274,6 +274,7 @@ def test_an_adapter_that_cannot_be_merged_is_refused(tmp_path):
     folder = hub_folder(tmp_path / "hub", *random_llama())
     name = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
     a = {name: torch.randn(4, 32)}
+    b = {name.replace("_A", "_B"): torch.randn(64, 4)}
     other = {name.replace("layers.1", "layers.2"): torch.randn(4, 32)}
     for tensors, settings, words in (
         (a, {"r": 4}, "lora_B is missing"),
@@ -281,6 +282,7 @@ def test_an_adapter_that_cannot_be_merged_is_refused(tmp_path):
         (a, {"r": 4, "use_dora": True}, "only plain LoRA"),
         (a, {"r": 4, "bias": "all"}, "only plain LoRA"),
         (other, {"r": 4}, "changes no tensor of this model"),
+        (a | b, {"r": 4}, r"(64, 32), in the language model one of (32, 32)"),
     ):
         write_adapter(tmp_path / "adapter", tensors, lora_alpha=8, **settings)
         message = fails("llama", folder, tmp_path / "a", f"--lora={tmp_path}/adapter")

@@ -38,9 +38,9 @@ BUDGETS = {
     "vision.py": 1900,
     "qformer.py": 900,
     "chat.py": 3450,
-    "plumbing": 17_000,
+    "plumbing": 17_200,
     "configs/schema.py": 1450,
-    "tools": 30_300,
+    "tools": 30_500,
 }
 DENSE = 25  # a line with more tokens is hard to read once
 LONGEST = 45  # code lines of a function

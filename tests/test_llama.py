@@ -486,13 +486,15 @@ def test_rotary_buffers_of_old_files_are_ignored(tmp_path):
     close(logits(load(tmp_path)), their_logits(theirs), 2e-5)
 
 
-def test_tied_tensor_that_is_stored_twice_is_ignored(tmp_path):
+def test_tied_tensor_that_is_stored_twice_is_ignored(tmp_path, capsys):
     theirs = make_folder(tmp_path, tie_word_embeddings=True)
-    head = "lm_head.weight"
-    change_tensors(
-        tmp_path, lambda t: t | {head: torch.zeros_like(t["model.embed_tokens.weight"])}
-    )
-    close(logits(load(tmp_path)), their_logits(theirs), 2e-5)
+    for factor, n_warnings in ((1, 0), (0, 1)):
+        head = factor * theirs.get_input_embeddings().weight.data
+        change_tensors(tmp_path, lambda t, head=head: t | {"lm_head.weight": head})
+        capsys.readouterr()
+        close(logits(load(tmp_path)), their_logits(theirs), 2e-5)
+        warning = "its lm_head.weight is not used, and it is no copy"
+        assert capsys.readouterr().err.count(warning) == n_warnings
 
 
 @pytest.mark.parametrize("shape", SHAPES)

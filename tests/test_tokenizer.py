@@ -3,10 +3,12 @@
 import json
 import pickle
 import random
+import shutil
 import sys
 import unicodedata
 
 import pytest
+import tokenizers
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
@@ -155,6 +157,22 @@ def test_a_missing_package_is_named(folders, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(InputError, match="json needs the package tokenizers: pip "):
         open_tokenizer("", folders["qwen3"])
+
+
+def test_a_tokenizer_without_tokens_for_some_bytes_is_refused(folders, tmp_path):
+    shutil.copytree(folders["smollm2"], tmp_path, dirs_exist_ok=True)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    letters = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    for byte in ("a", "\u00c3", "\u00f0"):  # a letter, the first bytes of others
+        assert byte in letters
+        vocabulary = dict(content["model"]["vocab"])
+        merges = content["model"]["merges"]
+        kept = {piece: id for piece, id in vocabulary.items() if byte not in piece}
+        pairs = [pair for pair in merges if byte not in "".join(pair)]
+        model = content["model"] | {"vocab": kept, "merges": pairs}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content | {"model": model}))
+        with pytest.raises(InputError, match="no tokens for some characters; take"):
+            open_tokenizer("", tmp_path)
 
 
 def test_a_control_token_that_is_missing_is_named(folders):

@@ -48,6 +48,7 @@ from plumbing.weights import (
     check_fit,
     check_new,
     check_sizes,
+    check_tied,
     fingerprint,
     hub_name,
     hub_weight_files,
@@ -577,14 +578,16 @@ def open_llama(folder):
             check_new(name, layout, file)
             layout[name] = tensors[original].to("meta")
             places[name] = file, original
-    if config.tie_word_embeddings:
-        layout.pop("lm_head.weight", None)
 
     def read(name):
         file, original = places[name]
         return open_weights(file)[original]
 
-    return Source(config, layout, read)
+    source = Source(config, layout, read)
+    if config.tie_word_embeddings:
+        check_tied(folder, LazyTensors(source))
+        layout.pop("lm_head.weight", None)
+    return source
 
 
 def hub_files(folder):
@@ -733,6 +736,12 @@ def read_lora(path, layout):
         if len(pair) < 2:
             raise InputError(
                 f"{path}: lora_A or lora_B is missing for {name}; fetch it again"
+            )
+        shape = (*pair["B"].shape[:1], *pair["A"].shape[1:])
+        if shape != layout[name].shape or len(pair["A"]) != pair["B"].shape[-1]:
+            raise InputError(
+                f"{path}: {name} is a matrix of {shape}, in the language model one of "
+                f"{tuple(layout[name].shape)}; the adapter is for another model"
             )
     return pairs
 
