@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -181,6 +182,20 @@ def test_mistakes_raise(folder, argv, words):
     Path("out").mkdir()
     with pytest.raises(InputError, match=words):
         caption.main(argv)
+
+
+def test_a_folder_says_what_else_is_in_it(folder, capsys):
+    for name in ("a.MP4", "b.MP4", "README", "deep/c.jpg"):
+        path = folder / "more" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    shutil.copy(folder / "photos/0.jpg", folder / "more/d.jpg")
+    assert [Path(p).name for p in caption.list_pictures("more")] == ["d.jpg"]
+    note = capsys.readouterr().err
+    assert "more: left out: " in note and '1 subfolders ("more/**" takes' in note
+    assert "2 .MP4" in note and "1 without suffix" in note
+    assert len(caption.list_pictures("more/**")) == 2
+    assert caption.list_pictures("photos") and not capsys.readouterr().err
 
 
 def test_captions_of_another_prompt_or_model_are_not_mixed(folder):

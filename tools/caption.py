@@ -15,6 +15,7 @@ import glob
 import json
 import os
 import sys
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import chat
 from configs.prompts import is_end, stop_sequences, visible_answer
-from plumbing.console import InputError, printable, progress, run_main, set_plain
+from plumbing.console import InputError, note, printable, progress, run_main, set_plain
 from plumbing.files import SUFFIXES, append_row, lock, read_json, read_rows, replacing
 from plumbing.options import option, read_options
 from vision import load_image
@@ -73,12 +74,26 @@ def list_pictures(name):
         pattern = os.path.join(glob.escape(name), "*") if is_folder else name
         found = sorted(glob.glob(pattern, recursive=True))
         paths = [path for path in found if path.lower().endswith(SUFFIXES)]
+        if is_folder:
+            note_left_out(name, set(found) - set(paths))
     if not any(map(os.path.isfile, paths)):
         raise InputError(
             f"{name}: no pictures; give a picture, a folder, a glob, or a .txt that "
             "lists them"
         )
     return paths
+
+
+def note_left_out(folder, others):
+    """Say what else is in a folder of pictures."""
+    kinds = Counter(Path(path).suffix for path in others if os.path.isfile(path))
+    left_out = [f"{n} {suffix or 'without suffix'}" for suffix, n in kinds.items()]
+    n_folders = sum(map(os.path.isdir, others))
+    if n_folders:
+        pattern = os.path.join(folder, "**")
+        left_out.append(f'{n_folders} subfolders ("{pattern}" takes their pictures)')
+    if left_out:
+        note(f"note: {folder}: left out: {', '.join(left_out)}")
 
 
 def written_path(path, folder):
