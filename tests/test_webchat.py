@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -98,6 +99,13 @@ def test_a_conversation_in_a_browser(address, tmp_path):
     assert not faults and all(
         url.startswith((address, "data:", "blob:")) for url in requested
     )
+
+
+def test_an_old_gradio_is_named(monkeypatch):
+    old = SimpleNamespace(__version__="5.49.1")
+    monkeypatch.setitem(sys.modules, "gradio", old)
+    with pytest.raises(InputError, match="needs gradio 6 or later, not 5.49.1: pip"):
+        webchat.main([])
 
 
 def test_without_gradio_one_line_says_how_to_get_it(monkeypatch):

@@ -3,7 +3,7 @@
     python tools/webchat.py --ckpt=out/stage2
 
 The page is at http://127.0.0.1:7860; without --ckpt it shows the tiny model. It needs
-gradio (pip install gradio). Only this computer can open it, each browser tab is a
+gradio 6 (pip install gradio). Only this computer can open it, each browser tab is a
 conversation of its own, and the model answers one question at a time. chat.py's options
 are where the sliders start.
 """
@@ -29,6 +29,7 @@ SLIDERS = {
     "max_new_tokens": (1, 1000, 1),
 }
 CLEANING = (3600, 86400)  # seconds between two, and that pictures are kept
+NEEDED = 6  # version of gradio; the last one tried is 6.31
 # the button would send a picture to another server
 NO_SHARING = "button[aria-label=Share] {display: none}"
 
@@ -139,6 +140,12 @@ def main(argv):
         others = os.environ.get(name, "")
         os.environ[name] = f"{others},127.0.0.1,localhost".strip(",")
     gradio = optional_package("gradio", "the page")
+    version = getattr(gradio, "__version__", "0")
+    if int(version.split(".")[0]) < NEEDED:
+        raise InputError(
+            f"the page needs gradio {NEEDED} or later, not {version}: "
+            "pip install -U gradio"
+        )
     model, options = chat.load(options)
     page = Page(gradio, model, options).build()
     try:
