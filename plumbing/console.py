@@ -96,7 +96,8 @@ def _printable(character: str) -> str:
 
 def _print_line(text: str):
     line = " ".join(text.split())
-    print(printable(line), file=sys.stderr)
+    # In one piece: other processes may print lines, too.
+    print(f"{printable(line)}\n", end="", file=sys.stderr)
 
 
 def outlive_reader(stream):

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from plumbing.console import InputError, note, note_warnings
+from plumbing.console import InputError, note, note_warnings, set_quiet
 
 # that end a run after its step; Windows has not all of them
 STOPPING = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")
@@ -187,11 +188,13 @@ def pick_device(name: str = "", index: int = 0) -> torch.device:
     return device
 
 
-def set_up_worker(worker):
+def set_up_worker(rank, worker):
     """In a data worker: leave SIGNALS, which reach all processes, to the training.
 
-    Python 3.14 does not fork workers: they have to be told of warnings again.
+    The first worker of rank 0 speaks for all. Python 3.14 does not fork workers: they
+    have to be told of warnings again.
     """
+    set_quiet(rank > 0 or worker > 0)
     note_warnings()
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -206,7 +209,7 @@ def start_workers(dataset, order, n_workers: int) -> Iterator:
         sampler=order,
         num_workers=n_workers,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=set_up_worker,
+        worker_init_fn=partial(set_up_worker, process_rank()),
     )
     items = iter(loader)
     if hasattr(signal, "SIGCHLD"):

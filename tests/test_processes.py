@@ -12,8 +12,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from plumbing.console import InputError
-from plumbing.processes import StopSignals, make_missing
+from plumbing.console import InputError, note
+from plumbing.processes import StopSignals, make_missing, start_workers
 from tests.common import ROOT
 from tests.runs import (
     CPU,
@@ -29,6 +29,22 @@ from tests.runs import (
     run_until_killed,
     weights,
 )
+
+
+class Noting:
+    """Samples, each with a note."""
+
+    def __getitem__(self, i):
+        note(f"sample {i}")
+        return i
+
+
+@pytest.mark.parametrize("rank, n_notes", [(0, 2), (1, 0)])
+def test_one_data_worker_of_one_rank_speaks(monkeypatch, capfd, rank, n_notes):
+    monkeypatch.setattr("plumbing.processes.process_rank", lambda: rank)
+    assert list(start_workers(Noting(), range(4), 2)) == [0, 1, 2, 3]
+    assert capfd.readouterr().err.count("sample") == n_notes
+
 
 # ---- signals -------------------------------------------------------------------------
 
