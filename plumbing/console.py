@@ -116,6 +116,10 @@ def _without_os_errors(function):
 
 def run_main(main):
     """Call `main(argv)`; a usage error becomes one line on stderr and exit status 2."""
+    if sys.getfilesystemencoding() != "utf-8":
+        # Typed paths and those in files could not be opened: start again in UTF-8 mode.
+        python, *arguments = sys.orig_argv
+        os.execv(sys.executable, [python, "-X", "utf8", *arguments])
     for name in ("stdin", "stdout", "stderr"):
         _prepare_stream(name)
     note_warnings()

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from PIL import Image
 import chat
 from plumbing.console import InputError
 from tests.common import EXAMPLE, ROOT
+from tests.runs import ENV
+from tests.samples import write_tar
 
 STAR = "What color is the star?"
 
@@ -64,6 +67,30 @@ def test_a_prompt_is_answered_though_stdin_stays_open():
     finally:
         program.kill()
         program.communicate()
+
+
+@pytest.mark.slow
+def test_paths_are_found_where_the_file_system_encoding_is_not_utf_8(tmp_path):
+    picture = tmp_path / "röt\u661f.png"
+    shutil.copy(EXAMPLE, picture)
+    shards = tmp_path / "shards.txt"
+    write_tar(tmp_path / "röt.tar", "ab")
+    shards.write_text(f"{tmp_path}/röt.tar\n", "utf-8")
+    ascii_alone = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    data = ["configs/tiny_stage1.py", f"--data={shards}", "--prepare={}"]
+    for arguments, stdin, words in (
+        (["chat.py", "--temperature=0"], f"{picture}\n{STAR}\n", "red"),
+        (["chat.py", "--temperature=0", str(picture)], f"{STAR}\n", "red"),
+        (["tools/show_data.py", *data], "", "2 good samples and 0 bad ones"),
+    ):
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            input=stdin.encode(),
+            capture_output=True,
+            env=ENV | ascii_alone,
+        )
+        assert done.returncode == 0 and words in done.stdout.decode(), done.stderr
 
 
 def test_a_command_on_stdin_makes_a_conversation(run):
