@@ -47,7 +47,7 @@ def load_image(source: str | bytes, image_size: int, smallest: int = 1) -> torch
     try:
         image = decode(source)
     except FileNotFoundError as e:
-        raise InputError(f"{name}: there is no such picture") from e
+        raise InputError(f"{name}: there is no such picture on this computer") from e
     except Exception as e:  # PIL's decoders raise nearly anything
         what = f"cannot be read as a picture ({e})"
         advice = "give a JPEG, PNG or the like"

@@ -320,7 +320,7 @@ class Checkpoint:
             except InputError:
                 raise
             except Exception as e:  # a damaged file breaks the readers in many ways
-                damage = f"{path}: damaged ({type(e).__name__}: {e})"
+                damage = f"{path}: damaged ({e})"
                 self.state_is_damaged = True
         if damage:
             raise InputError(f"{damage}; choose another --out_dir")

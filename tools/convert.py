@@ -222,9 +222,7 @@ def read_pickle(path):
             "and could run code; get it from its official source"
         ) from e
     except Exception as e:  # PyTorch's reader raises nearly anything on a broken file
-        raise InputError(
-            f"{path}: not a complete PyTorch file ({type(e).__name__}); fetch it again"
-        ) from e
+        raise InputError(f"{path}: not a complete PyTorch file; fetch it again") from e
 
 
 @lru_cache(maxsize=1)  # only one file is mapped at a time
