@@ -149,7 +149,9 @@ def load(options: Options) -> tuple[MiniGPT4, Options]:
 
     template = options.template or saved.template
     if not template:
-        template = suggest_template(read_chat_template(model.tokenizer.path))
+        tokenizer = model.tokenizer
+        jinja = read_chat_template(tokenizer.path) or " ".join(tokenizer.controls)
+        template = suggest_template(jinja)
         note(
             f"note: {run} was trained without a template; --template={template} is used"
         )

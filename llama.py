@@ -65,13 +65,14 @@ class LlamaConfig:
 
         Raises InputError, which names the file `where`, for unsupported models.
         """
-        rope = sizes.get("rope_parameters") or sizes.get("rope_scaling") or {}
+        # If both are there, transformers takes the older one.
+        rope = sizes.get("rope_scaling") or sizes.get("rope_parameters") or {}
         model_type = sizes.get("model_type") or "llama"
         window = sizes.get("sliding_window") or 0
         if not sizes.get("use_sliding_window", "qwen" not in str(model_type)):
             window = 0
         for name, value, type_ in (
-            ("rope_scaling", rope, dict),
+            ("rope_scaling or rope_parameters", rope, dict),
             ("sliding_window", window, int),
             ("model_type", model_type, str),
         ):
@@ -85,10 +86,10 @@ class LlamaConfig:
         defaults = asdict(cls()) | {
             "num_key_value_heads": n_heads,
             "head_dim": sizes["hidden_size"] // n_heads,
-            "rope_theta": rope.get("rope_theta") or cls.rope_theta,
         }
         # In old files, null or 0 means the default.
         read = {k: sizes.get(k) or default for k, default in defaults.items()}
+        read["rope_theta"] = rope.get("rope_theta") or read["rope_theta"]
         read["rope_scaling"] = rope if rope_type(rope) == "llama3" else {}
         if model_type == "mistral":  # computes the same
             read["model_type"] = "llama"
@@ -528,7 +529,8 @@ def check_english(llama: Llama, tokenizer: Tokenizer):
     """Print the perplexity on a paragraph of English, with a warning if it is bad."""
     paragraph = Path(__file__).parent / "assets/paragraph.txt"
     value = perplexity(llama, tokenizer, paragraph.read_text().strip())
-    healthy = "(a healthy LLaMA: below 20)"
+    bound = 20 if llama.config.hidden_size > 1000 else 35  # SmolLM2-135M: 24
+    healthy = f"(a healthy LLaMA: below {bound})"
     note(f"language model of the family {llama.config.model_type}")
     note(f"perplexity on a paragraph of English: {value:.1f} {healthy}")
     if value > 100:

@@ -68,13 +68,17 @@ class Tokenizer:
         """The id of a control token. Raises InputError if there is none."""
         if name not in self.controls:
             raise InputError(
-                f"{self.path}: it has no token {name}; take another template"
+                f"{self.path}: it has no token {name}; take another template, or "
+                "another answer_end"
             )
         return self.controls[name]
 
     def files(self) -> dict[str, bytes]:
         """{name: content} of its files in a language model's folder."""
-        return {"tokenizer.model": Path(self.path).read_bytes()}
+        files = {"tokenizer.model": Path(self.path).read_bytes()}
+        if template := read_chat_template(self.path):
+            files["chat_template.jinja"] = template.encode()
+        return files
 
 
 class JsonTokenizer(Tokenizer):
@@ -99,7 +103,8 @@ class JsonTokenizer(Tokenizer):
         self.bos = None if first == self.encode("a")[0] else first
         self.eos, *self.other_ends = read_ends(path, self.controls)
         self.unknown = None
-        may_think = "enable_thinking" in read_chat_template(path)
+        template = read_chat_template(path)
+        may_think = "enable_thinking" in template or not template
         if may_think and {"<think>", "</think>"} <= self.controls.keys():
             gap = self.encode("\n\n")
             start, end = self.control("<think>"), self.control("</think>")
@@ -146,13 +151,18 @@ def read_tokenizer_json(path: str):
     content |= {"truncation": None, "padding": None}
     try:
         controls = content["added_tokens"]
-        for token in controls:
-            token["special"] = True
+        for token in controls:  # words that somebody added stay words
+            token["special"] |= is_tag(token["content"])
         tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
         tokenizer.encode_special_tokens = True  # as text, not as control tokens
         return tokenizer, {token["content"]: token["id"] for token in controls}
     except Exception as e:  # the package has no class of its own for them
         raise InputError(f"{path}: no tokenizer ({e}); fetch it again") from e
+
+
+def is_tag(token: str) -> bool:
+    """Whether a token looks like markup: <think>, [INST]."""
+    return token.startswith(("<", "[")) and token.endswith((">", "]"))
 
 
 def beside(path: str, name: str) -> dict:

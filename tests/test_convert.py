@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import pickle
 import shutil
@@ -239,6 +240,15 @@ def test_an_adapter_may_have_another_alpha_and_rank_for_some_layers(tmp_path):
         torch.testing.assert_close(merged, tensors[f"{name}.weight"] + scale * b @ a)
 
 
+def test_a_folder_keeps_its_chat_template(tmp_path):
+    folder = hub_folder(tmp_path / "hub", *random_llama())
+    settings = json.dumps({"chat_template": "{{ 'é [INST] ' }}"})
+    (folder / "tokenizer_config.json").write_text(settings)
+    converted(folder, tmp_path / "ours")
+    template = (tmp_path / "ours/chat_template.jinja").read_text("utf-8")
+    assert template == "{{ 'é [INST] ' }}"
+
+
 @pytest.mark.parametrize("ending", ["safetensors", "bin"])
 def test_a_backup_beside_the_weights_is_not_read(tmp_path, ending):
     sizes, tensors = random_llama()
@@ -282,6 +292,10 @@ def test_an_adapter_that_cannot_be_merged_is_refused(tmp_path):
         (a, {"r": 4, "use_dora": True}, "only plain LoRA"),
         (a, {"r": 4, "bias": "all"}, "only plain LoRA"),
         (other, {"r": 4}, "changes no tensor of this model"),
+        (a | b, {"r": 4, "alpha_pattern": ["q"]}, "alpha_pattern is malformed"),
+        (a | b, {"r": 4, "alpha_pattern": {"q(": 4}}, "alpha_pattern is malformed"),
+        (a, {"r": 4, "alpha_pattern": {"q": 0}}, "q = 0 is no number above 0"),
+        ({name: math.nan * a[name]}, {"r": 4}, f"adapter_model.safetensors: {name}"),
         (a | b, {"r": 4}, r"(64, 32), in the language model one of (32, 32)"),
     ):
         write_adapter(tmp_path / "adapter", tensors, lora_alpha=8, **settings)

@@ -16,6 +16,7 @@ from llama import IGNORE
 from plumbing.console import InputError
 from tests.common import ROOT, readable
 from tools import dry_run
+from tools.get_weights import RECIPES
 
 
 @pytest.fixture
@@ -50,6 +51,25 @@ def test_a_dry_run_needs_no_weights_and_knows_the_official_sizes(name, capsys):
     assert "none is missing; official sizes are assumed" in text
     trainable = "23,072,768" if "llama2" in name else "3,149,824"
     assert re.search(rf"all .* {trainable} ", text)
+
+
+@pytest.mark.slow
+def test_a_dry_run_knows_the_sizes_of_the_models_that_get_weights_fetches(capsys):
+    parameters = {
+        "vicuna-13b": 13_015_864_320,
+        "tinyllama": 1_100_048_384,
+        "smollm2-135m": 134_515_008,
+        "smollm2-360m": 361_821_120,
+        "smollm2-1.7b": 1_711_376_384,
+        "llama3.2-1b": 1_235_814_400,
+    }
+    names = RECIPES.keys() - {"vicuna-7b", "llama2-7b"}
+    assert names == dry_run.LLAMA.keys() >= parameters.keys()
+    for name, count in parameters.items():
+        path = str(ROOT / "configs/stage1_smollm2.py")
+        dry_run.main([path, f"--llama=missing/{name}"])
+        text = capsys.readouterr().out
+        assert f"({name})" in text and re.search(rf"llama +{count:,} ", text)
 
 
 def test_a_dry_run_takes_the_language_model_s_sizes_from_its_config_json_alone(

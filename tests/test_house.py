@@ -40,7 +40,7 @@ BUDGETS = {
     "chat.py": 3450,
     "plumbing": 17_200,
     "configs/schema.py": 1450,
-    "tools": 30_500,
+    "tools": 31_000,
 }
 DENSE = 25  # a line with more tokens is hard to read once
 LONGEST = 45  # code lines of a function

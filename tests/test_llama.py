@@ -509,6 +509,40 @@ def test_saved_part_loads_again_here_and_in_transformers(tmp_path, shape):
     close(their_logits(again), want, 2e-5)
 
 
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+
+@pytest.mark.parametrize(
+    "old",
+    [
+        {"rope_theta": 500.0},
+        {"rope_scaling": LLAMA3_ROPE},
+        {"rope_scaling": LLAMA3_ROPE | {"rope_theta": 500.0}, "rope_theta": 1e6},
+        {"rope_scaling": {"rope_type": "default"}, "rope_theta": 500.0},
+    ],
+    ids=["theta", "scaling", "both", "default"],
+)
+def test_of_both_spellings_of_rope_the_same_counts_as_in_transformers(tmp_path, old):
+    make_folder(tmp_path)
+    new = {"rope_type": "default", "rope_theta": 2000.0}
+    change_config(tmp_path, lambda config: config | {"rope_parameters": new} | old)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval().float()
+    close(logits(load(tmp_path)), their_logits(theirs), 2e-5)
+
+
+def test_a_yarn_beside_plain_rope_parameters_is_refused():
+    changes = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
+    changes["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6}
+    with pytest.raises(InputError, match="rotary scaling .*yarn.* is not supported"):
+        LlamaConfig.from_dict(LlamaConfig().to_hub() | changes)
+
+
 def test_old_config_json_has_rope_theta_at_the_top(tmp_path):
     """Old folders have no rope_parameters, head_dim or num_key_value_heads."""
     theirs = make_folder(tmp_path, **SHAPES["rope_theta"])

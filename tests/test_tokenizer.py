@@ -13,6 +13,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from configs.prompts import suggest_template
 from plumbing.console import InputError
 from plumbing.tokenizer import open_tokenizer, read_chat_template
 from tests.common import ROOT
@@ -124,6 +125,30 @@ def test_written_files_give_the_same_tokenizer(folders, tmp_path, family):
     copy = open_tokenizer("", tmp_path)
     for name in ("ends", "bos", "vocab_size", "no_thinking", "controls"):
         assert getattr(copy, name) == getattr(tokenizer, name)
+
+
+def test_words_that_somebody_added_stay_words(folders, tmp_path):
+    shutil.copytree(folders["smollm2"], tmp_path, dirs_exist_ok=True)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    theirs.add_tokens(["ginkgo", "<|x|>", "[INST]"])
+    theirs.save_pretrained(tmp_path)
+    tokenizer = open_tokenizer("", tmp_path)
+    text = "A ginkgo, and a <|x|> [INST]."
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text and tokenizer.control("ginkgo") in ids
+    assert not {tokenizer.control(name) for name in ("<|x|>", "[INST]")} & set(ids)
+    word = "a ginkgo"
+    assert tokenizer.encode(word) == theirs(word)["input_ids"]
+
+
+def test_without_a_chat_template_the_control_tokens_suggest_one(folders, tmp_path):
+    for family, template in (("qwen3", "chatml"), ("llama3", "llama3")):
+        folder = tmp_path / family
+        shutil.copytree(folders[family], folder)
+        change(folder, "tokenizer_config.json", chat_template="")
+        tokenizer = open_tokenizer("", folder)
+        assert suggest_template(" ".join(tokenizer.controls)) == template
+        assert bool(tokenizer.no_thinking) == (family == "qwen3")
 
 
 def test_a_truncating_file_does_not_truncate(folders, tmp_path):

@@ -729,6 +729,7 @@ def read_lora(path, layout):
         ours = f"{match[1]}weight" if match else ""
         if ours not in layout:
             raise InputError(f"{path}: {name} changes no tensor of this model")
+        check_tensor(name, tensor, path)
         pairs.setdefault(ours, {})[match[2]] = tensor.float()
     for name, pair in pairs.items():
         if len(pair) < 2:
@@ -760,6 +761,7 @@ def merge_lora(source, folder):
     check_above_0(settings, ("r", "lora_alpha"), settings_path)
     exponent = 0.5 if settings.get("use_rslora") else 1
     alphas = settings.get("alpha_pattern") or {}
+    check_patterns(alphas, settings_path)
     check_above_0(alphas, alphas, settings_path)
     pairs = read_lora(path, source.layout)
 
@@ -773,6 +775,17 @@ def merge_lora(source, folder):
         return (weight.float() + change).to(weight.dtype)
 
     return source._replace(read=read)
+
+
+def check_patterns(alphas, path):
+    """Raise InputError unless it is PEFT's {pattern: value}."""
+    try:
+        if not isinstance(alphas, dict):
+            raise TypeError("no dict")
+        for pattern in alphas:
+            re.compile(pattern)
+    except (TypeError, re.error) as e:
+        raise InputError(f"{path}: alpha_pattern is malformed; fetch it again") from e
 
 
 def of_layer(by_pattern, name, default):

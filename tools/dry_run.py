@@ -10,6 +10,7 @@ estimate: weights, gradients, AdamW's moments, and what the backward pass needs.
 
 import sys
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,6 +29,19 @@ from plumbing.tokenizer import open_tokenizer
 from plumbing.weights import PARTS, PartFile, check_sources, read_part, read_sizes
 
 PROMPT = 31  # tokens of a template with an instruction, estimated
+# config.json of tools/get_weights.py's models. LlamaConfig's first sizes: ids, width,
+# MLP, layers, heads, key/value heads, head_dim
+tied = partial(LlamaConfig, tie_word_embeddings=True)
+LLAMA = {
+    "vicuna-13b": LlamaConfig(32000, 5120, 13824, 40, 40, 40),
+    "tinyllama": LlamaConfig(32000, 2048, 5632, 22, 32, 4, 64),
+    "smollm2-135m": tied(49152, 576, 1536, 30, 9, 3, 64),
+    "smollm2-360m": tied(49152, 960, 2560, 32, 15, 5, 64),
+    "smollm2-1.7b": tied(49152, 2048, 8192, 24, 32, 32, 64),
+    "qwen2.5-1.5b": tied(151936, 1536, 8960, 28, 12, 2, 128),
+    "qwen3-1.7b": tied(151936, 2048, 6144, 28, 16, 8, 128),
+    "llama3.2-1b": tied(128256, 2048, 8192, 16, 32, 8, 64),
+}
 
 
 @dataclass(frozen=True)
@@ -53,12 +67,7 @@ def meta_model(config, trainable=()):
             files[name] = read_headers(name, Path(source))
             if files[name]:
                 continue
-            size = " (7B)" if name == "llama" else ""
-            print(
-                f"note: {source} is missing; "
-                f"official sizes are assumed for the {name} part{size}"
-            )
-            source = asdict(LlamaConfig()) if name == "llama" else {}
+            source = official_sizes(name, source)
         if isinstance(source, dict):
             files[name] = PartFile("the run's config", None, source)
     vocab_size = LlamaConfig().vocab_size
@@ -72,6 +81,17 @@ def meta_model(config, trainable=()):
         for module in model.parts[name].modules.values():
             module.float().requires_grad_(name in trainable)
     return model
+
+
+def official_sizes(name, path):
+    """The sizes of a part whose file is missing; prints which."""
+    note = f"note: {path} is missing; official sizes are assumed for the {name} part"
+    if name != "llama":
+        print(note)
+        return {}
+    model = Path(path).name
+    print(f"{note} ({model if model in LLAMA else '7B'})")
+    return asdict(LLAMA.get(model, LlamaConfig()))
 
 
 def read_headers(name, path):
