@@ -177,17 +177,19 @@ class Config:
 
 def load_config(path: str, options: dict) -> Config:
     """Read a config file, then the command line's options, {name: text}, over it."""
+    if not os.path.exists(path) or os.path.isdir(path):
+        raise InputError(f"config file {path}: there is no such file")
     try:
         names = runpy.run_path(path)
     except (Exception, SystemExit) as e:  # it may hold any code
         raise InputError(f"config file {path}: {type(e).__name__}: {e}") from e
     settings = {}
+    known = Config.__dataclass_fields__
     for name, value in names.items():
         # Modules, functions and the like are helpers.
-        if not name.startswith("_") and isinstance(value, PLAIN):
-            advice = "begin names of your own with an underscore"
-            check_name(name, Config.__dataclass_fields__, path, advice)
-            settings[name] = value
+        if name in known or isinstance(value, PLAIN) and not name.startswith("_"):
+            check_name(name, known, path, "begin names of your own with an underscore")
+            settings[name] = str(value) if isinstance(value, Path) else value
     config = override(override(Config(), settings, path), options)
     if config.lr < config.min_lr:  # not in Config: earlier runs are still read
         raise InputError(

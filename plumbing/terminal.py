@@ -28,6 +28,7 @@ WORD = re.compile(rf"(?<!\S)(?:{IN_DOUBLE_QUOTES}|{IN_QUOTES}|{ESCAPED})")
 EAST_ASIAN = "\u3002\uff0c\u3001\uff01\uff1f\uff1a\uff1b\u300c\u300d\uff08\uff09"
 PUNCTUATION = "?!.,;:()<>`" + EAST_ASIAN  # around a path in a sentence
 ASCII = re.compile(r"[!-~]+")  # Chinese and Japanese have no spaces around a path
+SUFFIX = re.compile("|".join(map(re.escape, SUFFIXES)), re.IGNORECASE)
 # White space, or nothing after a letter of Chinese, Japanese, Korean, Thai and others
 GAP = re.compile(r"(\s+|(?<=[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\uffef]))")
 LONG = '"""'  # begins and ends a message of several lines
@@ -113,6 +114,10 @@ def find_pictures(message: str) -> tuple[str, list[str]]:
         if path:
             paths.append(path)
             return ""
+        start, end, path = _embedded_path(word[0])
+        if path:
+            paths.append(path)
+            return word[0][:start] + word[0][end:]
         return word[0] if word[0].isascii() else ASCII.sub(take_run, word[0])
 
     def take_run(run):
@@ -133,11 +138,25 @@ def _picture_in(word: re.Match):
     in_double_quotes, in_quotes, escaped = word.groups(default="")
     path = in_double_quotes or in_quotes.replace(r"'\''", "'")
     path = as_path(path or re.sub(r"\\(.)", r"\1", escaped))
-    for spelling in (path, path.strip(PUNCTUATION), word[0]):
+    for spelling in (path, as_path(path.strip(PUNCTUATION)), word[0]):
         candidate = os.path.expanduser(spelling)
         if _is_picture(candidate):
             return candidate
     return ""
+
+
+def _embedded_path(word: str) -> tuple[int, int, str]:
+    """Where a path is in a word, "[x](/tmp/a.png)", and the picture; else 0, 0, "".
+
+    Chinese and Japanese have no spaces around a path, which may have their letters.
+    """
+    ends = [match.end() for match in SUFFIX.finditer(word)]
+    for start in re.finditer(r"file://|[~/]", word):
+        for end in reversed(ends):
+            path = os.path.expanduser(as_path(word[start.start() : end]))
+            if _is_picture(path):
+                return start.start(), end, path
+    return 0, 0, ""
 
 
 def as_path(address: str) -> str:

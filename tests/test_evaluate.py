@@ -625,6 +625,22 @@ def test_an_official_file_without_answers_is_named(tmp_path, content):
         evaluate.read_questions(path, "vqa", evaluate.Options(), [path])
 
 
+def test_answers_without_their_questions_are_named(tmp_path):
+    path = f"{tmp_path}/a.json"
+    Path(path).write_text(json.dumps({"annotations": []}))
+    with pytest.raises(InputError, match="a.json: .* give the file of the questions"):
+        evaluate.main(["vqa", path])
+
+
+def test_lines_of_another_task_are_named_in_words(tmp_path):
+    path = f"{tmp_path}/a.jsonl"
+    line = {"image": "a.png", "question": "b"}
+    for extra, words in (({}, "no 'answer'"), ({"answers": "a"}, "answers are a list")):
+        Path(path).write_text(json.dumps(line | extra))
+        with pytest.raises(InputError, match=rf"a.jsonl:1: not a line .*\({words}"):
+            evaluate.main(["vqa", path])
+
+
 def test_an_empty_answer_is_never_right():
     scores = evaluate.vqa_scores([("the", True, ["a"]), ("", True, [""] * 10)])
     assert scores["exact match"] == scores["soft accuracy"] == 0

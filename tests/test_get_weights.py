@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import os
 import re
 import shutil
@@ -444,6 +445,17 @@ def test_without_connection_and_without_cache(hub, tmp_path, local):
     for words in (what, "HF_HUB_OFFLINE", "--llama="):
         assert words in message
     assert not hub.requests
+
+
+def test_the_library_does_not_talk_of_its_retries():
+    hub = get_weights.hub()
+    assert hub.logging.get_verbosity() >= logging.ERROR
+
+
+def test_an_unreachable_proxy_is_named(monkeypatch):
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    error = get_weights.hub().errors.LocalEntryNotFoundError("refused")
+    assert "out of reach through the proxy: " in get_weights.explain(error, "a/b")
 
 
 @pytest.mark.slow

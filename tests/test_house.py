@@ -38,8 +38,8 @@ BUDGETS = {
     "vision.py": 1900,
     "qformer.py": 900,
     "chat.py": 3450,
-    "plumbing": 17_200,
-    "configs/schema.py": 1450,
+    "plumbing": 18_300,
+    "configs/schema.py": 1500,
     "tools": 31_000,
 }
 DENSE = 25  # a line with more tokens is hard to read once

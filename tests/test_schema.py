@@ -47,6 +47,12 @@ def test_a_config_may_import_and_define_helpers(tmp_path):
     (tmp_path / "c.py").write_text("\n".join(lines))
     config = load_config(str(tmp_path / "c.py"), {})
     assert (config.lr, Path(config.data)) == (1e-4, Path("data/a"))
+    (tmp_path / "c.py").write_text("from pathlib import Path; out_dir = Path('a/b')")
+    assert Path(load_config(str(tmp_path / "c.py"), {}).out_dir) == Path("a/b")
+    for value in ("b'out'", "{1}", "1j", "print", "object()"):
+        (tmp_path / "c.py").write_text(f"out_dir = {value}")
+        with pytest.raises(InputError, match="c.py: out_dir = .* is not of type str"):
+            load_config(str(tmp_path / "c.py"), {})
     (tmp_path / "c.py").write_text("root = 'data'")
     with pytest.raises(
         InputError, match="'root'; begin names of your own with an underscore"
@@ -61,6 +67,12 @@ def test_a_config_that_ends_early_is_a_mistake_of_the_user(tmp_path, text):
     (tmp_path / "c.py").write_text(text)
     with pytest.raises(InputError, match=r"config file \S+c.py: \w+"):
         load_config(str(tmp_path / "c.py"), {})
+
+
+def test_a_config_that_is_not_there_is_named(tmp_path):
+    for path in (tmp_path, tmp_path / "c.py"):
+        with pytest.raises(InputError, match=f"{path}: there is no such file"):
+            load_config(str(path), {})
 
 
 def test_an_out_dir_that_is_a_file_is_refused_before_the_work(tmp_path):

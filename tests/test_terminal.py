@@ -431,6 +431,7 @@ def test_pictures_are_found_in_messages(tmp_path, spelling):
         f"Compare {tmp_path}/data.png please",
         [str(path), f"{tmp_path}/a.png"],
     )
+    assert find_pictures(f"<file://{tmp_path}/a.png>") == ("", [f"{tmp_path}/a.png"])
 
 
 @pytest.mark.parametrize(
@@ -442,14 +443,18 @@ def test_pictures_are_found_in_messages(tmp_path, spelling):
             "\u8bf7\u770b\u3002\u8fd9\u662f\u4ec0\u4e48\uff1f",
         ),
         ("\u300c{}\u300d\u306f?", "\u300c\u300d\u306f?"),
+        ("\u8fd9\u662f{}\u3002", "\u8fd9\u662f\u3002"),
+        ("![x]({}) hi", "![x]() hi"),
     ],
-    ids=["full stop", "chinese", "japanese"],
+    ids=["full stop", "chinese", "japanese", "before", "markdown"],
 )
-def test_paths_stand_between_chinese_or_japanese_words(tmp_path, message, text):
-    path = f"{tmp_path}/a.png"
-    with pytest.raises(InputError, match="there is no such picture"):
-        check_pictures(message.format(path))
-    (tmp_path / "a.png").touch()
+@pytest.mark.parametrize("name", ["a.png", "\u732b.PNG"])
+def test_paths_stand_between_chinese_or_japanese_words(tmp_path, message, text, name):
+    path = f"{tmp_path}/{name}"
+    if name == "a.png":
+        with pytest.raises(InputError, match="there is no such picture"):
+            check_pictures(message.format(path))
+    (tmp_path / name).touch()
     assert find_pictures(message.format(path)) == (text, [path])
 
 

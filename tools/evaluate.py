@@ -582,8 +582,9 @@ def _read_lines(file, task):
         try:
             rows.append(_parse_question(line, task))
         except (ValueError, KeyError, TypeError, RecursionError) as e:
+            reason = f"no {e}" if isinstance(e, KeyError) else e
             raise InputError(
-                f"{file}:{number}: not a line of {task} ({e!r}); --help shows one"
+                f"{file}:{number}: not a line of {task} ({reason}); --help shows one"
             ) from e
     return rows
 
@@ -604,6 +605,11 @@ def evaluate_pictures(task, options, names):
         questions = _prompts_about(names, options.n)
     else:
         asked = [name for name in names if "annotations" not in _read_whole(name)]
+        if not asked:
+            raise InputError(
+                f"{names[0]}: these are the answers alone; give the file of the "
+                "questions, too"
+            )
         questions = {name: read_questions(name, task, options, names) for name in asked}
     pairs = [pair for rows in questions.values() for pair, _ in rows]
     if not any(os.path.isfile(pair.picture) for pair in pairs):

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
+from urllib.request import getproxies
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import chat
@@ -153,6 +154,7 @@ def hub():
     package = optional_package("huggingface_hub", "downloading")
     if not hasattr(package, "DryRunFileInfo"):  # since 1.0
         raise InputError("huggingface_hub is too old: pip install -U huggingface_hub")
+    package.logging.set_verbosity_error()  # it retries; explain() says why it gave up
     return package
 
 
@@ -169,7 +171,8 @@ def explain(error, repo):
         hint = ", or your token is no longer valid" if hub().get_token() else ""
         return f"there is no such repo, or it is private{hint}"
     if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
-        return f"not in the cache, and the hub is out of reach: {reason}"
+        proxy = " through the proxy" if {"https", "all"} & getproxies().keys() else ""
+        return f"not in the cache, and the hub is out of reach{proxy}: {reason}"
     if isinstance(error, errors.EntryNotFoundError):
         return "the repo has no such file"
     return f"interrupted, the same command continues: {reason}"
