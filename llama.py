@@ -57,6 +57,7 @@ class LlamaConfig:
     model_type: str = "llama"  # or another of FAMILIES
     rope_scaling: dict = field(default_factory=dict)  # LLaMA 3.1's; {}: none
     quantization: str = ""  # of the matrices: int8 or int4
+    rotated: bool = False  # whether those in int8 are; older files' are not
     fingerprint: str = ""  # of the weights before they were quantized
 
     @classmethod
@@ -101,7 +102,10 @@ class LlamaConfig:
 
     def to_hub(self) -> dict:
         """The content of a Hugging Face config.json, the inverse of from_dict."""
-        sizes = {k: v for k, v in asdict(self).items() if v not in ("", {})}
+        sizes = asdict(self)
+        for name in ("rope_scaling", "quantization", "rotated", "fingerprint"):
+            if not sizes[name]:  # no keys of Hugging Face's, or not in old files
+                del sizes[name]
         return {"architectures": [FAMILIES[self.model_type]]} | sizes
 
 
@@ -356,6 +360,8 @@ class Llama(nn.Module):
         self.config = config
         # Recompute the blocks' activations in the backward pass.
         self.grad_checkpoint = False
+        # The dtype of the blocks' activations; None: that of the embeddings.
+        self.compute_dtype: torch.dtype | None = None
         V, D = config.vocab_size, config.hidden_size
         # Without _weight, PyTorch would draw one: on the meta device that imports code
         # for a second.
@@ -369,6 +375,7 @@ class Llama(nn.Module):
 
     def forward(self, x, cache: KVCache | None = None):
         """With a cache, x are the tokens that follow those in it."""
+        x = x.to(self.compute_dtype or x.dtype)
         T = x.shape[1]
         start = 0 if cache is None else cache.length
         positions = torch.arange(start, start + T, device=x.device)
@@ -383,9 +390,10 @@ class Llama(nn.Module):
         return self.norm(x)
 
     def logits(self, hidden):
-        """Hidden states (..., D) -> logits (..., V) in the same dtype."""
+        """Hidden states (..., D) -> logits (..., V)."""
         if self.lm_head is None:
-            return F.linear(hidden, self.embed_tokens.weight)
+            weight = self.embed_tokens.weight
+            return F.linear(hidden.to(weight.dtype), weight)
         return self.lm_head(hidden)
 
     def reset_parameters(self):

@@ -2,13 +2,19 @@
 
 A matrix in int8 has float32 scales, one per output. In int4, each group of 64 inputs
 of an output has a scale and an offset in bfloat16.
+
+On a CPU int8 rounds the inputs, too, with one scale per row, and a few large inputs
+leave the others few steps. So inputs and matrix are rotated first, as in QuaRot (arXiv
+2404.00456): with an orthogonal R, x @ W.T = (x @ R) @ (W @ R).T, and x @ R has no
+outliers.
 """
 
+import math
 import os
 import subprocess
 import warnings
 from collections import defaultdict
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +24,7 @@ from plumbing.console import InputError, note, progress
 
 QUANTIZED = ("int8", "int4")  # dtypes
 GROUP = 64  # inputs that share an int4 scale
+BLOCK = 256  # most inputs that a rotation mixes; a power of 2
 
 # Linears with a common input, and the method of their module that returns all their
 # products. One fused product replaces the method: decoding gets faster.
@@ -60,6 +67,29 @@ def quantize_int4(weight):
     packed = steps[:, ::2] << 4 | steps[:, 1::2]
     scales = torch.cat((scale, middle), dim=2).bfloat16()
     return packed, scales.transpose(0, 1).contiguous()
+
+
+@cache
+def hadamard(n: int, device: torch.device):
+    """The symmetric, orthogonal matrix of Hadamard, float32 (n, n), n a power of 2."""
+    matrix = torch.ones(1, 1, device=device)
+    while len(matrix) < n:
+        upper, lower = torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)
+        matrix = torch.cat((upper, lower))
+    return matrix / n**0.5
+
+
+def rotate(x: Tensor) -> Tensor:
+    """x (..., in) @ R, float32; to rotate twice changes nothing.
+
+    R has blocks of up to 256 inputs, each a Hadamard matrix. That of m * n inputs is
+    the Kronecker product of two, which are applied to the block as an m x n matrix.
+    """
+    size = math.gcd(x.shape[-1], BLOCK)
+    m = 1 << size.bit_length() // 2
+    blocks = x.float().unflatten(-1, (-1, m, size // m))
+    left, right = hadamard(m, x.device), hadamard(size // m, x.device)
+    return (left @ blocks @ right).flatten(-3)
 
 
 def shapes_of(tensors: dict[str, Tensor]) -> dict[str, tuple]:
@@ -123,14 +153,18 @@ class QuantizedLinear:
     """x (..., in) -> x @ W.T + bias, for one W of `quantize`.
 
     For several W with the same `in`, a tuple of their products, computed together.
+    is_rotated: the matrices are those of W @ R.
     """
 
-    def __init__(self, matrices, biases, device):
+    def __init__(self, matrices, biases, device, is_rotated=False):
         weights, scales = zip(*matrices)
         self.is_int8 = weights[0].dtype == torch.int8
+        self.is_rotated = self.is_int8 and is_rotated
         self.scale = torch.cat(scales, dim=0 if self.is_int8 else 1).to(device)
         self.weight = pack(torch.cat(weights).to(device), self.scale)
-        self.bias = torch.cat(biases).to(device) if biases else None
+        self.bias = None
+        if biases:  # bfloat16, as in converted files
+            self.bias = torch.cat(biases).to(device, torch.bfloat16)
         self.sizes = [len(weight) for weight in weights]
         self.reduce_range = self.is_int8 and self.scale.is_cpu and int8_saturates()
 
@@ -142,9 +176,12 @@ class QuantizedLinear:
 
     def product(self, rows):
         dtype = rows.dtype
+        if self.is_rotated:
+            rows = rotate(rows)
         if self.is_int8 and rows.is_cpu:
             return multiply_int8_on_cpu(rows, self.weight, self.reduce_range).to(dtype)
         if self.is_int8:
+            rows = rows.to(dtype)
             return F.linear(rows, self.weight.to(dtype)) * self.scale.to(dtype)
         if rows.is_cpu:
             multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
@@ -163,23 +200,32 @@ def linear_groups(module):
     return groups
 
 
+def quantize_matrix(name: str, matrix: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """A model's matrix -> values and scales; in int8 they are those of W @ R."""
+    if name == "lm_head.weight":  # not in int4
+        kind = "int8"
+    return quantize(rotate(matrix) if kind == "int8" else matrix, kind)
+
+
 def quantized_matrix(tensors, name, kind, check):
     """A matrix with its scales, from the file or computed."""
-    matrix = tensors[name]
     if f"{name}_scale" in tensors:
-        return matrix, tensors[f"{name}_scale"]
-    if name == "lm_head.weight":  # it stays int8
-        kind = "int8"
-    return quantize(check(matrix, name), kind)
+        return tensors[name], tensors[f"{name}_scale"]
+    return quantize_matrix(name, check(tensors[name], name), kind)
 
 
-def quantize_linears(model: nn.Module, kind: str, read_tensors, check, device):
+def quantize_linears(
+    model: nn.Module, kind: str, read_tensors, check, device, is_rotated=True
+):
     """Replace each nn.Linear of a model, perhaps on the meta device.
 
     read_tensors() maps the weight files and returns {name: tensor}. It is called for
     each module: unmapping frees the pages that were read. check(tensor, name) returns
-    the tensor, or raises InputError. Matrices with scales are quantized already.
+    the tensor, or raises InputError. Matrices with scales are quantized already;
+    is_rotated: whether those in int8 were rotated before.
     """
+    if kind == "int8" and torch.device(device).type == "cpu":
+        model.compute_dtype = torch.float32  # the kernel's; bfloat16 would round twice
     modules = [(k, m) for k, m in model.named_modules() if linear_groups(m)]
     label = f"quantizing to {kind}"
     for path, module in progress(modules, label, delay=1, leave=False):
@@ -195,7 +241,8 @@ def quantize_linears(model: nn.Module, kind: str, read_tensors, check, device):
                     biases.append(check(tensors[bias], bias))
                 delattr(module, name)
             # It may hide a method of the class; an nn.Module could not.
-            setattr(module, attribute, QuantizedLinear(matrices, biases, device))
+            linear = QuantizedLinear(matrices, biases, device, is_rotated)
+            setattr(module, attribute, linear)
 
 
 def can_compile(device) -> bool:

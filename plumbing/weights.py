@@ -153,6 +153,7 @@ def read_part(name: str, path: str) -> PartFile:
 def load_part(name: str, part: Part, file: PartFile, dtype: torch.dtype, device):
     """Give a part the tensors of its file: all of them, and no others."""
     expected = part.tensors()
+    check_buffers(name, part)
     tensors = {k: t for k, t in expected.items() if k.startswith(part.optional)}
     for key, tensor in file.tensors.items():
         if key in expected or not key.startswith(part.optional):
@@ -165,6 +166,7 @@ def load_part(name: str, part: Part, file: PartFile, dtype: torch.dtype, device)
             lambda: read_hub_tensors(file.path),
             lambda tensor, key: finite(tensor, f"{file.path}: {key}"),
             device,
+            file.sizes.rotated,
         )
     for prefix, module in part.modules.items():
         state = {}
@@ -175,12 +177,6 @@ def load_part(name: str, part: Part, file: PartFile, dtype: torch.dtype, device)
                 tensor = finite(tensor, f"{file.path}: {prefix}{key}").to(dtype)
             state[key] = tensor.to(device)
         module.load_state_dict(state, assign=True)
-        for key, buffer in module.named_buffers():
-            if buffer.is_meta:
-                raise InputError(
-                    f"{name}: no file holds the buffer {key}; "
-                    "register it with persistent=True, or compute it in forward"
-                )
 
 
 def reset_part(part: Part):
@@ -234,8 +230,20 @@ def uninitialized_as_nan():
         torch._C._set_deterministic_algorithms(was)
 
 
+def check_buffers(name: str, part: Part):
+    """Raise InputError for a buffer that the part's file would not hold."""
+    for module in part.modules.values():
+        buffers = dict(module.named_buffers())
+        for key in buffers.keys() - module.state_dict().keys():
+            raise InputError(
+                f"{name}: no file holds the buffer {key}; "
+                "register it with persistent=True, or compute it in forward"
+            )
+
+
 def check_initialized(name: str, part: Part):
     """Raise InputError for a new part with values that are NaN or infinite."""
+    check_buffers(name, part)
     for key, tensor in part.tensors().items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise InputError(
@@ -519,7 +527,10 @@ def choose_quantization(files: Files, dtype: str, trainable: tuple[str, ...]) ->
             f"{file.path}: already {converted}; "
             f"take the original for {dtype}, or to train"
         )
-    files["llama"] = file._replace(sizes=replace(file.sizes, quantization=kind))
+    sizes = replace(file.sizes, quantization=kind)
+    if not converted:
+        sizes = replace(sizes, rotated=True)
+    files["llama"] = file._replace(sizes=sizes)
     return "bfloat16"
 
 

@@ -1,6 +1,7 @@
 """int8, int4, and compiled rows."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 import chat
 from chat import Chat, Options
 from llama import KVCache, Llama, LlamaConfig
+from model import MiniGPT4
 from plumbing.console import InputError
 from plumbing.quantized import (
     QuantizedLinear,
@@ -18,9 +20,13 @@ from plumbing.quantized import (
     pack,
     quantize,
     quantize_linears,
+    quantize_matrix,
+    rotate,
     shapes_of,
 )
+from plumbing.weights import hub_name
 from tests.common import EXAMPLE
+from tests.hub import hub_folder
 
 KINDS = ("int8", "int4")
 SIZES = LlamaConfig(
@@ -157,12 +163,52 @@ def test_matrices_with_scales_are_taken_as_they_are(kind):
     tensors = dict(model.named_parameters())
     for name, tensor in list(tensors.items()):
         if name.endswith("_proj.weight"):
-            values, scales = quantize(tensor, kind)
+            values, scales = quantize_matrix(name, tensor, kind)
             tensors |= {name: values, f"{name}_scale": scales}
     x = torch.randn(1, 3, 64).bfloat16()
     one, _ = quantized_copy(model, kind, tensors)
     other, _ = quantized_copy(model, kind)
     assert torch.equal(one.logits(one(x)), other.logits(other(x)))
+
+
+@pytest.mark.parametrize("n", [64, 100, 576, 2048])
+def test_a_rotation_undoes_itself_and_keeps_lengths(n):
+    x = torch.randn(3, n)
+    torch.testing.assert_close(rotate(rotate(x)), x)
+    torch.testing.assert_close(rotate(x).norm(dim=1), x.norm(dim=1))
+    assert not torch.allclose(rotate(x), x)
+
+
+@pytest.mark.parametrize("n_rows", [1, 64])
+@pytest.mark.parametrize("reduce_range", [False, True], ids=["8_bits", "7_bits"])
+def test_large_inputs_do_not_spoil_an_int8_product(reduce_range, n_rows):
+    if int8_saturates() and not reduce_range:
+        pytest.skip("needs VNNI")
+    weight, x = torch.randn(1024, 2048), torch.randn(n_rows, 2048)
+    x[:, [3, 700, 1100, 2000]] *= 50
+    matrix = quantize_matrix("q_proj.weight", weight, "int8")
+    linear = QuantizedLinear([matrix], [], "cpu", is_rotated=True)
+    linear.reduce_range = reduce_range
+    want = x @ weight.T
+    assert (linear(x) - want).norm() < 0.02 * want.norm()
+
+
+def test_int8_folders_from_before_the_rotation_still_load(tmp_path):
+    model = random_llama(replace(SIZES, vocab_size=640))
+    tensors = {}
+    for name, tensor in model.named_parameters():
+        if name.endswith(("_proj.weight", "lm_head.weight")):
+            tensors[hub_name(name)], scales = quantize(tensor, "int8")
+            tensors[f"{hub_name(name)}_scale"] = scales
+        else:
+            tensors[hub_name(name)] = tensor.bfloat16()
+    sizes = model.config.to_hub() | {"quantization": "int8", "fingerprint": "0"}
+    folder = hub_folder(tmp_path / "old", sizes, tensors)
+    old = MiniGPT4.from_files(None, None, str(folder)).llama
+    x = torch.randn(1, 9, 64)
+    want = model.logits(model(x))
+    got = old.logits(old(x.bfloat16())).float()
+    assert (got - want).std() < 0.1 * want.std()
 
 
 @pytest.mark.parametrize("reduce_range", [False, True], ids=["8_bits", "7_bits"])

@@ -41,7 +41,7 @@ from model import MiniGPT4
 from plumbing.console import InputError, note, progress, run_main
 from plumbing.files import read_json, replacing, start_of
 from plumbing.options import check_name, option, read_options
-from plumbing.quantized import QUANTIZED, quantize
+from plumbing.quantized import QUANTIZED, quantize_matrix
 from plumbing.tokenizer import TOKENIZER_FILES, JsonTokenizer, open_tokenizer
 from plumbing.weights import (
     DTYPES,
@@ -812,8 +812,7 @@ def quantize_tensor(name, tensor, dtype):
     """A matrix as int8 or int4 with its scales under NAME_scale; others as bfloat16."""
     if not name.endswith(("_proj.weight", "lm_head.weight")):
         return {name: tensor.bfloat16()}
-    kind = "int8" if name == "lm_head.weight" else dtype
-    matrix, scales = quantize(tensor, kind)
+    matrix, scales = quantize_matrix(name, tensor, dtype)
     return {name: matrix, f"{name}_scale": scales}
 
 
@@ -823,7 +822,8 @@ def quantize_llama(source, dtype):
     for name, tensor in source.layout.items():
         layout |= quantize_tensor(name, tensor, dtype)
     mark = fingerprint(LazyTensors(source))
-    config = replace(source.config, quantization=dtype, fingerprint=mark)
+    changes = {"quantization": dtype, "rotated": True, "fingerprint": mark}
+    config = replace(source.config, **changes)
 
     @lru_cache(maxsize=1)  # a matrix and its scales are asked for in turn
     def read_quantized(name):
