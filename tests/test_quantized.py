@@ -190,7 +190,8 @@ def test_large_inputs_do_not_spoil_an_int8_product(reduce_range, n_rows):
     linear = QuantizedLinear([matrix], [], "cpu", is_rotated=True)
     linear.reduce_range = reduce_range
     want = x @ weight.T
-    assert (linear(x) - want).norm() < 0.02 * want.norm()
+    limit = 0.025 if reduce_range else 0.02  # not rotated: 0.15 and 0.07
+    assert (linear(x) - want).norm() < limit * want.norm()
 
 
 def test_int8_folders_from_before_the_rotation_still_load(tmp_path):
