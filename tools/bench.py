@@ -11,8 +11,9 @@ about a picture, beside the first; 8 pictures in a batch, beside one at a time.
 
 `limit` is PIL alone in as many workers (data); a large matrix product, which makes
 vs_limit the FLOPs utilization (train); one read of all weights from memory (first
-word). Random weights and pictures are made in --folder on first use (1.1b: 13 GB; full:
-50 GB and 40 GB of memory). The last line is JSON, in which higher rates are better.
+word, decoding: there vs_limit is the share of the memory's bandwidth). Random weights
+and pictures are made in --folder on first use (1.1b: 13 GB; full: 50 GB and 40 GB of
+memory). The last line is JSON, in which higher rates are better.
 """
 
 import io
@@ -69,6 +70,7 @@ WAYS = {  # of holding LLaMA's weights, and the same for llama.cpp
     "int8": "Q8_0",
     "int4": "Q4_0",
 }
+BYTES = {"bfloat16": 2, "int8": 1, "int4": 0.5 + 4 / 64}  # of a weight with its scale
 HUB_SIZES = (
     "hidden_size",
     "num_hidden_layers",
@@ -169,7 +171,9 @@ def table_rows(comparison, medians):
             if key not in comparison.units:
                 others[f"{side}_{key}".removeprefix("ours_")] = value
     for rate, unit in comparison.units.items():
-        rates = {side: results[rate] for side, results in medians.items()}
+        rates = {
+            side: results[rate] for side, results in medians.items() if rate in results
+        }
         row = {
             "name": f"{comparison.name} {rate}".removesuffix(" rate"),
             "unit": unit,
@@ -508,9 +512,26 @@ def first_word(answer, folder, device):
 
 
 def memory_alone(folder):
-    """How often per second all weights can be read, as fast as a sum over 1 GiB."""
+    """How often per second all weights can be read."""
     n_bytes = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
-    return {"rate": 2**30 / n_bytes / seconds(torch.ones(2**28).sum)}
+    return {"rate": bandwidth() / n_bytes}
+
+
+def bandwidth(device="cpu"):
+    """Bytes per second of a sum over 1 GiB of memory."""
+    return 2**30 / seconds(torch.ones(2**28, device=device).sum)
+
+
+def matrices_alone(folder, way, device):
+    """decode: tokens/s if each read LLaMA's matrices once, and did nothing else."""
+    kind = way.split()[0]
+    n_bytes = 0
+    for name, tensor in read_hub_folder(str(folder), LlamaConfig).tensors.items():
+        if name == "lm_head.weight" and kind == "int4":
+            n_bytes += tensor.numel()  # int8
+        elif tensor.dim() == 2 and name != "embed_tokens.weight":
+            n_bytes += BYTES[kind] * tensor.numel()
+    return {"decode": bandwidth(device) / n_bytes}
 
 
 def gguf_file(folder, kind):
@@ -673,6 +694,7 @@ def compare_ways(options, ours, device):
         sides = {
             "ours": (answers, our_answer, llama, way, units, device),
             "peer": (answers, peer_answer, llama, way, units, device),
+            "limit": (matrices_alone, llama, way, device),
         }
         if device.type == "cpu" and has_llamacpp:
             file = gguf_file(llama, kind)
