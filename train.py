@@ -45,6 +45,7 @@ from plumbing.processes import (
 )
 from plumbing.quantized import compile_blocks
 from plumbing.run import Checkpoint, Meter, RunFolder, RunLog
+from plumbing.weights import check_fetched
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -315,12 +316,15 @@ def train(config: Config, device: torch.device, rank: int = 0, world: int = 1) -
     """
     set_quiet(rank > 0)
     folder = open_folder(config)
-    model = build(config, device)
+    for source in config.parts().values():
+        check_fetched(source)
     if rank == 0:
-        # Runs the commands of config.prepare, which draw the tiny world's pictures.
+        # Runs the commands of config.prepare, which draw the tiny world's pictures and
+        # make the tokenizer of its language model.
         make_missing(config.prepare, config.data_paths())
     if world > 1:
         dist.barrier()
+    model = build(config, device)
     samples, source_weights, heldout = open_data(config, model, device)
     steps = TrainingSteps(samples, source_weights, config, rank, world)
     checkpoint = make_checkpoint(folder, model, config, steps.identity, device)

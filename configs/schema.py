@@ -187,7 +187,8 @@ def load_config(path: str, options: dict) -> Config:
     known = Config.__dataclass_fields__
     for name, value in names.items():
         # Modules, functions and the like are helpers.
-        if name in known or isinstance(value, PLAIN) and not name.startswith("_"):
+        is_setting = isinstance(value, PLAIN) and not name.startswith("_")
+        if is_setting or name in known:
             check_name(name, known, path, "begin names of your own with an underscore")
             settings[name] = str(value) if isinstance(value, Path) else value
     config = override(override(Config(), settings, path), options)

@@ -31,6 +31,7 @@ ASCII = re.compile(r"[!-~]+")  # Chinese and Japanese have no spaces around a pa
 SUFFIX = re.compile("|".join(map(re.escape, SUFFIXES)), re.IGNORECASE)
 # White space, or nothing after a letter of Chinese, Japanese, Korean, Thai and others
 GAP = re.compile(r"(\s+|(?<=[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\uffef]))")
+LONGEST_PATH = 4096  # characters
 LONG = '"""'  # begins and ends a message of several lines
 
 COLORED_BLOCK = "\x1b[38;2;{};{};{};48;2;{};{};{}m\u2580"  # upper half, lower half
@@ -150,12 +151,13 @@ def _embedded_path(word: str) -> tuple[int, int, str]:
 
     Chinese and Japanese have no spaces around a path, which may have their letters.
     """
+    starts = [match.start() for match in re.finditer(r"file://|[~/]", word)]
     ends = [match.end() for match in SUFFIX.finditer(word)]
-    for start in re.finditer(r"file://|[~/]", word):
+    for start in starts:
         for end in reversed(ends):
-            path = os.path.expanduser(as_path(word[start.start() : end]))
-            if _is_picture(path):
-                return start.start(), end, path
+            path = os.path.expanduser(as_path(word[start:end]))
+            if end - start <= LONGEST_PATH and _is_picture(path):
+                return start, end, path
     return 0, 0, ""
 
 

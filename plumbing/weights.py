@@ -108,22 +108,21 @@ def read_parts(sources: Sources, llama_config: type) -> Files:
     """
     files = {}
     for name, source in sources.items():
+        check_fetched(source)
         if isinstance(source, dict):
             files[name] = PartFile("the run's config", None, source)
-            continue
-        if source:
-            check_fetched(source)
-        if source and name == "llama":
+        elif source and name == "llama":
             files[name] = read_hub_folder(source, llama_config)
         elif source:
             files[name] = read_part(name, source)
     return files
 
 
-def check_fetched(path: str):
+def check_fetched(source: str | dict | None):
     """Raise InputError for a missing path in weights/, which get_weights.py fills."""
-    *folders, name = Path(path).parts
-    if "weights" not in folders or os.path.exists(path):
+    path = source if isinstance(source, str) else ""
+    name = Path(path).name
+    if "weights" not in Path(path).parent.parts or os.path.exists(path):
         return
     recipe = RECIPES_BY_NAME.get(name, name)
     if not recipe.endswith(".safetensors"):  # somebody's own

@@ -218,3 +218,33 @@ def test_missing_data_is_made_on_first_use_after_what_it_is_made_from(tmp_path):
     assert not text.exists()  # what it was for is there
     with pytest.raises(InputError, match="could not be made"):
         make_missing({"none": f"{make} nothing"}, ["none"])
+
+
+def test_a_tokenizer_that_prepare_makes_is_there_for_the_model(world, tmp_path):
+    target, text = tmp_path / "made.model", tmp_path / "text.jsonl"
+    text.write_text('{"text": "a red star and a small ring"}\n' * 8)
+    source = ROOT / "assets/tiny/llama/tokenizer.model"
+    make = f"-c \"import shutil; shutil.copy('{source}', '{target}')\""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = micro(
+        world,
+        tmp_path / "out",
+        vision="",
+        qformer="",
+        llama=sizes | {"num_attention_heads": 2},
+        tokenizer=str(target),
+        prepare={str(target): make},
+        trainable=("llama",),
+        data=str(text),
+        max_steps=1,
+        warmup_steps=0,
+    )
+    assert len(losses(run(config))) == 1
+
+
+def test_missing_weights_are_named_before_data_are_made(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = f"{tmp_path}/data"
+    settings = dict(data=data, prepare={data: "-c 1/0"}, llama="weights/smollm2-135m")
+    with pytest.raises(InputError, match="tools/get_weights.py smollm2-135m. run?"):
+        run(micro(world, tmp_path / "out", **settings))

@@ -779,13 +779,14 @@ def merge_lora(source, folder):
 
 def check_patterns(alphas, path):
     """Raise InputError unless it is PEFT's {pattern: value}."""
+    malformed = InputError(f"{path}: alpha_pattern is malformed; fetch it again")
+    if not isinstance(alphas, dict):
+        raise malformed
     try:
-        if not isinstance(alphas, dict):
-            raise TypeError("no dict")
         for pattern in alphas:
             re.compile(pattern)
-    except (TypeError, re.error) as e:
-        raise InputError(f"{path}: alpha_pattern is malformed; fetch it again") from e
+    except re.error as e:
+        raise malformed from e
 
 
 def of_layer(by_pattern, name, default):
