@@ -17,6 +17,10 @@ _quiet = False
 class InputError(Exception):
     """A usage error. Its message is one line: what is wrong, where, and what to do."""
 
+    def __init__(self, message: str):
+        # What it quotes, such as a name in a file, may have several lines.
+        super().__init__(" ".join(message.splitlines()))
+
 
 def optional_package(name: str, purpose: str):
     """Import a package. Raises InputError that says whether it is missing or broken."""

@@ -117,6 +117,14 @@ def test_a_missing_package_and_a_broken_one_are_told_apart(
         optional_package("odd_package", "the page")
 
 
+@pytest.mark.parametrize("name", ["\n", "a\nb", "a\r\nb", "a\u2028b\x0b"])
+def test_a_message_is_one_line_whatever_it_quotes(name):
+    message = str(InputError(f"the architecture {name} is not supported"))
+    assert len(message.splitlines()) == 1
+    assert message.startswith("the architecture ")
+    assert message.endswith(" is not supported")
+
+
 def test_text_that_would_control_a_terminal_is_shown_as_codes():
     assert printable("\x1b[2Ja\r\u202e\ud800") == "\\x1b[2Ja\\x0d\\x202e\\xd800"
     joined = "caf\u00e9 \u4e2d\n\t\U0001f469\u200d\U0001f680"
