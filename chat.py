@@ -45,7 +45,7 @@ from plumbing import terminal
 from plumbing.console import InputError, is_plain, note, printable, run_main, set_plain
 from plumbing.options import check_name, check_options, option, override, parse_args
 from plumbing.processes import peak_mib, pick_device
-from plumbing.quantized import QUANTIZED, compile_rows
+from plumbing.quantized import QUANTIZED, graph_steps
 from plumbing.tokenizer import read_chat_template
 from plumbing.weights import DTYPES
 from vision import load_image
@@ -105,8 +105,8 @@ class Options:
         "none: the run's, but not float16 on a CPU",
         choices=("", *DTYPES, *QUANTIZED),
     )
-    compile: bool = option(
-        False, "on a CPU, compile decoding: faster in bfloat16, after a slow start"
+    cuda_graphs: bool = option(
+        False, "on a GPU, decode with CUDA graphs: faster after the first answers"
     )
     json: bool = option(False, "print each answer as a JSON object")
     plain: bool = option(False, "text alone: no colors, pictures or progress")
@@ -144,8 +144,8 @@ def load(options: Options) -> tuple[MiniGPT4, Options]:
     model = MiniGPT4.from_files(
         **saved.parts(), dtype=dtype, device=device, image_size=saved.image_size
     )
-    if options.compile:
-        compile_rows(model.llama)
+    if options.cuda_graphs:
+        model.graphed_steps = graph_steps(model.llama)
 
     template = options.template or saved.template
     if not template:

@@ -220,6 +220,10 @@ class KVCache:
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
 
+    @property
+    def capacity(self) -> int:
+        return self.keys[0].shape[2] if self.keys else 0
+
     def append(self, layer: int, k, v):
         """Append k and v (B, K, T, head_dim); return all, (B, K, S, head_dim) each."""
         all_k = self.store(self.keys, layer, k)
@@ -228,16 +232,27 @@ class KVCache:
 
     def store(self, layers: dict[int, Tensor], layer: int, new):
         end = self.length + new.shape[2]
-        stored = layers.get(layer)
-        if stored is None:
-            stored = new[:, :, :0]
-        capacity = stored.shape[2]
-        if end > capacity:
-            n_more = max(256, 2 * end) - capacity
-            stored = F.pad(stored, (0, 0, 0, n_more))
-            layers[layer] = stored
+        stored = with_room(layers.get(layer, new[:, :, :0]), end)
         stored[:, :, self.length : end] = new
+        layers[layer] = stored
         return stored[:, :, :end]
+
+    def reserve(self, n_tokens: int):
+        """Make room for n_tokens more."""
+        for layers in (self.keys, self.values):
+            for layer, stored in layers.items():
+                layers[layer] = with_room(stored, self.length + n_tokens)
+
+    def mask(self, T: int, device):
+        """Which tokens the next T see, bool (T, S); None: those up to themselves."""
+        if T == 1 or not self.length:
+            return None
+        S = self.length + T
+        return torch.ones(T, S, dtype=torch.bool, device=device).tril(self.length)
+
+    def static(self) -> "StaticCache":
+        """A copy for a CUDA graph."""
+        return StaticCache(self)
 
     def select(self, rows: Tensor):
         """Keep these rows of the batch, in this order; rows may repeat."""
@@ -246,33 +261,67 @@ class KVCache:
                 layers[layer] = stored[rows]
 
 
-def attend(q, k, v):
-    """Causal attention of the last T of S tokens -> (B, H, T, head_dim).
+def with_room(stored: Tensor, n_tokens: int) -> Tensor:
+    """Keys or values with a capacity of 256, 512, 1,024 and so on that is enough."""
+    capacity = stored.shape[2]
+    if n_tokens <= capacity:
+        return stored
+    enough = max(256, 2 ** math.ceil(math.log2(n_tokens)))
+    return F.pad(stored, (0, 0, 0, enough - capacity))
+
+
+class StaticCache:
+    """A KVCache for steps of one token, all with the same shapes: for a CUDA graph.
+
+    It copies another cache. `length` is a tensor, int64 (1,); the places from there on
+    are masked instead of cut off.
+    """
+
+    def __init__(self, cache: KVCache):
+        self.keys = {layer: k.clone() for layer, k in cache.keys.items()}
+        self.values = {layer: v.clone() for layer, v in cache.values.items()}
+        self.length = torch.tensor([cache.length], device=self.keys[0].device)
+
+    def append(self, layer: int, k, v):
+        """Put k and v (B, K, 1, head_dim) in their place; return all places."""
+        keys, values = self.keys[layer], self.values[layer]
+        keys.index_copy_(2, self.length, k)
+        values.index_copy_(2, self.length, v)
+        return keys, values
+
+    def copy_(self, cache: KVCache):
+        """Take over the content of a cache with the same shapes."""
+        for layer in self.keys:
+            self.keys[layer].copy_(cache.keys[layer])
+            self.values[layer].copy_(cache.values[layer])
+
+    def mask(self, T: int, device):
+        """The places in use and the new one, bool (1, capacity)."""
+        places = torch.arange(self.keys[0].shape[2], device=device)
+        return (places <= self.length).unsqueeze(0)
+
+
+def attend(q, k, v, mask=None):
+    """Attention, causal without a mask (T, S) -> (B, H, T, head_dim).
 
     q (B, H, T, head_dim), k and v (B, K, S, head_dim). Query heads share key heads
     in groups of H / K.
     """
-    T, S = q.shape[2], k.shape[2]
-    mask = None
-    if T < S:
-        # The S - T cached tokens are visible to all, the new ones from the diagonal on.
-        everything = torch.ones(T, S, dtype=torch.bool, device=q.device)
-        mask = everything.tril(S - T)
     is_grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(
         q, k, v, mask, is_causal=mask is None, enable_gqa=is_grouped
     )
 
 
-def attend_last(q, k, v):
-    """The same for T = 1, faster: the last token sees all others, so nothing is masked.
+def attend_last(q, k, v, mask=None):
+    """The same for T = 1, faster; without a mask, the token sees all others.
 
     The query heads that share a key head take the place of T: one read of its keys.
     """
     B, H, _, head_dim = q.shape
     K = k.shape[1]
     q = q.reshape(B, K, H // K, head_dim)
-    y = F.scaled_dot_product_attention(q, k, v)
+    y = F.scaled_dot_product_attention(q, k, v, mask)
     return y.reshape(B, H, 1, head_dim)
 
 
@@ -304,14 +353,14 @@ class Attention(nn.Module):
         """(B, T, H * head_dim) -> (B, H, T, head_dim)."""
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def forward(self, x, cos, sin, cache):
+    def forward(self, x, cos, sin, mask, cache):
         q, k, v = map(self.split_heads, self.qkv(x))
         q = rotate(self.q_norm(q), cos, sin)
         k = rotate(self.k_norm(k), cos, sin)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        T = x.shape[1]
-        y = attend_last(q, k, v) if T == 1 else attend(q, k, v)
+        attention = attend_last if x.shape[1] == 1 else attend
+        y = attention(q, k, v, mask)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -344,8 +393,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, cache):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+    def forward(self, x, cos, sin, mask, cache):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -378,13 +427,14 @@ class Llama(nn.Module):
         x = x.to(self.compute_dtype or x.dtype)
         T = x.shape[1]
         start = 0 if cache is None else cache.length
-        positions = torch.arange(start, start + T, device=x.device)
+        positions = torch.arange(T, device=x.device) + start
         cos, sin = rotary_angles(positions, self.config, x.dtype)
+        mask = None if cache is None else cache.mask(T, x.device)
         for block in self.layers:
             if self.grad_checkpoint and x.requires_grad:
-                x = checkpoint(block, x, cos, sin, cache, use_reentrant=False)
+                x = checkpoint(block, x, cos, sin, mask, cache, use_reentrant=False)
             else:
-                x = block(x, cos, sin, cache)
+                x = block(x, cos, sin, mask, cache)
         if cache is not None:
             cache.length += T
         return self.norm(x)

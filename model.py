@@ -18,6 +18,7 @@ from configs.prompts import IMAGE, is_end
 from llama import IGNORE, KVCache, Llama, LlamaConfig, sample
 from llama import beam_search as search_beams
 from plumbing.console import InputError
+from plumbing.quantized import GraphedSteps, one_row_kernels
 from plumbing.tokenizer import Tokenizer, open_tokenizer
 from plumbing.weights import (
     Part,
@@ -100,6 +101,8 @@ class MiniGPT4(nn.Module):
             self.parts["proj"] = Part({"proj.": self.proj})
         self.parts["llama"] = Part({"": self.llama})
         self.tokenizer: Tokenizer | None = None
+        # Decodes instead of llama where it is set: with CUDA graphs.
+        self.graphed_steps: GraphedSteps | None = None
         # {part: hash of its weights as loaded}
         self.fingerprints: dict[str, str] = {}
 
@@ -237,10 +240,13 @@ class MiniGPT4(nn.Module):
         if cache is None:
             cache = KVCache()
         x = x[:, cache.length :]
+        step = self.graphed_steps or self.llama
         for n in range(1, max_new_tokens + 1):
-            hidden = self.llama(x, cache)
+            with one_row_kernels(x):
+                hidden = step(x, cache)
+                logits = self.llama.logits(hidden[:, -1])
             # The embeddings may have more rows than the tokenizer has ids.
-            logits = self.llama.logits(hidden[:, -1])[:, : seen.shape[1]].float()
+            logits = logits[:, : seen.shape[1]].float()
             if n < min_length:
                 logits[:, self.tokenizer.ends] = -torch.inf
             new = sample(

@@ -43,7 +43,7 @@ from plumbing.processes import (
     n_processes,
     process_group,
 )
-from plumbing.quantized import compile_blocks
+from plumbing.quantized import compile_blocks, graph_steps
 from plumbing.run import Checkpoint, Meter, RunFolder, RunLog
 from plumbing.weights import check_fetched
 
@@ -210,6 +210,8 @@ def build(config: Config, device: torch.device) -> MiniGPT4:
         mix_precision(model, config, device)
     if config.compile:
         compile_blocks(model, device)
+    if config.cuda_graphs and not config.shard:
+        model.graphed_steps = graph_steps(model.llama)
     return model
 
 

@@ -107,6 +107,9 @@ class Config:
         False, "save memory: recompute LLaMA's activations in the backward pass"
     )
     compile: bool = option(False, "compile the blocks with torch.compile")
+    cuda_graphs: bool = option(
+        False, "on a GPU, decode held-out answers with CUDA graphs"
+    )
     shard: bool = option(False, "shard LLaMA's blocks over the processes (fully_shard)")
     peak_tflops: float = option(
         0.0, "the device's peak in `dtype`; adds mfu to the log", least=0

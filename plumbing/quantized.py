@@ -1,4 +1,4 @@
-"""Linear layers that decode faster: int8 and int4 matrices, and compiled products.
+"""What makes steps faster: int8 and int4 matrices, CUDA graphs, torch.compile.
 
 A matrix in int8 has float32 scales, one per output. In int4, each group of 64 inputs
 of an output has a scale and an offset in bfloat16.
@@ -13,8 +13,10 @@ import math
 import os
 import subprocess
 import warnings
+import weakref
 from collections import defaultdict
-from functools import cache, partial
+from contextlib import nullcontext
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -270,29 +272,96 @@ def compile_blocks(model: nn.Module, device: torch.device):
                 block.compile(dynamic=True)
 
 
-def compile_rows(model: nn.Module):
-    """Compile each nn.Linear's product with a single row, for decoding on a CPU.
+def one_row_kernels(x: Tensor):
+    """The context in which products of x, if it is one row, are the fastest.
 
-    In bfloat16 it is twice as fast as PyTorch's own.
+    With one row in bfloat16 on a CPU, oneDNN takes twice as long as PyTorch's own.
     """
-    device = next(model.parameters()).device
-    if device.type != "cpu" or not can_compile(device):
-        note("note: compiling needs a C++ compiler and a CPU; continuing without it")
-        return
+    is_row = x.numel() == x.shape[-1]
+    if x.is_cpu and is_row and x.dtype == torch.bfloat16:
+        return torch.backends.mkldnn.flags(enabled=False, allow_tf32=None)
+    return nullcontext()
 
-    @torch.compile(dynamic=False)
-    def row_product(weight, x):
-        y = (weight.float() * x.float()).sum(-1)
-        return y.to(x.dtype).view(*x.shape[:-1], -1)
 
-    def forward(weight, bias, x):
-        if x.numel() > x.shape[-1]:
-            return F.linear(x, weight, bias)
-        y = row_product(weight, x)
-        return y if bias is None else y + bias
+class GraphedSteps:
+    """Llama's steps for one token as CUDA graphs: no Python between their kernels.
 
-    for linear in model.modules():
-        if isinstance(linear, nn.Linear):
-            # From the mapped file to huge pages: faster to read.
-            linear.weight.data = linear.weight.clone()
-            linear.forward = partial(forward, linear.weight, linear.bias)
+    Called as the model is, which computes whatever is no such step. There is a graph
+    for each batch size and capacity of the cache, captured when it is first needed.
+    """
+
+    def __init__(self, llama: nn.Module):
+        self.llama = llama
+        self.steps: dict[tuple[int, int], GraphedStep] = {}
+        self.pool = None
+        if llama.norm.weight.is_cuda:
+            self.pool = torch.cuda.graph_pool_handle()  # the graphs share memory
+
+    def __call__(self, x: Tensor, cache):
+        """x (B, T, D) and a KVCache -> hidden states, valid until the next call."""
+        if x.shape[1] > 1 or not cache.length:
+            return self.llama(x, cache)
+        cache.reserve(1)
+        sizes = len(x), cache.capacity
+        if sizes not in self.steps:
+            self.steps[sizes] = GraphedStep(self.llama, x, cache, self.pool)
+        return self.steps[sizes](x, cache)
+
+
+class GraphedStep:
+    """One of them, with the tensors that its graph reads and writes.
+
+    On other devices the same step runs without a graph.
+    """
+
+    def __init__(self, llama, x, cache, pool):
+        self.llama = llama
+        self.x = x.clone()
+        self.static = cache.static()
+        self.position = self.static.length.clone()
+        self.user = weakref.ref(cache)
+        self.replay = self.capture(pool) if x.is_cuda else self.run
+
+    def run(self):
+        self.static.length.copy_(self.position)  # the model advances it
+        self.hidden = self.llama(self.x, self.static)
+
+    def capture(self, pool):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):  # libraries allocate and choose kernels
+                self.run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            self.run()
+        return graph.replay
+
+    def __call__(self, x, cache):
+        self.hold(cache)
+        self.x.copy_(x)
+        self.position.fill_(cache.length)
+        self.replay()
+        cache.length += 1
+        return self.hidden
+
+    def hold(self, cache):
+        """Let a cache use the graph's tensors; the one that had them gets a copy."""
+        if cache.keys[0] is self.static.keys[0]:
+            return
+        user = self.user()
+        if user is not None and user.keys[0] is self.static.keys[0]:
+            copy = user.static()
+            user.keys, user.values = copy.keys, copy.values
+        self.static.copy_(cache)
+        cache.keys, cache.values = dict(self.static.keys), dict(self.static.values)
+        self.user = weakref.ref(cache)
+
+
+def graph_steps(llama: nn.Module) -> GraphedSteps | None:
+    """GraphedSteps on a GPU; elsewhere none, with a note."""
+    if llama.norm.weight.is_cuda:
+        return GraphedSteps(llama)
+    note("note: cuda_graphs needs a GPU; continuing without")
+    return None

@@ -1,6 +1,5 @@
-"""int8, int4, and compiled rows."""
+"""int8 and int4."""
 
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -14,7 +13,6 @@ from model import MiniGPT4
 from plumbing.console import InputError
 from plumbing.quantized import (
     QuantizedLinear,
-    compile_rows,
     int8_saturates,
     multiply_int8_on_cpu,
     pack,
@@ -220,24 +218,3 @@ def test_int8_products_are_close_where_they_do_not_saturate(reduce_range):
     error = (y - x @ weight.T).norm() / (x @ weight.T).norm()
     is_right = error < 0.02
     assert is_right or (int8_saturates() and not reduce_range)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
-def test_compiled_rows_give_the_same_logits_and_no_compiler_is_noted(
-    monkeypatch, capsys
-):
-    # All matrices have one shape, so that there is one to compile.
-    model = random_llama(LlamaConfig(64, 64, 64, 2, 4, 4, 16))
-    rows = [torch.randn(1, 1, 64), torch.randn(1, 5, 64), torch.randn(2, 1, 64)]
-    want = [model.logits(model(x)) for x in rows]
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    compile_rows(model)
-    assert "needs a C++ compiler" in capsys.readouterr().err
-    assert "forward" not in vars(model.lm_head)
-    monkeypatch.setenv("CXX", "g++")
-    compile_rows(model)
-    assert capsys.readouterr().err == ""
-    assert "forward" in vars(model.lm_head)
-    for x, logits in zip(rows, want):
-        assert torch.allclose(model.logits(model(x)), logits, atol=1e-4)

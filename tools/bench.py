@@ -48,7 +48,6 @@ from plumbing.console import InputError, run_main
 from plumbing.files import replacing
 from plumbing.options import check_name, option, read_options, to_json
 from plumbing.processes import peak_mib, pick_device
-from plumbing.quantized import compile_rows
 from plumbing.sources import Sample, index_tar, split_files
 from plumbing.weights import PARTS, hub_name, read_hub_folder
 from qformer import QFormerConfig
@@ -66,7 +65,6 @@ PROMPT, ANSWER, CAPTION = 80, 32, 80  # tokens, of chat's texts
 PICTURE, QUESTION = f"{TINY}/example.png", "What is in this picture?"
 WAYS = {  # of holding LLaMA's weights, and the same for llama.cpp
     "bfloat16": "BF16",
-    "bfloat16 compiled": "BF16",
     "int8": "Q8_0",
     "int4": "Q4_0",
 }
@@ -524,13 +522,12 @@ def bandwidth(device="cpu"):
 
 def matrices_alone(folder, way, device):
     """decode: tokens/s if each read LLaMA's matrices once, and did nothing else."""
-    kind = way.split()[0]
     n_bytes = 0
     for name, tensor in read_hub_folder(str(folder), LlamaConfig).tensors.items():
-        if name == "lm_head.weight" and kind == "int4":
+        if name == "lm_head.weight" and way == "int4":
             n_bytes += tensor.numel()  # int8
         elif tensor.dim() == 2 and name != "embed_tokens.weight":
-            n_bytes += BYTES[kind] * tensor.numel()
+            n_bytes += BYTES[way] * tensor.numel()
     return {"decode": bandwidth(device) / n_bytes}
 
 
@@ -581,12 +578,7 @@ def gguf_file(folder, kind):
 
 def our_answer(folder, way, ids, device):
     """A function of n that answers `ids` greedily with n tokens."""
-    dtype, *compiled = way.split()
-    model = MiniGPT4.from_files(
-        None, None, str(folder), dtype=dtype, device=device.type
-    )
-    if compiled:
-        compile_rows(model.llama)
+    model = MiniGPT4.from_files(None, None, str(folder), dtype=way, device=device.type)
 
     def answer(n):
         steps = model.generate(ids, max_new_tokens=n, temperature=0, min_length=n + 1)
@@ -687,10 +679,6 @@ def compare_ways(options, ours, device):
     has_llamacpp = find_spec("llama_cpp") and find_spec("gguf")
     for way, kind in WAYS.items():
         units = {"decode": "tokens/s", "prompt": "1/s"}
-        if "compiled" in way:
-            if device.type == "cuda":
-                continue  # --compile is for CPUs
-            del units["prompt"]
         sides = {
             "ours": (answers, our_answer, llama, way, units, device),
             "peer": (answers, peer_answer, llama, way, units, device),

@@ -108,6 +108,7 @@ class Options:
     batch_size: int = option(8, "questions answered together", least=1)
     device: str = option("", "none: cuda if there is one, else cpu")
     dtype: str = option("", "none: the run's, but not float16 on a CPU")
+    cuda_graphs: bool = option(False, "on a GPU, decode with CUDA graphs")
     answers: str = option(
         "out/answers.jsonl",
         "the file to write, or to continue; remove it to start over",
@@ -133,6 +134,7 @@ def load(run, options):
         max_new_tokens=options.max_new_tokens,
         device=options.device,
         dtype=options.dtype,
+        cuda_graphs=options.cuda_graphs,
     )
     return caption.start_chat(chat_options)
 
