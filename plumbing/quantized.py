@@ -15,6 +15,7 @@ import subprocess
 import warnings
 import weakref
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import cache
 
@@ -26,6 +27,7 @@ from plumbing.console import InputError, note, progress
 
 QUANTIZED = ("int8", "int4")  # dtypes
 GROUP = 64  # inputs that share an int4 scale
+AT_ONCE = 2**17  # values that are quantized at once: fast, and little memory
 BLOCK = 128  # most inputs that a rotation mixes, a power of 2; 256 are slower
 
 # Linears with a common input, and the method of their module that returns all their
@@ -39,28 +41,37 @@ FUSED = {
 }
 
 
-def quantize(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """A matrix (out, in) -> its quantized values and scales.
+def quantize(
+    weight: Tensor, kind: str, is_rotated: bool = False
+) -> tuple[Tensor, Tensor]:
+    """A matrix W (out, in) -> the quantized values of W, or of W @ R, and scales.
 
     int8: int8 (out, in) and float32 (out,).
     int4: two columns in a uint8 (out, in / 2), the even one in the high bits;
     bfloat16 (in / 64, out, 2) holds each group's scale and the value of 8.
     """
-    weight = weight.float()
-    if kind == "int4":
-        return quantize_int4(weight)
-    scale = weight.abs().amax(1).clamp(min=1e-12) / 127
-    return (weight / scale[:, None]).round_().to(torch.int8), scale
-
-
-def quantize_int4(weight):
     n_outputs, n_inputs = weight.shape
-    if n_outputs % 16 or n_inputs % GROUP:
+    if kind == "int4" and (n_outputs % 16 or n_inputs % GROUP):
         raise InputError(
             f"int4: a matrix of {tuple(weight.shape)}, not multiples of 16 and "
             f"{GROUP}; take int8"
         )
-    groups = weight.unflatten(1, (-1, GROUP))
+    values, scales = [], []
+    for rows in weight.split(max(1, AT_ONCE // n_inputs)):
+        rows = rotate(rows) if is_rotated else rows.float()
+        quantized = quantize_int4(rows) if kind == "int4" else quantize_int8(rows)
+        values.append(quantized[0])
+        scales.append(quantized[1])
+    return torch.cat(values), torch.cat(scales, dim=1 if kind == "int4" else 0)
+
+
+def quantize_int8(rows):
+    scale = rows.abs().amax(1).clamp(min=1e-12) / 127
+    return (rows / scale[:, None]).round_().to(torch.int8), scale
+
+
+def quantize_int4(rows):
+    groups = rows.unflatten(1, (-1, GROUP))
     low, high = groups.aminmax(dim=2, keepdim=True)
     scale = ((high - low) / 15).clamp(min=1e-12).bfloat16().float()
     middle = (low + 8 * scale).bfloat16().float()
@@ -68,7 +79,7 @@ def quantize_int4(weight):
     steps = steps.add_(8).clamp_(0, 15).to(torch.uint8).flatten(1)
     packed = steps[:, ::2] << 4 | steps[:, 1::2]
     scales = torch.cat((scale, middle), dim=2).bfloat16()
-    return packed, scales.transpose(0, 1).contiguous()
+    return packed, scales.transpose(0, 1)
 
 
 @cache
@@ -119,12 +130,16 @@ def pack(weight, scale):
         return torch.ops.quantized.linear_prepack(weight, None)
     if is_int8:
         return weight
-    if weight.is_cpu:
-        columns = torch.stack((weight >> 4, weight & 15), 2).flatten(1)
-        return torch.ops.aten._convert_weight_to_int4pack_for_cpu(columns.int(), 1)
+    if weight.is_cpu:  # the layout is that of blocks of 64 rows or less
+        return torch.cat([pack_int4_on_cpu(rows) for rows in weight.split(64)])
     # Tiles of 16 inputs; 8 tiles need a multiple of 128 inputs, half as many bytes.
     n_tiles = 4 if weight.shape[1] % 64 else 8
     return torch.ops.aten._convert_weight_to_int4pack(weight, n_tiles)
+
+
+def pack_int4_on_cpu(rows):
+    columns = torch.stack((rows >> 4, rows & 15), 2).flatten(1)
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(columns.int(), 1)
 
 
 def multiply_int8_on_cpu(rows, packed, reduce_range):
@@ -138,6 +153,7 @@ def multiply_int8_on_cpu(rows, packed, reduce_range):
     return multiply(rows / largest, packed, reduce_range) * largest
 
 
+@cache
 def int8_saturates() -> bool:
     """Whether the kernel adds products in 16 bits, which overflow: without VNNI."""
     n = 64
@@ -160,7 +176,9 @@ class QuantizedLinear:
         self.is_int8 = weights[0].dtype == torch.int8
         self.is_rotated = self.is_int8 and is_rotated
         self.scale = torch.cat(scales, dim=0 if self.is_int8 else 1).to(device)
-        self.weight = pack(torch.cat(weights).to(device), self.scale)
+        # a copy of a large matrix would count in the peak
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        self.weight = pack(weight.to(device), self.scale)
         self.bias = None
         if biases:  # bfloat16, as in converted files
             self.bias = torch.cat(biases).to(device, torch.bfloat16)
@@ -203,7 +221,7 @@ def quantize_matrix(name: str, matrix: Tensor, kind: str) -> tuple[Tensor, Tenso
     """A model's matrix -> values and scales; in int8 they are those of W @ R."""
     if name == "lm_head.weight":  # not in int4
         kind = "int8"
-    return quantize(rotate(matrix) if kind == "int8" else matrix, kind)
+    return quantize(matrix, kind, is_rotated=kind == "int8")
 
 
 def quantized_matrix(tensors, name, kind, check):
@@ -220,14 +238,14 @@ def quantize_linears(
 
     read_tensors() maps the weight files and returns {name: tensor}. It is called for
     each module: unmapping frees the pages that were read. check(tensor, name) returns
-    the tensor, or raises InputError. Matrices with scales are quantized already;
-    is_rotated: whether those in int8 were rotated before.
+    the tensor, or raises InputError. Several threads do so at the same time: packing
+    a matrix keeps one busy. Matrices with scales are quantized already; is_rotated:
+    whether those in int8 were rotated before.
     """
     if kind == "int8" and torch.device(device).type == "cpu":
         model.compute_dtype = torch.float32  # the kernel's; bfloat16 would round twice
-    modules = [(k, m) for k, m in model.named_modules() if linear_groups(m)]
-    label = f"quantizing to {kind}"
-    for path, module in progress(modules, label, delay=1, leave=False):
+
+    def replace_linears(path, module):
         tensors = read_tensors()
         for attribute, names in linear_groups(module).items():
             matrices, biases = [], []
@@ -242,6 +260,13 @@ def quantize_linears(
             # It may hide a method of the class; an nn.Module could not.
             linear = QuantizedLinear(matrices, biases, device, is_rotated)
             setattr(module, attribute, linear)
+
+    modules = {path: m for path, m in model.named_modules() if linear_groups(m)}
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        done = pool.map(replace_linears, modules, modules.values())
+        label = f"quantizing to {kind}"
+        for _ in progress(done, label, total=len(modules), delay=1, leave=False):
+            pass
 
 
 def can_compile(device) -> bool:
