@@ -16,6 +16,7 @@ from plumbing.quantized import (
     int8_saturates,
     multiply_int8_on_cpu,
     pack,
+    pack_int4_on_cpu,
     quantize,
     quantize_linears,
     quantize_matrix,
@@ -218,3 +219,27 @@ def test_int8_products_are_close_where_they_do_not_saturate(reduce_range):
     error = (y - x @ weight.T).norm() / (x @ weight.T).norm()
     is_right = error < 0.02
     assert is_right or (int8_saturates() and not reduce_range)
+
+
+def test_int4_has_the_error_of_least_squares():
+    """Scales from the least and the largest alone would have 0.0896."""
+    torch.manual_seed(0)
+    weight = torch.randn(512, 2048)
+    values, scales = quantize(weight, "int4")
+    steps = torch.stack((values >> 4, values & 15), 2).view(512, 32, 64).float() - 8
+    scale, middle = scales.float().transpose(0, 1).unsqueeze(2).unbind(-1)
+    error = (steps * scale + middle).flatten(1) - weight
+    assert 0.08 < error.norm() / weight.norm() < 0.0875
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_are_quantized_alone_and_int4_is_packed_in_blocks(kind):
+    weight = torch.randn(80, 4096)  # AT_ONCE has 32 rows
+    values, scales = quantize(weight, kind)
+    axis = 1 if kind == "int4" else 0  # of the outputs' scales
+    for start in (0, 32, 64):
+        part, part_scales = quantize(weight[start : start + 16], kind)
+        assert torch.equal(part, values[start : start + 16])
+        assert torch.equal(part_scales, scales.narrow(axis, start, 16))
+    if kind == "int4":
+        assert torch.equal(pack(values, scales), pack_int4_on_cpu(values))
