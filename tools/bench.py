@@ -11,8 +11,9 @@ about a picture, beside the first; 8 pictures in a batch, beside one at a time.
 
 `limit` is PIL alone in as many workers (data); a large matrix product, which makes
 vs_limit the FLOPs utilization (train); one read of all weights from memory (first
-word, decoding: there vs_limit is the share of the memory's bandwidth). Random weights
-and pictures are made in --folder on first use (1.1b: 13 GB; full: 50 GB and 40 GB of
+word, decoding: there vs_limit is the share of the memory's bandwidth). peak_mib is the
+process's own peak of memory; above limit_peak_mib it is warned of. Random weights and
+pictures are made in --folder on first use (1.1b: 13 GB; full: 50 GB and 40 GB of
 memory). The last line is JSON, in which higher rates are better.
 """
 
@@ -26,6 +27,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
+from math import inf
 from multiprocessing import get_context, set_start_method
 from pathlib import Path
 from statistics import median
@@ -44,7 +46,7 @@ from configs.schema import Config, read_saved_config
 from data import Samples, TrainingSteps, collate, open_samples
 from llama import IGNORE, LlamaConfig, Tokenizer
 from model import MiniGPT4
-from plumbing.console import InputError, run_main
+from plumbing.console import InputError, note, run_main
 from plumbing.files import replacing
 from plumbing.options import check_name, option, read_options, to_json
 from plumbing.processes import peak_mib, pick_device
@@ -521,14 +523,20 @@ def bandwidth(device="cpu"):
 
 
 def matrices_alone(folder, way, device):
-    """decode: tokens/s if each read LLaMA's matrices once, and did nothing else."""
+    """decode: tokens/s if each read LLaMA's matrices once, and did nothing else.
+
+    peak_mib: what the answers may take, weights and a fifth, and PyTorch.
+    """
     n_bytes = 0
-    for name, tensor in read_hub_folder(str(folder), LlamaConfig).tensors.items():
+    tensors = read_hub_folder(str(folder), LlamaConfig).tensors
+    for name, tensor in tensors.items():
         if name == "lm_head.weight" and way == "int4":
             n_bytes += tensor.numel()  # int8
         elif tensor.dim() == 2 and name != "embed_tokens.weight":
             n_bytes += BYTES[way] * tensor.numel()
-    return {"decode": bandwidth(device) / n_bytes}
+    all_bytes = n_bytes + tensors["embed_tokens.weight"].nbytes
+    bar = 1.2 * all_bytes / 2**20 + 350
+    return {"decode": bandwidth(device) / n_bytes, "peak_mib": bar}
 
 
 def gguf_file(folder, kind):
@@ -741,6 +749,9 @@ def main(argv):
         for comparison in BENCHES[name](options, device):
             medians = measure(comparison, options.rounds)
             rows += table_rows(comparison, medians)
+            peak, bar = rows[-1].get("peak_mib", 0), rows[-1].get("limit_peak_mib", inf)
+            if peak > bar:
+                note(f"warning: {comparison.name}: {peak} MiB of memory, above {bar}")
     except ModuleNotFoundError as e:
         raise InputError(
             f"this benchmark needs the package {e.name}: pip install {e.name}"
