@@ -40,7 +40,7 @@ BUDGETS = {
     "chat.py": 3460,
     "plumbing": 18_500,
     "configs/schema.py": 1500,
-    "tools": 31_000,
+    "tools": 31_100,
 }
 DENSE = 25  # a line with more tokens is hard to read once
 LONGEST = 45  # code lines of a function

@@ -1,4 +1,4 @@
-"""The README's commands, file tree and figures are those of the program."""
+"""Commands, links, file tree, transcripts and figures of README and docs/ are true."""
 
 import ast
 import importlib
@@ -15,32 +15,36 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import chat
 from configs.schema import Config, load_config, read_saved_config
 from plumbing.options import override, parse_args
-from tests.common import ROOT
+from tests.common import EXAMPLE, ROOT
 from tests.runs import (
     ENV,
     losses,
     read_log,
 )
+from tests.test_house import tokens
 
 README = (ROOT / "README.md").read_text()
+PATHS = (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))
+PAGES = {path: path.read_text() for path in PATHS}
+TINY_WORLD = (ROOT / "docs/tiny-world.md").read_text()
 FOLDERS = ("*.py", "plumbing/*.py", "configs/**/*.py", "tools/*.py")
 SOURCES = [path for folder in FOLDERS for path in ROOT.glob(folder)]
 
 
 def commands():
-    """Every command of the README's code blocks and of the docstrings of files."""
-    pages = (README, (ROOT / "configs/tiny/README.md").read_text())
+    """Every command of the pages' code blocks and of the docstrings of files."""
     texts = [
         block
-        for page in pages
+        for page in PAGES.values()
         for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
     ]
     texts += [ast.get_docstring(ast.parse(p.read_text())) or "" for p in SOURCES]
     for text in texts:
         text = re.sub(r"\\\n\s*", " ", text)
-        for line in text.splitlines():
+        for line in re.split(r"\n| && ", text):
             is_command = re.match(r"\s*(python|torchrun) ", line)
             if is_command and "DST" not in line and "|" not in line:
                 yield re.split(r"\s{3,}|  #", line.strip())[0]
@@ -69,29 +73,81 @@ def test_every_command_is_one_that_the_program_takes(command):
 
 
 def test_the_file_tree_is_the_repository_s():
-    tree = re.search(r"## The files\n\n```\n(.*?)```", README, re.DOTALL)[1]
+    section = re.search(r"## Read it in this order\n(.*?)\n## ", README, re.DOTALL)[1]
+    ordered = re.findall(r"`(\w+\.py)`", section)
+    assert sorted(ordered) == sorted(p.name for p in ROOT.glob("*.py"))
+    tree = re.search(r"```\n(.*?)```", section, re.DOTALL)[1]
     named = [
         line.split()[0].rstrip("/") for line in tree.splitlines() if line[:1].strip()
     ]
     assert all((ROOT / name).exists() for name in named)
-    assert {p.name for p in ROOT.glob("*.py")} <= set(named)
-    assert {"plumbing", "configs", "tools", "tests", "assets/tiny"} <= set(named)
+    assert {"plumbing", "configs", "tools", "tests", "assets", "docs"} <= set(named)
     files = [*ROOT.glob("plumbing/*.py"), *ROOT.glob("tools/*.py")]
     assert all(file.name in tree for file in files)
 
 
 def test_the_configs_that_it_names_are_there():
-    named = set(re.findall(r"configs/\w+(?:/\w+)?\.py|\bstage[12]_?\w*\.py", README))
+    text = "".join(PAGES.values())
+    named = set(re.findall(r"configs/\w+(?:/\w+)?\.py|\bstage[12]_?\w*\.py", text))
     assert len(named) > 5
     assert all(
         (ROOT / "configs" / name.removeprefix("configs/")).is_file() for name in named
     )
 
 
-def test_the_readme_opens_with_the_example_and_the_limits():
-    top = README.splitlines()[:15]
-    assert any("assets/tiny/example.png" in line for line in top)
-    assert any("CPUs only" in line for line in top) and len(README.splitlines()) <= 350
+def test_the_readme_is_short_and_opens_with_the_example():
+    lines = README.splitlines()
+    assert len(lines) <= 200 and max(map(len, lines)) <= 120
+    top = "\n".join(lines[:60])
+    assert "assets/tiny/example.png" in top and "**Not tested**" in top
+
+
+def test_links_lead_to_pages_that_the_readme_names():
+    for page, text in PAGES.items():
+        for link in re.findall(r"\]\(([^)#]+)", text):
+            assert link.startswith("http") or (page.parent / link).exists(), link
+    docs = {f"docs/{page.name}" for page in PAGES if page.parent.name == "docs"}
+    assert docs <= set(re.findall(r"\]\(([^)]+)\)", README))
+
+
+def test_the_figure_tells_the_tokens_of_each_file():
+    figure = re.search(r"( +vision\.py .*\n)(.*) tokens of Python", README)
+    names, counts = (line.split() for line in figure.groups())
+    assert len(names) == len(counts) == 4
+    for name, count in zip(names, counts):
+        count = int(count.replace(",", ""))
+        assert abs(tokens([name]) / count - 1) < 0.03, name
+
+
+def conversations():
+    """The transcripts of the pages: [(question, answer), ...] of each."""
+    for path, text in PAGES.items():
+        for block in re.findall(r"```\n\$ python chat\.py (.*?)```", text, re.DOTALL):
+            command, *parts = block.split("\nyou> ")
+            turns = []
+            for part in parts:
+                question, *answer = part.splitlines()
+                if not question.startswith("/"):
+                    answer = [line for line in answer if "tokens/s" not in line]
+                    turns.append((question, "\n".join(answer)))
+            yield pytest.param(command, turns, id=path.name)
+
+
+@pytest.mark.parametrize("command, turns", list(conversations()))
+def test_the_transcripts_are_what_the_tiny_model_says(command, turns):
+    assert command == "assets/tiny/example.png --temperature=0" and turns
+    talk = chat.Chat(*chat.load(chat.Options(device="cpu", temperature=0.0)))
+    talk.add_image(EXAMPLE)
+    for question, answer in turns:
+        assert "".join(talk.ask(question)).strip() == answer
+
+
+def test_the_first_answer_of_the_readme_is_sampled_as_the_command_does():
+    options = chat.Options(device="cpu")
+    talk = chat.Chat(*chat.load(options))
+    talk.add_image(EXAMPLE)
+    answer = "".join(talk.ask("Describe this image in detail."))
+    assert answer.strip() in README.replace("\n", " ")
 
 
 def test_the_evaluation_table_is_the_saved_one():
@@ -106,7 +162,7 @@ def test_the_evaluation_table_is_the_saved_one():
         line = f"| {row['projection']} |" + "".join(
             f" {v:.1f} |" for v in list(row.values())[1:]
         )
-        assert line in README
+        assert line in TINY_WORLD
 
 
 def test_the_committed_weights_are_small():
@@ -128,7 +184,7 @@ def test_the_projections_for_smollm2_are_small_and_name_their_parts():
 
 @pytest.mark.slow
 def test_twenty_photographs_and_a_jsonl_train_and_answer(tmp_path):
-    """As the README says, from the tiny weights; one conversation has two pictures."""
+    """As docs/data.md says; one conversation has two pictures."""
     lines = []
     for i in range(20):
         pixels = np.random.default_rng(i).integers(

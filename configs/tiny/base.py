@@ -1,4 +1,4 @@
-"""Settings shared by the pre-stages of the tiny world; see configs/tiny/README.md."""
+"""Settings shared by the pre-stages of the tiny world; see docs/tiny-world.md."""
 
 prepare = {
     "data/tiny/text": "tools/make_scenes.py text data/tiny/text --n=60000",
