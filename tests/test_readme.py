@@ -27,7 +27,7 @@ from tests.runs import (
 from tests.test_house import tokens
 
 README = (ROOT / "README.md").read_text()
-PATHS = (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))
+PATHS = (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")))
 PAGES = {path: path.read_text() for path in PATHS}
 TINY_WORLD = (ROOT / "docs/tiny-world.md").read_text()
 FOLDERS = ("*.py", "plumbing/*.py", "configs/**/*.py", "tools/*.py")
@@ -106,7 +106,7 @@ def test_links_lead_to_pages_that_the_readme_names():
     for page, text in PAGES.items():
         for link in re.findall(r"\]\(([^)#]+)", text):
             assert link.startswith("http") or (page.parent / link).exists(), link
-    docs = {f"docs/{page.name}" for page in PAGES if page.parent.name == "docs"}
+    docs = {page.relative_to(ROOT).as_posix() for page in PAGES} - {"README.md"}
     assert docs <= set(re.findall(r"\]\(([^)]+)\)", README))
 
 

@@ -62,7 +62,7 @@ TINY = Path(chat.__file__).parent / "assets/tiny"
 TOKENIZER = Tokenizer(f"{TINY}/llama/tokenizer.model")
 SIDE, N_TOKENS, VOCAB = 224, 32, 32_000  # pixels, IMAGE ids per picture, ids
 DATA_BATCH, CHAT_BATCH = 64, 8  # pictures
-PROMPT, ANSWER, CAPTION = 80, 32, 40  # tokens, of chat's texts
+PROMPT, ANSWER, CAPTION = 80, 32, 24  # tokens, of chat's texts
 PICTURE, QUESTION = f"{TINY}/example.png", "What is in this picture?"
 WAYS = {  # of holding LLaMA's weights, and the same for llama.cpp
     "bfloat16": "BF16",
