@@ -106,7 +106,7 @@ class Options:
         choices=("", *DTYPES, *QUANTIZED),
     )
     cuda_graphs: bool = option(
-        False, "on a GPU, decode with CUDA graphs: faster after the first answers"
+        False, "on a GPU, decode with CUDA graphs (tested only on CPUs so far)"
     )
     json: bool = option(False, "print each answer as a JSON object")
     plain: bool = option(False, "text alone: no colors, pictures or progress")

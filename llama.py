@@ -238,10 +238,16 @@ class KVCache:
         return stored[:, :, :end]
 
     def reserve(self, n_tokens: int):
-        """Make room for n_tokens more."""
+        """Make room for n_tokens more, as much in all layers.
+
+        A forward pass that failed may have made room in some of them.
+        """
+        stored = (*self.keys.values(), *self.values.values())
+        capacity = max(tensor.shape[2] for tensor in stored)
+        needed = max(capacity, self.length + n_tokens)
         for layers in (self.keys, self.values):
-            for layer, stored in layers.items():
-                layers[layer] = with_room(stored, self.length + n_tokens)
+            for layer, tensor in layers.items():
+                layers[layer] = with_room(tensor, needed)
 
     def mask(self, T: int, device):
         """Which tokens the next T see, bool (T, S); None: those up to themselves."""
@@ -294,6 +300,11 @@ class StaticCache:
         for layer in self.keys:
             self.keys[layer].copy_(cache.keys[layer])
             self.values[layer].copy_(cache.values[layer])
+
+    def clear(self, start: int):
+        """Zero the places from `start` on: masked or not, NaN times 0 is NaN."""
+        for tensor in (*self.keys.values(), *self.values.values()):
+            tensor[:, :, start:] = 0
 
     def mask(self, T: int, device):
         """The places in use and the new one, bool (1, capacity)."""

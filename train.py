@@ -210,7 +210,7 @@ def build(config: Config, device: torch.device) -> MiniGPT4:
         mix_precision(model, config, device)
     if config.compile:
         compile_blocks(model, device)
-    if config.cuda_graphs and not config.shard:
+    if config.cuda_graphs:
         model.graphed_steps = graph_steps(model.llama)
     return model
 

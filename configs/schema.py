@@ -153,6 +153,7 @@ class Config:
             ("prepare", are_texts, "give {path: arguments}"),
             ("cache_features", can_cache, "needs a frozen vision side"),
             ("shard", can_shard, "needs a frozen language model from files"),
+            ("cuda_graphs", not (self.cuda_graphs and self.shard), "not with shard"),
         )
 
     def parts(self):

@@ -12,11 +12,12 @@ outliers.
 import math
 import os
 import subprocess
+import threading
 import warnings
 import weakref
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -29,6 +30,8 @@ QUANTIZED = ("int8", "int4")  # dtypes
 GROUP = 64  # inputs that share an int4 scale
 AT_ONCE = 2**17  # values that are quantized at once: fast, and little memory
 BLOCK = 128  # most inputs that a rotation mixes, a power of 2; 256 are slower
+
+_one_row = threading.Lock()  # held by one_row_kernels
 
 # Linears with a common input, and the method of their module that returns all their
 # products. One fused product replaces the method: decoding gets faster.
@@ -312,15 +315,18 @@ def compile_blocks(model: nn.Module, device: torch.device):
                 block.compile(dynamic=True)
 
 
+@contextmanager
 def one_row_kernels(x: Tensor):
     """The context in which products of x, if it is one row, are the fastest.
 
     With one row in bfloat16 on a CPU, oneDNN takes twice as long as PyTorch's own.
     """
-    is_row = x.numel() == x.shape[-1]
-    if x.is_cpu and is_row and x.dtype == torch.bfloat16:
-        return torch.backends.mkldnn.flags(enabled=False, allow_tf32=None)
-    return nullcontext()
+    if not x.is_cpu or x.dtype != torch.bfloat16 or x.numel() > x.shape[-1]:
+        yield
+        return
+    # The switch is of the process: two threads would restore each other's "off".
+    with _one_row, torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
+        yield
 
 
 class GraphedSteps:
@@ -360,6 +366,7 @@ class GraphedStep:
         self.static = cache.static()
         self.position = self.static.length.clone()
         self.user = weakref.ref(cache)
+        self.length = -1  # of the cache after the last call
         self.replay = self.capture(pool) if x.is_cuda else self.run
 
     def run(self):
@@ -380,10 +387,13 @@ class GraphedStep:
 
     def __call__(self, x, cache):
         self.hold(cache)
+        if cache.length != self.length:  # after a prompt
+            self.static.clear(cache.length)
         self.x.copy_(x)
         self.position.fill_(cache.length)
         self.replay()
         cache.length += 1
+        self.length = cache.length
         return self.hidden
 
     def hold(self, cache):
@@ -394,6 +404,7 @@ class GraphedStep:
         if user is not None and user.keys[0] is self.static.keys[0]:
             copy = user.static()
             user.keys, user.values = copy.keys, copy.values
+        self.length = -1
         self.static.copy_(cache)
         cache.keys, cache.values = dict(self.static.keys), dict(self.static.values)
         self.user = weakref.ref(cache)

@@ -34,12 +34,12 @@ BUDGETS = {
     "train.py": 2470,
     "model.py": 2350,
     "data.py": 2950,
-    "llama.py": 4100,
+    "llama.py": 4200,
     "vision.py": 1900,
     "qformer.py": 900,
     "chat.py": 3460,
     "plumbing": 18_500,
-    "configs/schema.py": 1500,
+    "configs/schema.py": 1550,
     "tools": 31_100,
 }
 DENSE = 25  # a line with more tokens is hard to read once

@@ -36,6 +36,11 @@ def test_an_unreadable_config_json_is_named(tmp_path, content, words):
         read_saved_config(str(tmp_path))
 
 
+def test_graphs_of_a_sharded_model_are_refused():
+    with pytest.raises(InputError, match="cuda_graphs = True: not with shard"):
+        Config(cuda_graphs=True, shard=True, llama="llama")
+
+
 def test_a_config_may_import_and_define_helpers(tmp_path):
     lines = ["from pathlib import Path", "import math", "_root = Path('data')"]
     lines += [

@@ -1,10 +1,12 @@
 """Decoding with shapes that do not depend on the length, here without a CUDA graph."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
 from llama import KVCache, LlamaConfig
-from plumbing.quantized import GraphedSteps, graph_steps
+from plumbing.quantized import GraphedSteps, graph_steps, one_row_kernels
 from tests.test_quantized import SIZES, quantized_copy, random_llama
 
 QWEN3 = LlamaConfig(**vars(SIZES) | {"model_type": "qwen3", "head_dim": 32})
@@ -95,6 +97,62 @@ def test_conversations_take_turns_with_one_graph():
     got = torch.cat([torch.cat(part, 1) for part in parts])
     close(model, got, want, "float32")
     assert len(steps.steps) == 1
+
+
+def test_layers_have_one_capacity_after_a_pass_that_failed():
+    model = make_llama("float32")
+    steps, x = GraphedSteps(model), embeddings(model, 1, 300)
+    cache = KVCache()
+    decode(model, steps, x[:, :200], 195, cache)
+    append = cache.append
+
+    def out_of_memory(layer, k, v):
+        if layer == 1:
+            raise torch.OutOfMemoryError("simulated")
+        return append(layer, k, v)
+
+    cache.append = out_of_memory
+    with pytest.raises(torch.OutOfMemoryError), torch.no_grad():
+        model(x[:, 200:], cache)
+    cache.append = append
+    assert {len(cache.keys[i][0, 0]) for i in (0, 1)} == {256, 512}
+    with torch.no_grad():
+        want = model(x[:, :203])
+    got = [steps(x[:, t : t + 1], cache).clone() for t in range(200, 203)]
+    close(model, torch.cat(got, 1), want[:, 200:], "float32")
+
+
+def test_what_is_forgotten_may_have_been_nan():
+    model = make_llama("float32")
+    steps, x = GraphedSteps(model), embeddings(model, 1, 30)
+    broken = x.clone()
+    broken[:, 24:] = torch.nan
+    with torch.no_grad():
+        want = model(x)
+        cache = KVCache()
+        decode(model, steps, x[:, :20], 15, cache)
+        steps(broken[:, 20:], cache)  # as in a prompt
+        cache.length = 20
+        got = decode(model, steps, x, 22, cache, start=20)
+        close(model, got, want[:, 20:], "float32")
+        cache.length = 20
+        decode(model, steps, broken, 22, cache, start=20)  # and as in an answer
+        cache.length = 20
+        got = decode(model, steps, x, 22, cache, start=20)
+    close(model, got, want[:, 20:], "float32")
+
+
+def test_threads_leave_one_dnn_as_it_was():
+    x = torch.randn(1, 1, 8).bfloat16()
+
+    def use(_):
+        for _ in range(200):
+            with one_row_kernels(x):
+                assert not torch.backends.mkldnn.enabled
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(use, range(4)))
+    assert torch.backends.mkldnn.enabled
 
 
 def test_a_conversation_that_is_gone_needs_no_copy():
