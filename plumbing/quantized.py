@@ -171,9 +171,11 @@ def multiply_int8_on_cpu(rows, packed, reduce_range):
     return multiply(rows / largest, packed, reduce_range) * largest
 
 
-@cache
 def int8_saturates() -> bool:
-    """Whether the kernel adds products in 16 bits, which overflow: without VNNI."""
+    """Whether the kernel adds products in 16 bits, which overflow: without VNNI.
+
+    Asked for each matrix: FBGEMM's instruction set may be changed in between.
+    """
     n = 64
     largest = torch.full((1, n), 127, dtype=torch.int8)
     y = torch.ops.quantized.linear_dynamic(
