@@ -59,12 +59,11 @@ def quantize(
             f"int4: a matrix of {tuple(weight.shape)}, not multiples of 16 and "
             f"{GROUP}; take int8"
         )
-    values, scales = [], []
+    quantize_rows = quantize_int4 if kind == "int4" else quantize_int8
+    parts = []
     for rows in weight.split(max(1, AT_ONCE // n_inputs)):
-        rows = rotate(rows) if is_rotated else rows.float()
-        quantized = quantize_int4(rows) if kind == "int4" else quantize_int8(rows)
-        values.append(quantized[0])
-        scales.append(quantized[1])
+        parts.append(quantize_rows(rotate(rows) if is_rotated else rows.float()))
+    values, scales = zip(*parts)
     return torch.cat(values), torch.cat(scales, dim=1 if kind == "int4" else 0)
 
 

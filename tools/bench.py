@@ -633,16 +633,18 @@ def seconds_once(answer, n_tokens):
     return time.perf_counter() - start
 
 
-def answers(make_answer, folder, way, units, device):
+def answers(make_answer, folder, way, device):
     """prompt: 1/s until the first token; decode: tokens/s after it."""
     torch.manual_seed(0)
     ids = torch.randint(3, VOCAB, (PROMPT,)).tolist()
     answer = make_answer(folder, way, ids, device)
     answer(2)  # does not count
     first, all_tokens = (seconds_once(answer, n) for n in (1, 1 + ANSWER))
-    rates = {"prompt": 1 / first, "decode": ANSWER / (all_tokens - first)}
-    results = {rate: rates[rate] for rate in units}
-    return results | {"peak_mib": peak_mib(device)}
+    return {
+        "prompt": 1 / first,
+        "decode": ANSWER / (all_tokens - first),
+        "peak_mib": peak_mib(device),
+    }
 
 
 def last_turn(n, folder, device):
@@ -694,13 +696,13 @@ def compare_ways(options, ours, device):
     for way, kind in WAYS.items():
         units = {"decode": "tokens/s", "prompt": "1/s"}
         sides = {
-            "ours": (answers, our_answer, llama, way, units, device),
-            "peer": (answers, peer_answer, llama, way, units, device),
+            "ours": (answers, our_answer, llama, way, device),
+            "peer": (answers, peer_answer, llama, way, device),
             "limit": (matrices_alone, llama, way, device),
         }
         if device.type == "cpu" and has_llamacpp:
             file = gguf_file(llama, kind)
-            sides["llamacpp"] = (answers, llamacpp_answer, file, way, units, device)
+            sides["llamacpp"] = (answers, llamacpp_answer, file, way, device)
         yield Comparison(
             f"{options.size} {short(way)}", units, "transformers bf16", sides
         )
