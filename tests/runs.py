@@ -2,9 +2,12 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -170,3 +173,26 @@ def weights(out) -> dict[str, torch.Tensor]:
 
 
 assert_same = partial(torch.testing.assert_close, rtol=0, atol=0)
+
+
+@contextmanager
+def web_page():
+    """Serve tools/webchat.py with the tiny model and greedy answers; its address."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "tools/webchat.py", f"--port={port}", "--temperature=0"]
+    with tempfile.NamedTemporaryFile("w") as file:
+        server = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=file,
+            stderr=file,
+            env=ENV | {"PYTHONUNBUFFERED": "1"},
+        )
+        try:
+            wait_until(server, lambda: "Running on" in Path(file.name).read_text())
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.kill()
+            server.wait()

@@ -19,7 +19,6 @@ import chat
 from configs.schema import Config, load_config, read_saved_config
 from plumbing.options import override, parse_args
 from tests.common import EXAMPLE, ROOT
-from tests.draw_chat import QUESTIONS, cells, draw, record
 from tests.runs import (
     ENV,
     losses,
@@ -101,7 +100,6 @@ def test_the_readme_is_short_and_opens_with_the_example():
     assert len(lines) <= 200 and max(map(len, lines)) <= 120
     top = "\n".join(lines[:60])
     assert "docs/chat.png" in top and "**Not tested**" in top
-    assert (ROOT / "docs/chat.png").stat().st_size < 150_000
 
 
 def test_links_lead_to_pages_that_the_readme_names():
@@ -254,15 +252,3 @@ def test_requirements_name_the_least_versions_and_tests_run_with_one_of_torch():
     (pinned,) = (line for line in tested if line.startswith("torch=="))
     assert torch.__version__.split("+")[0] == pinned.removeprefix("torch==")
     assert pinned.removeprefix("torch==") in README
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
-def test_the_picture_of_a_chat_is_what_the_terminal_shows():
-    text = record(QUESTIONS[:1])
-    assert "you> " in text and "large red striped star" in text
-    image = draw(text)
-    shown = {character for *_, character, _, _ in cells(text)}
-    assert "\u2580" in shown and "\x1b" not in shown
-    red = [n for n, color in image.getcolors(2**20) if color[0] > 2 * sum(color[1:])]
-    assert sum(red) > 1000

@@ -2,9 +2,6 @@
 
 import importlib.util
 import re
-import shutil
-import socket
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -14,13 +11,10 @@ import chat
 from plumbing import console
 from plumbing.console import InputError
 from tests.common import EXAMPLE, ROOT
-from tests.runs import ENV, wait_until
+from tests.pictures import CHROMIUM
+from tests.runs import web_page
 from tools import webchat
 
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
-    None,
-)
 needs_browser = pytest.mark.skipif(
     not (CHROMIUM and all(map(importlib.util.find_spec, ("gradio", "playwright")))),
     reason="needs Chromium, and the packages gradio and playwright",
@@ -28,27 +22,10 @@ needs_browser = pytest.mark.skipif(
 
 
 @pytest.fixture
-def address(tmp_path):
+def address():
     """The address of a page with the tiny model."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [sys.executable, "tools/webchat.py", f"--port={port}", "--temperature=0"]
-    messages = tmp_path / "messages"
-    with messages.open("w") as file:
-        server = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            stdout=file,
-            stderr=file,
-            env=ENV | {"PYTHONUNBUFFERED": "1"},
-        )
-    try:
-        wait_until(server, lambda: "Running on" in messages.read_text())
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.kill()
-        server.wait()
+    with web_page() as url:
+        yield url
 
 
 @needs_browser
