@@ -1,14 +1,12 @@
-"""Chat with MiniGPT-4 about pictures, in the terminal.
+"""Chat with MiniGPT-4 about images, in the terminal.
 
-A conversation (/help lists its commands); one answer on stdout; a trained run, greedy:
+    python chat.py photo.jpg                                       /help lists commands
+    python chat.py photo.jpg --prompt="What is in this picture?"   prints one answer
+    python chat.py a.jpg b.jpg --ckpt=out/stage2 --temperature=0   a run, greedy
 
-    python chat.py photo.jpg
-    python chat.py photo.jpg --prompt="What is in this picture?"
-    python chat.py a.jpg b.jpg --ckpt=out/stage2 --temperature=0
-
-Without --ckpt it is the tiny model; sampling has the original demo's defaults. The
-picture `-` is read from stdin. Text on stdin is put before --prompt; alone, it is the
-prompt or, with a command in it, a conversation.
+Without --ckpt, this is the tiny model. Sampling defaults are those of the original
+demo. `-` reads an image from stdin. Text on stdin is put before --prompt; without
+--prompt, it is the question or, if it contains a command, a whole conversation.
 """
 
 import io
@@ -75,44 +73,50 @@ SETTINGS = (
 class Options:
     """Options of chat.py and of the tools that build on it."""
 
-    ckpt: str = option("", "a run's folder; none: the tiny model of this repo")
-    prompt: str = option("", "ask this, print the answer alone, and exit")
-    template: str = option("", "none: the run's own", choices=("", *TEMPLATES))
+    ckpt: str = option("", "a run's folder (default: the tiny model in assets/)")
+    prompt: str = option("", "ask this, print only the answer, and exit")
+    template: str = option(
+        "", "chat template (default: the run's)", choices=("", *TEMPLATES)
+    )
     answer_end: str = option(
-        "", "what ends an answer; none: the run's own, or the template's"
+        "", "end of an answer, text or token (default: the run's or the template's)"
     )
-    temperature: float = option(1.0, "0: greedy", least=0, most=100)
+    temperature: float = option(
+        1.0, "sampling temperature; 0: greedy", least=0, most=100
+    )
     top_p: float = option(
-        0.9, "sample from the likeliest tokens of this total probability"
+        0.9, "sample from the most likely tokens with this total probability"
     )
-    repetition_penalty: float = option(1.05, "1: none", least=0.01, most=100)
+    repetition_penalty: float = option(
+        1.05, "divide the logits of repeated tokens; 1: off", least=0.01, most=100
+    )
     num_beams: int = option(
-        1, "above 1: beam search, which takes the likeliest answer", least=1, most=64
+        1, "above 1: beam search, without sampling", least=1, most=64
     )
     min_length: int = option(
-        1, "least tokens of an answer, its `<s>` among them, before `</s>`", least=0
+        1, "shortest answer in tokens, its `<s>` included", least=0
     )
     length_penalty: float = option(
-        1.0, "above 0: beam search prefers longer answers", least=-10, most=10
+        1.0, "beam search prefers longer answers if above 0", least=-10, most=10
     )
-    max_new_tokens: int = option(300, "most tokens of an answer", least=1, most=1999)
+    max_new_tokens: int = option(300, "longest answer in tokens", least=1, most=1999)
     seed: int = option(
-        0, "the same seed gives the same answers", least=0, most=2**63 - 1
+        0, "random seed; the same gives the same answers", least=0, most=2**63 - 1
     )
-    device: str = option("", "none: cuda if there is one, else cpu")
+    device: str = option("", "PyTorch device (default: cuda if available, else cpu)")
     dtype: str = option(
         "",
-        "none: the run's, but not float16 on a CPU",
+        "dtype of the weights (default: the run's, but not float16 on a CPU)",
         choices=("", *DTYPES, *QUANTIZED),
     )
     cuda_graphs: bool = option(
-        False, "on a GPU, decode with CUDA graphs (tested only on CPUs so far)"
+        False, "decode with CUDA graphs, on a GPU (tested only on CPUs so far)"
     )
     json: bool = option(False, "print each answer as a JSON object")
-    plain: bool = option(False, "text alone: no colors, pictures or progress")
+    plain: bool = option(False, "plain text: no colors, images or progress bars")
     stats: bool = option(False, "print speed and memory after each answer")
     check: bool = option(
-        False, "first measure whether the language model knows English"
+        False, "first measure the language model's perplexity on English text"
     )
 
     def __post_init__(self):

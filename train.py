@@ -1,12 +1,13 @@
-"""Train MiniGPT-4, stage 1 or stage 2, from a config file.
+"""Train stage 1 or stage 2 of MiniGPT-4 from a config file.
 
     python train.py configs/tiny_stage1.py                    one process, a laptop
     torchrun --nproc-per-node 4 train.py configs/stage1.py    the paper's stage 1
     python train.py configs/stage2.py --max_steps=400 --resume
 
-The command line overrides any field of the config. out_dir then holds proj.safetensors,
-config.json, log.jsonl, and state.pt, from which --resume continues a killed run. Other
-configs train other parts: a language model alone has no vision part and no projection.
+Every field of the config is an option. The run writes proj.safetensors, config.json and
+log.jsonl to out_dir, and the checkpoint state.pt, from which --resume continues.
+Configs can also train other parts, or a language model alone, without vision and
+projection.
 """
 
 import math

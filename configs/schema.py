@@ -24,106 +24,104 @@ class Config:
     """One training run. Paths are relative to the working directory; "" means none."""
 
     # The model's parts; a dict holds the sizes of a new part, with random weights.
-    vision: str | dict = option("", "weight file; none: train on text only")
+    vision: str | dict = option("", "weight file; none trains on text only")
     qformer: str | dict = option(
-        "", "weight file; none: join 4 patches into one image token"
+        "", "weight file; none joins 4 patches into one image token"
     )
-    llama: str | dict = option("", "weight folder")
-    proj: str = option("", "weight file; none: a new projection with random weights")
+    llama: str | dict = option("", "folder of the language model")
+    proj: str = option("", "weight file (default: a new projection, random weights)")
     tokenizer: str = option(
-        "", "tokenizer.model or tokenizer.json; none: the one in the llama folder"
+        "", "tokenizer.model or tokenizer.json (default: the one in the llama folder)"
     )
     trainable: tuple[str, ...] = option(
-        ("proj",), "parts to train: vision, qformer, proj, llama"
+        ("proj",), "parts to train, of vision, qformer, proj and llama"
     )
     image_size: int = option(
-        0, "pixels of a side; 0: as the vision part was trained", least=0, most=2048
+        0, "pixels per side; 0: the vision part's own size", least=0, most=2048
     )
     # The data.
     data: str | dict | list = option(
         "",
-        "a path, a list of paths, or {path: weight}, drawn by weight. A path names tar "
+        "a path, a list of paths, or {path: weight} for a mixture; a path names tar "
         "shards (a glob, {00..99}.tar, a folder, a .txt list), a folder with "
         "filter_cap.json, a .jsonl or a .json",
     )
     heldout_data: str | dict | list = option(
-        "", "data to evaluate on; none: no evaluation during training"
+        "", "data to evaluate on during training, like --data"
     )
     prepare: dict = option(
-        {}, "{path: arguments of python that make it}, for missing data"
+        {}, "{path: Python arguments that generate it}, run if the path is missing"
     )
     template: str = option(
         "",
-        "chat template; none: picture, then caption, as in stage 1",
+        "chat template; none is the image followed by its caption, as in stage 1",
         choices=("", *TEMPLATES),
     )
     end_sym: str = option(
-        "", "end of every answer: a text, or the token </s>; none: the template's own"
+        "", "end of each answer, text or a token such as </s> (default: the template's)"
     )
     max_txt_len: int = option(
-        32, "tokens of an answer with its end; longer answers are cut", least=1
+        32, "longest answer in tokens, end included; longer ones are cut", least=1
     )
     clean_captions: bool = option(
-        False, "lower case, less punctuation, at most 50 words, as in stage 1"
+        False, "normalize captions as in stage 1: lower case, at most 50 words"
     )
     chat_share: float = option(
-        0.0, "share of conversations with chat's system text", least=0, most=1
+        0.0, "share of conversations that get the system prompt", least=0, most=1
     )
     shuffle_shards: int = option(
-        8, "shards whose samples are shuffled together", least=1
+        8, "number of shards whose samples are shuffled together", least=1
     )
     length_group: int = option(
-        1, "steps sorted by length together; more take more memory in workers", least=1
+        1, "steps whose samples are sorted by length together, to pad less", least=1
     )
     max_bad_fraction: float = option(
-        0.1, "largest share of unusable samples; a larger one stops the run", least=0
+        0.1, "stop the run if a larger share of the samples is unusable", least=0
     )
     num_workers: int = option(2, "data workers per training process", least=0)
     seed: int = option(
-        42, "seed of new weights and of the order of samples", least=0, most=2**63 - 1
+        42, "seed for new weights and the order of samples", least=0, most=2**63 - 1
     )
     # The optimizer, AdamW. A step has processes x batch_size x grad_accum samples.
     batch_size: int = option(64, "samples per process and micro-batch", least=1)
     grad_accum: int = option(1, "micro-batches per step", least=1)
-    max_steps: int = option(20_000, "steps of the run", least=1, most=10**8)
-    lr: float = option(1e-4, "highest learning rate", least=0)
-    min_lr: float = option(8e-5, "learning rate at the end", least=0)
-    warmup_lr: float = option(1e-6, "learning rate of step 0", least=0)
-    warmup_steps: int = option(5000, "steps from warmup_lr to lr", least=0)
+    max_steps: int = option(20_000, "number of optimizer steps", least=1, most=10**8)
+    lr: float = option(1e-4, "peak learning rate", least=0)
+    min_lr: float = option(8e-5, "final learning rate", least=0)
+    warmup_lr: float = option(1e-6, "learning rate at the first step", least=0)
+    warmup_steps: int = option(5000, "steps of warm-up, from warmup_lr to lr", least=0)
     weight_decay: float = option(
-        0.05, "of matrices; biases and norms have none", least=0
+        0.05, "AdamW's weight decay; biases and norms have none", least=0
     )
     betas: tuple[float, ...] = option((0.9, 0.999), "AdamW's beta1 and beta2")
-    grad_clip: float = option(0.0, "largest gradient norm; 0: no clipping", least=0)
+    grad_clip: float = option(0.0, "clip the gradient to this norm; 0: off", least=0)
     # The machine.
-    device: str = option("", "none: cuda if available, else cpu")
+    device: str = option("", "PyTorch device (default: cuda if available, else cpu)")
     dtype: str = option(
-        "bfloat16", "of frozen parts; trained parts are float32", choices=DTYPES
+        "bfloat16", "dtype of frozen parts; trained ones are float32", choices=DTYPES
     )
     cache_features: bool = option(
-        False, "keep the frozen vision features of all pictures in memory"
+        False, "compute the frozen vision features once and keep them in memory"
     )
     grad_checkpoint: bool = option(
-        False, "save memory: recompute LLaMA's activations in the backward pass"
+        False, "recompute LLaMA's activations in the backward pass, to save memory"
     )
-    compile: bool = option(False, "compile the blocks with torch.compile")
+    compile: bool = option(False, "compile the transformer blocks with torch.compile")
     cuda_graphs: bool = option(
-        False, "on a GPU, decode held-out answers with CUDA graphs"
+        False, "decode held-out answers with CUDA graphs, on a GPU"
     )
-    shard: bool = option(False, "shard LLaMA's blocks over the processes (fully_shard)")
+    shard: bool = option(False, "shard LLaMA's blocks across processes (fully_shard)")
     peak_tflops: float = option(
-        0.0, "the device's peak in `dtype`; adds mfu to the log", least=0
+        0.0, "the device's peak TFLOP/s; adds the utilization mfu to the log", least=0
     )
     # The run's folder, and what is written to it.
-    out_dir: str = option("out/run", "the run's folder")
-    log_interval: int = option(10, "steps between two rows of the log", least=1)
-    eval_interval: int = option(500, "steps between two evaluations", least=1)
+    out_dir: str = option("out/run", "folder for weights, log and checkpoints")
+    log_interval: int = option(10, "steps between log entries", least=1)
+    eval_interval: int = option(500, "steps between evaluations", least=1)
     eval_samples: int = option(128, "held-out samples per evaluation", least=1)
-    show_samples: int = option(2, "sample answers per evaluation", least=0)
-    save_interval: int = option(500, "steps between two checkpoints", least=1)
-    save_dtype: str = option(
-        "float32", "of the trained parts' files", choices=DTYPES[:2]
-    )
+    show_samples: int = option(2, "answers to log per evaluation", least=0)
+    save_interval: int = option(500, "steps between checkpoints", least=1)
+    save_dtype: str = option("float32", "dtype of the saved parts", choices=DTYPES[:2])
     resume: bool = option(
         False, "continue from the last checkpoint in out_dir, if there is one"
     )

@@ -17,8 +17,13 @@ BRACKETS = {"{": dict, "[": list}
 
 
 def option(default, meaning: str, least=None, most=inf, choices: tuple = ()):
-    """A dataclass field with its meaning for --help and the values that it allows."""
-    about = f"{meaning} (default: {default!r})"
+    """A dataclass field with its meaning for --help and the values that it allows.
+
+    A meaning may end with its own "(default: ...)", as where "" stands for a choice.
+    """
+    about = meaning
+    if "(default: " not in about:
+        about += f" (default: {'none' if default == '' else default})"
     about = about.replace("%", "%%")  # argparse formats it with %
     metadata = {"help": about, "range": (least, most), "choices": choices}
     if default == {}:

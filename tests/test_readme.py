@@ -110,8 +110,32 @@ def test_links_lead_to_pages_that_the_readme_names():
     assert docs <= set(re.findall(r"\]\(([^)]+)\)", README))
 
 
+def anchor(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_links_to_sections_lead_to_headings():
+    found = 0
+    for page, text in PAGES.items():
+        for link, section in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", text):
+            target = page.parent / link if link else page
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            assert section in map(anchor, headings), section
+            found += 1
+    assert found
+
+
+def test_each_fact_has_its_figures_on_the_page_that_it_links_to():
+    facts = re.findall(r"^\* \*\*(.*?)\]\((docs/.*?)\)\)\.", README, re.M | re.S)
+    assert len(facts) == 5
+    for fact, page in facts:
+        for figure in re.findall(r"\d[\d.,e-]*\d|\d+", fact.rpartition("(")[0]):
+            assert figure in (ROOT / page).read_text(), f"{figure} in {page}"
+
+
 def test_the_figure_tells_the_tokens_of_each_file():
-    figure = re.search(r"( +vision\.py .*\n)(.*) tokens of Python", README)
+    figure = re.search(r"( +vision\.py .*\n)(.*?) Python tokens", README)
     names, counts = (line.split() for line in figure.groups())
     assert len(names) == len(counts) == 4
     for name, count in zip(names, counts):

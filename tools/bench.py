@@ -1,20 +1,20 @@
-"""Speed and memory beside what a user would pick instead, both measured in one run.
+"""Compare speed and memory with the usual alternatives, side by side in one run.
 
-    python tools/bench.py data                  reading tar shards, beside webdataset
-    python tools/bench.py train --size=small    a training step, beside BLIP-2
-    python tools/bench.py chat --size=1.1b      answers, beside transformers
+    python tools/bench.py data                  reading tar shards, and webdataset
+    python tools/bench.py train --size=small    a training step, and BLIP-2's
+    python tools/bench.py chat --size=1.1b      answers, and those of transformers
 
-chat measures the first word from the start of Python, beside InstructBLIP; the language
-model's prompt and decoding in bf16, int8 and int4, beside transformers' bf16 and, on a
-CPU with llama-cpp-python and gguf, llama.cpp's BF16, Q8_0 and Q4_0; a second question
-about a picture, beside the first; 8 pictures in a batch, beside one at a time.
+chat measures the time from the start of Python to the first word, and InstructBLIP's;
+prompt and decoding of the language model in bf16, int8 and int4, and transformers' bf16
+and, on a CPU with llama-cpp-python and gguf, llama.cpp's BF16, Q8_0 and Q4_0; a second
+question about an image, and the first; 8 images in a batch, and one at a time.
 
-`limit` is PIL alone in as many workers (data); a large matrix product, which makes
-vs_limit the FLOPs utilization (train); one read of all weights from memory (first
-word, decoding: there vs_limit is the share of the memory's bandwidth). peak_mib is the
-process's own peak of memory; above limit_peak_mib it is warned of. Random weights and
-pictures are made in --folder on first use (1.1b: 13 GB; full: 50 GB and 40 GB of
-memory). The last line is JSON, in which higher rates are better.
+`limit` is PIL alone in as many workers (data), a large matrix product, so that vs_limit
+is the FLOPs utilization (train), or one read of all weights from memory, so that
+vs_limit is the share of the memory bandwidth (first word, decoding). peak_mib is the
+peak memory of the process; above limit_peak_mib there is a warning. Random weights and
+images are generated in --folder on first use (1.1b: 13 GB; full: 50 GB, and 40 GB of
+memory). The last line is JSON with rates, of which higher ones are better.
 """
 
 import io
@@ -117,20 +117,22 @@ PEER_NAMES = (  # a part of transformers' name -> of ours, replaced in this orde
 class Options:
     size: str = option(
         "",
-        f"{', '.join(SIZES)}; none: medium (train), 1.1b (chat)",
+        "size of the model (default: medium for train, 1.1b for chat)",
         choices=("", *SIZES),
     )
-    folder: str = option("out/bench", "where random weights and pictures are kept")
-    device: str = option("", "none: cuda if there is one, else cpu")
-    rounds: int = option(3, "in which the sides take turns; the median counts", least=1)
+    folder: str = option("out/bench", "folder for random weights and images")
+    device: str = option("", "PyTorch device (default: cuda if available, else cpu)")
+    rounds: int = option(
+        3, "rounds, in which the sides take turns; medians count", least=1
+    )
     steps: int = option(
         5, "train: timed steps per round; data: 8 times as many batches", least=1
     )
-    batch_size: int = option(8, "train: pictures per step", least=1)
+    batch_size: int = option(8, "train: images per step", least=1)
     dtype: str = option(
-        "bfloat16", "train: bfloat16 or float32", choices=("float32", "bfloat16")
+        "bfloat16", "train: dtype of the weights", choices=("float32", "bfloat16")
     )
-    workers: int = option(2, "data: worker processes, at most 16", least=1, most=16)
+    workers: int = option(2, "data: worker processes, up to 16", least=1, most=16)
 
 
 # ---- measuring -----------------------------------------------------------------------

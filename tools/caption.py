@@ -1,14 +1,14 @@
-"""Captions for many pictures, in a .jsonl that configs/finetune_own.py reads.
+"""Caption many images into a .jsonl that configs/finetune_own.py can train on.
 
     python tools/caption.py photos --out=captions.jsonl
     python tools/caption.py a.png "photos/**/*.jpg" more.txt --ckpt=out/stage2
 
-PICTURE is a picture, a folder (the pictures directly inside), a glob (** includes
-subfolders) or a .txt that lists pictures, one path a line. A line of --out is {"image":
-path from the folder of --out, "caption": ...}. A stopped run continues: pictures with a
-line are skipped; model and options, in captions.settings.json beside it, have to be the
-same. To start over, remove the file. Failures go, as {"image": ...,
-"error": ...}, to captions.errors.jsonl beside it; --retry tries these pictures again.
+PICTURE is an image, a folder (only the images directly in it), a glob (** includes
+subfolders) or a .txt file with one path per line. Each line of --out is {"image": ...,
+"caption": ...}, with the path relative to the folder of --out. The same command
+continues a stopped run: images that already have a line are skipped. It needs the same
+model and options, which are kept in captions.settings.json. Remove the file to start
+over. Images that fail are listed in captions.errors.jsonl; --retry tries them again.
 """
 
 import glob
@@ -33,11 +33,11 @@ from vision import load_image
 
 @dataclass(frozen=True)
 class Options(chat.Options):
-    prompt: str = option("Describe this image in detail.", "asked about each picture")
-    temperature: float = option(0.0, "0: greedy", least=0)
-    out: str = option("captions.jsonl", "the file to write, or to continue")
-    batch_size: int = option(8, "pictures captioned together", least=1)
-    retry: bool = option(False, "try the pictures that failed again")
+    prompt: str = option("Describe this image in detail.", "question about each image")
+    temperature: float = option(0.0, "sampling temperature; 0: greedy", least=0)
+    out: str = option("captions.jsonl", "file to write, or to continue")
+    batch_size: int = option(8, "images captioned together", least=1)
+    retry: bool = option(False, "try images that failed again")
 
 
 ROW_START = b'{"image": '

@@ -1,4 +1,4 @@
-"""Convert official weight files to the program's safetensors files, and back.
+"""Convert official weight files to this program's safetensors files, and back.
 
     python tools/convert.py vision eva_vit_g.pth DST.safetensors [--n_layers=39]
     python tools/convert.py qformer blip2_pretrained_flant5xxl.pth DST.safetensors
@@ -8,13 +8,13 @@
     python tools/convert.py proj prerained_minigpt4_7b.pth DST.safetensors
     python tools/convert.py export out/stage2 minigpt4.pth
 
-BLIP2_FOLDER is Salesforce/blip2-flan-t5-xxl from the Hugging Face hub. It needs
+BLIP2_FOLDER is a download of Salesforce/blip2-flan-t5-xxl from the Hugging Face hub:
 config.json, model.safetensors.index.json and the shards that hold the part. `llama`
-takes Hugging Face's .bin or .safetensors files of a LLaMA, Mistral, SmolLM2, Qwen2 or
-Qwen3 (.safetensors need no conversion), or Meta's *.pth of LLaMA 1 and 2; --delta adds
-SRC to a base model (Vicuna v0), --lora merges an adapter.
-`proj` with --config=CONFIG, a training config, also writes the config.json that
-chat.py --ckpt needs. Nothing in a .pth or .bin file is executed.
+takes a LLaMA, Mistral, SmolLM2, Qwen2 or Qwen3 in Hugging Face's format (only .bin
+files have to be converted), or LLaMA 1 and 2 in Meta's *.pth. --delta adds SRC to a
+base model (Vicuna v0); --lora merges an adapter. `proj` with --config=CONFIG, a
+training config, also writes the config.json that chat.py --ckpt needs. No code in a
+.pth or .bin file is executed.
 """
 
 import json
@@ -144,17 +144,17 @@ NOT_USED = re.compile(
 class Options:
     dtype: str = option(
         "",
-        "int8 and int4 are for llama; none: the source's own (export: float32)",
+        "int8 and int4 only for llama (default: the source's; export: float32)",
         choices=("", *DTYPES, *QUANTIZED),
     )
-    n_layers: int = option(39, "vision: blocks to keep")
+    n_layers: int = option(39, "vision: number of blocks to keep")
     heads: int = option(
-        0, "vision, qformer: attention heads; 0: the real model's, 16 and 12"
+        0, "vision, qformer: attention heads; 0: those of the real model, 16 and 12"
     )
     delta: str = option("", "llama: folder of the base model to add SRC to")
     lora: str = option("", "llama: folder of a LoRA adapter to merge")
     check: bool = option(True, "llama: measure the result's perplexity on English text")
-    config: str = option("", "proj: the training config that names the other parts")
+    config: str = option("", "proj: training config that names the other parts")
 
 
 # ---- names, reading, writing -----------------------------------------------------

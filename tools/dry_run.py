@@ -1,11 +1,12 @@
-"""What a run will need, computed on PyTorch's meta device, without weights or data.
+"""Estimate memory and FLOPs of training or chat, without weights or data.
 
     python tools/dry_run.py configs/stage1.py --world=4 --batch_size=32    training
     python tools/dry_run.py out/stage2                                     chat
 
-Sizes come from the headers of weight files and LLaMA's config.json, or are the official
-ones where files are missing. --world is the number of processes. Peak memory is an
-estimate: weights, gradients, AdamW's moments, and what the backward pass needs.
+Runs on PyTorch's meta device. Sizes come from the headers of weight files and from
+LLaMA's config.json; where files are missing, the official sizes are assumed. Peak
+memory is an estimate: weights, gradients, AdamW's moments, and activations for the
+backward pass.
 """
 
 import sys
@@ -46,7 +47,7 @@ LLAMA = {
 
 @dataclass(frozen=True)
 class Options:
-    world: int = option(1, "training processes", least=1)
+    world: int = option(1, "number of training processes", least=1)
 
 
 class MetaMiniGPT4(MiniGPT4):

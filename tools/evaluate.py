@@ -1,4 +1,4 @@
-"""Scores a model: on drawn scenes, by the paper's count of failures, on POPE, on VQA.
+"""Score a model on drawn scenes, by the paper's failure count, on POPE, or on VQA.
 
     python tools/evaluate.py                           assets/tiny, on drawings
     python tools/evaluate.py --stage1=out/tiny_stage1 --stage2=out/tiny_stage2 --n=100
@@ -7,32 +7,32 @@
     python tools/evaluate.py vqa questions.jsonl --images=val2017 \\
         --prompt="Question: {} Short answer:"
 
-Each answer is greedy, with chat's repetition penalty, in a conversation of its own. All
-are kept in --answers, with the weights and settings that gave them; a stopped run
+Answers are greedy, with the repetition penalty of chat.py, each in a new conversation.
+They are kept in --answers together with weights and settings, and a stopped run
 continues there. The columns, in percent:
 
 scenes      500 held-out scenes. Neither stage sees a question, a rhyme, or a scene's
             set of colored shapes.
-  precision, recall, F1   (color, shape) pairs of the description, against the scene's
+  precision, recall, F1   (color, shape) pairs in the description and in the scene
   failures                descriptions that break off or repeat themselves: no end
                           within the limit, no capital at the start, no full stop at the
                           end, or the same 4 consecutive words twice
   questions               correct answers to one question per scene (count, color, ...)
-  rhymes                  rhymes that rhyme and name exactly the scene's objects
-failures    the paper's Table 3: descriptions and poems. Its authors judged by eye; here
+  rhymes                  poems that rhyme and name exactly the scene's objects
+failures    the paper's Table 3: descriptions and poems. The authors judged by eye; here
             an answer fails as
   fragment                with fewer than 8 words, or a description whose last sentence
                           is not complete
   repeats                 a sentence or line (of 2 words or more) 3 times, or any words
                           3 times back to back
-  no end                  max_new_tokens came first
+  no end                  cut at max_new_tokens
 pope        lines of {"image": ..., "text": ..., "label": "yes" or "no"}. By
             RUCAIBox/POPE's rule, an answer with "no", "No" or "not" before its first
-            full stop is a no, any other a yes; `yes` is the share of those
+            full stop counts as no, any other as yes; `yes` is their share
 vqa         lines of {"image": ..., "question": ..., "answers": [...]}, or with one
             "answer"; or the official files of A-OKVQA, GQA, and, each with questions
-            and annotations, OK-VQA and VQAv2. Exact match is with any of them, after
-            VQA's normalization; soft accuracy is VQA's, of questions with ten answers
+            and annotations, OK-VQA and VQAv2. Exact match is with any answer, after
+            VQA's normalization; soft accuracy is VQA's, for questions with ten answers
 """
 
 import json
@@ -87,33 +87,31 @@ NUMBERS = "zero one two three four five six seven eight nine ten"
 
 @dataclass(frozen=True)
 class Options:
-    ckpt: str = option("", "a run's folder; none: the tiny model of this repo")
-    images: str = option("", "pope, vqa: the folder of the pictures")
-    prompt: str = option("{}", "pope, vqa: what is asked; {} is the question")
-    stage2: str = option(f"{ROOT}/assets/tiny", "scenes: a run's folder")
-    stage1: str = option(
-        f"{ROOT}/assets/tiny/stage1", "scenes: the run that it started from"
-    )
+    ckpt: str = option("", "a run's folder (default: the tiny model in assets/)")
+    images: str = option("", "pope, vqa: folder of the images")
+    prompt: str = option("{}", "pope, vqa: the prompt; {} stands for the question")
+    stage2: str = option(f"{ROOT}/assets/tiny", "scenes: the run after stage 2")
+    stage1: str = option(f"{ROOT}/assets/tiny/stage1", "scenes: the run after stage 1")
     data: str = option(
-        f"{ROOT}/data/tiny/test", "scenes: their folder; made if missing"
+        f"{ROOT}/data/tiny/test", "scenes: their folder, generated if missing"
     )
     n: int = option(
         500,
-        "scenes, or the first questions of each file, or pictures; else all",
+        "number of scenes (500), of questions per file or of images (all)",
         least=1,
     )
     max_new_tokens: int = option(
-        0, "of an answer; 0: scenes 160, failures 500, pope 100, vqa 50", least=0
+        0, "longest answer; 0: scenes 160, failures 500, pope 100, vqa 50", least=0
     )
     batch_size: int = option(8, "questions answered together", least=1)
-    device: str = option("", "none: cuda if there is one, else cpu")
-    dtype: str = option("", "none: the run's, but not float16 on a CPU")
-    cuda_graphs: bool = option(False, "on a GPU, decode with CUDA graphs")
+    device: str = option("", "PyTorch device (default: cuda if available, else cpu)")
+    dtype: str = option("", "dtype of the weights, as in chat.py (default: the run's)")
+    cuda_graphs: bool = option(False, "decode with CUDA graphs, on a GPU")
     answers: str = option(
         "out/answers.jsonl",
-        "the file to write, or to continue; remove it to start over",
+        "file to write, or to continue; remove it to start over",
     )
-    save: str = option("", "a JSON file to write the table to")
+    save: str = option("", "also write the table to this JSON file")
 
 
 # ---- answers -------------------------------------------------------------------------

@@ -1,16 +1,17 @@
-"""Download the real MiniGPT-4 from the Hugging Face hub and convert it for chat.py.
+"""Download real weights from the Hugging Face hub and convert them for chat.py.
 
     python tools/get_weights.py vicuna-7b
     python tools/get_weights.py vicuna-13b --proj=Downloads/pretrained_minigpt4.pth
     python tools/get_weights.py llama2-7b --llama=NousResearch/Llama-2-7b-chat-hf
-    python tools/get_weights.py vicuna-7b --stage=1     to train stage 2 from it
-    python tools/get_weights.py smollm2-135m     for the tiny world
-    python tools/get_weights.py smollm2-1.7b     to train with configs/stage1_smollm2.py
+    python tools/get_weights.py vicuna-7b --stage=1   to train stage 2 yourself
+    python tools/get_weights.py smollm2-135m          for the tiny world
+    python tools/get_weights.py smollm2-1.7b          for configs/stage1_smollm2.py
 
-Needs huggingface_hub. Downloads go to its cache (HF_HOME), conversions to weights/, the
-run to out/NAME. Existing files are kept: after an interruption, the same command
-continues. Any source can be a path or a repo of the hub. For the small language models
-nobody has published a projection: the last lines are the commands that train one.
+Needs huggingface_hub. Downloads go to its cache (HF_HOME), converted weights to
+weights/, the run to out/NAME. Existing files are kept, so after an interruption the
+same command continues. Any source can be a path or a repository of the hub. Nobody has
+published a projection for the small language models; for these, the last lines of the
+output are the commands that train one.
 """
 
 import hashlib
@@ -133,14 +134,14 @@ for _name, _repo in UNTRAINED.items():
 @dataclass(frozen=True)
 class Options:
     vision: str = option(
-        "", "a .pth, a converted .safetensors, or BLIP-2's folder or repo"
+        "", "a .pth, a converted .safetensors, or a folder or repository of BLIP-2"
     )
     qformer: str = option("", "like --vision")
-    llama: str = option("", "a LLaMA's folder or repo")
-    proj: str = option("", "a .pth, a converted .safetensors, or a repo")
+    llama: str = option("", "folder or repository of the language model")
+    proj: str = option("", "a .pth, a converted .safetensors, or a repository")
     stage: int = option(
         2,
-        "1: the projection before stage 2, which vicuna-7b and vicuna-13b have",
+        "stage of the projection; 1 exists for vicuna-7b and vicuna-13b",
         least=1,
         most=2,
     )

@@ -1,15 +1,15 @@
-"""The tiny world: seeded drawings of 1-3 colored shapes, and texts about them.
+"""Draw the tiny world: 1 to 3 colored shapes per image, and texts about them.
 
     python tools/make_scenes.py KIND DST [--n=...] [--seed=...] [--heldout]
     python tools/make_scenes.py tokenizer DST --text=chat.jsonl [--vocab_size=...]
 
-The kinds have the formats of real data:
+KIND is one of these; formats are those of the real data:
     stage1     tar shards as img2dataset writes them, with short, noisy captions
-    clean      the same, with captions that describe the whole picture
+    clean      the same, with captions that describe the whole image
     eyes       the same, with captions that are lists of 19 words
-    names      the same, with one object per picture; the caption is "red star"
+    names      the same, with one object per image and captions such as "red star"
     stage2     filter_cap.json and image/, with long, clean descriptions
-    test       pictures of held-out combinations and scenes.json, to score answers
+    test       images of held-out combinations and scenes.json, to score answers
     text       for language models: NAME.jsonl and NAME_heldout.jsonl, where NAME is
                a kind of `document`
     tokenizer  a sentencepiece model, trained on such a .jsonl
@@ -776,11 +776,13 @@ def document(scene, rng, kind):
 
 @dataclass(frozen=True)
 class Options:
-    n: int = option(0, "samples; 0: the kind's own number", least=0)
-    seed: int = option(0, "of all random draws")
-    heldout: bool = option(False, "only pictures of held-out combinations")
+    n: int = option(0, "number of samples; 0: the kind's default", least=0)
+    seed: int = option(0, "random seed")
+    heldout: bool = option(False, "draw only held-out combinations")
     text: str = option("", "tokenizer: the .jsonl to train on")
-    vocab_size: int = option(1024, "tokenizer: pieces, with bytes and control tokens")
+    vocab_size: int = option(
+        1024, "tokenizer: number of pieces, bytes and control tokens included"
+    )
 
 
 def _samples(kind, options):

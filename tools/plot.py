@@ -1,9 +1,9 @@
-"""Draw loss, held-out loss (dots), learning rate and images/s of some runs.
+"""Plot loss, held-out loss (dots), learning rate and images/s of runs.
 
     python tools/plot.py out/tiny_stage1 out/tiny_stage2 [--out=loss.png]
 
-The curves are over the samples seen. A run may still be training. --out may also end in
-.svg or .pdf. matplotlib is a separate package.
+The x axis counts samples. Runs may still be training. --out may also end in .svg or
+.pdf. Needs matplotlib.
 """
 
 import json
@@ -24,7 +24,7 @@ CURVES = {*PANELS, "heldout_loss"}
 
 @dataclass(frozen=True)
 class Options:
-    out: str = option("loss.png", "the picture to write")
+    out: str = option("loss.png", "file to write")
 
 
 def parse_row(line):

@@ -1,19 +1,19 @@
-"""Turn BLIP's lists of captions and URLs into tar shards for stage 1, with img2dataset.
+"""Download the images of stage 1 into tar shards, with img2dataset.
 
     python tools/prepare_stage1.py SRC.json DST [--run] [--list=DST.tsv]
     python tools/prepare_stage1.py check DST
 
-SRC is one of BLIP's `*_synthetic_filtered_large.json` files. It is read in chunks, so
-its size does not matter. The program writes img2dataset's list, a .tsv or .parquet, and
-prints the command that downloads the pictures into the folder DST. --run also runs it;
-an interrupted download continues where it stopped.
+SRC is one of BLIP's `*_synthetic_filtered_large.json` files with captions and URLs, of
+any size. The program writes img2dataset's list, a .tsv or .parquet, and prints the
+command that downloads the images into the folder DST. --run also runs this command; an
+interrupted download continues where it stopped.
 
-Many of LAION's addresses are dead, and more die each year. configs/stage1_llava558k.py
-needs none of them: it trains on LLaVA-Pretrain, 558,128 pairs of the same sources in
-one archive.
+Many of LAION's URLs are dead, and more die each year. configs/stage1_llava558k.py needs
+none of them: it trains on LLaVA-Pretrain, 558,128 pairs from the same sources in one
+archive.
 
-`check`, also done after --run, reports samples, failed downloads by cause, bytes and
-suspicious shards. It writes DST/index.json, which saves data.py from opening every
+`check`, which --run does at the end, reports samples, failed downloads by cause, bytes
+and suspicious shards. It writes DST/index.json, so that data.py need not open every
 shard to count its samples. img2dataset is a separate package; a .parquet needs pyarrow.
 """
 
@@ -52,13 +52,13 @@ skip_space = re.compile(r"\s*").match
 @dataclass(frozen=True)
 class Options:
     run: bool = option(False, "run img2dataset, then check its shards")
-    list: str = option("", "the .tsv or .parquet to write; none: DST.tsv")
+    list: str = option("", "the .tsv or .parquet to write (default: DST.tsv)")
     image_size: int = option(
-        224, "pixels; img2dataset keeps the proportions and pads with white", least=1
+        224, "pixels; keeps the aspect ratio and pads with white", least=1
     )
-    processes: int = option(16, "of img2dataset", least=1)
-    threads: int = option(128, "per process", least=1)
-    timeout: int = option(10, "seconds per picture", least=1)
+    processes: int = option(16, "processes of img2dataset", least=1)
+    threads: int = option(128, "threads per process", least=1)
+    timeout: int = option(10, "seconds per image", least=1)
     shard_size: int = option(10_000, "URLs per shard", least=1)
 
 

@@ -1,13 +1,12 @@
-"""Show the first samples of a training config as token ids, and what its data are like.
+"""Show the first samples of a training config as the model sees them; check the rest.
 
     python tools/show_data.py configs/stage2.py [--plain] [--show=3] [--n=1000]
 
-Any field of the config can be given as --key=value. Draws each picture with colored
-half-blocks (--plain: only its size), then every token: trained ones green, others gray,
-image tokens as <image x 32>. Of the first n samples it then prints what is wrong with
-the bad ones, lengths, answers cut at max_txt_len, unknown tokens, and the padding with
-and without length_group. Pictures are decoded as in training. If no sample can be used,
-it exits with status 2.
+Prints each image in colored half-blocks, then every token: green if it is trained, gray
+if not, image tokens as <image x 32>. For the first n samples, it then reports what is
+wrong with bad ones, lengths, answers cut at max_txt_len, unknown tokens, and padding
+with and without length_group. Images are decoded as in training. Any field of the
+config is an option. The exit status is 2 if no sample is usable.
 """
 
 import sys
@@ -39,9 +38,9 @@ MOST_FOR_PADDING = 1000  # samples
 
 @dataclass(frozen=True)
 class Options:
-    plain: bool = option(False, "no colors and no pictures")
-    show: int = option(3, "samples to show")
-    n: int = option(1000, "samples to read; 0: all", least=0)
+    plain: bool = option(False, "no colors, and only the sizes of images")
+    show: int = option(3, "number of samples to show")
+    n: int = option(1000, "number of samples to read; 0: all", least=0)
 
 
 def tokens_as_text(sample, tokenizer, plain):

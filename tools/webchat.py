@@ -1,11 +1,10 @@
-"""The chat of chat.py as a page in this computer's browser.
+"""Chat in the browser: chat.py as a web page.
 
     python tools/webchat.py --ckpt=out/stage2
 
-The page is at http://127.0.0.1:7860; without --ckpt it shows the tiny model. It needs
-gradio 6 (pip install gradio). Only this computer can open it, each browser tab is a
-conversation of its own, and the model answers one question at a time. chat.py's options
-are where the sliders start.
+Serves http://127.0.0.1:7860 to this computer only; without --ckpt, this is the tiny
+model. Needs gradio 6 (pip install gradio). Each browser tab is its own conversation,
+and questions are answered one at a time. The options set where the sliders start.
 """
 
 import html
@@ -38,9 +37,9 @@ NO_SHARING = "button[aria-label=Share] {display: none}"
 class Options(chat.Options):
     prompt: str = option(
         "Describe this image in detail.",
-        "asked when a picture comes without a question",
+        "question for an image that comes without one",
     )
-    port: int = option(7860, "of the page's address", least=1, most=65535)
+    port: int = option(7860, "port to serve the page on", least=1, most=65535)
 
 
 def as_messages(turns):
