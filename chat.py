@@ -49,13 +49,13 @@ from plumbing.weights import DTYPES
 from vision import load_image
 
 HELP = """\
-/image PATH          show a picture, as a path in a message does
-/clear               forget the conversation and its pictures
-/undo, /regenerate   forget the last question; answer it again
+/image PATH          show an image; a path in a message does the same
+/clear               start a new conversation, without images
+/undo, /regenerate   take back the last question; answer it again
 /set NAME VALUE      change an option; /show lists them
-/save FILE           write the conversation, as JSON or else as Markdown
-/bye                 leave (also Ctrl-D); Ctrl-C stops an answer
-\"""                  begins and ends a message of several lines"""
+/save FILE           save the conversation as JSON, else as Markdown
+/bye                 quit (also Ctrl-D); Ctrl-C stops an answer
+\"""                  starts and ends a message of several lines"""
 SETTINGS = (
     "temperature",
     "top_p",

@@ -1,4 +1,4 @@
-"""Your own pictures: stage 2 from an existing projection.
+"""Fine-tune the tiny model's projection on your own images, as in stage 2.
 
 python tools/show_data.py configs/finetune_own.py --data=own/data.jsonl
 python train.py configs/finetune_own.py --data=own/data.jsonl
@@ -7,8 +7,8 @@ The data is LLaVA's .json, or a .jsonl with one sample per line:
     {"image": "photos/cat.jpg", "caption": "A gray cat sleeps on a red sofa."}
     {"image": ["a.jpg", "b.jpg"], "conversation":
         [{"user": "What changed?"}, {"assistant": "The cat left."}]}
-Image paths are relative to the file. To fine-tune a real model, import configs.stage2
-instead of the tiny one, and set `proj` to its projection.
+Image paths are relative to the file. docs/data.md shows how to fine-tune a real model
+instead: stage2.py with other data, or import configs.stage2 here and set `proj`.
 """
 
 from configs.tiny_stage2 import *

@@ -2,7 +2,7 @@
 
 torchrun --nproc-per-node 4 train.py configs/stage1_llama2.py
 
-The original states no cost. Expect more than for stage1.py, because a picture takes 64
+The original states no cost. Expect more than for stage1.py, because an image takes 64
 tokens instead of 32.
 """
 

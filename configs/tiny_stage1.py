@@ -2,7 +2,7 @@
 
 python train.py configs/tiny_stage1.py
 
-On 2 CPU cores: 2 min 31 s, including the time to draw the pictures. The held-out loss,
+On 2 CPU cores: 2 min 31 s, including the time to draw the images. The held-out loss,
 on noisy captions, ends at 0.76.
 """
 

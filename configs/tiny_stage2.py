@@ -2,7 +2,7 @@
 
 python train.py configs/tiny_stage2.py
 
-On 2 CPU cores: 2 min 12 s, including the time to draw the pictures. The held-out loss
+On 2 CPU cores: 2 min 12 s, including the time to draw the images. The held-out loss
 ends at 0.096.
 """
 

@@ -1,4 +1,4 @@
-"""Language model, step 4: chat about scenes described in words, without pictures."""
+"""Language model, step 4: chat about scenes described in words, without images."""
 
 from configs.tiny.base import *
 

@@ -1,6 +1,6 @@
 """The Q-Former's teacher: a language model that repeats 19 random words.
 
-It is dropped afterwards, as BLIP-2's FlanT5 was; README.md explains why.
+It is dropped afterwards, as BLIP-2's FlanT5 was; docs/tiny-world.md explains why.
 """
 
 from configs.tiny.retold import *

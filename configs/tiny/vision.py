@@ -1,4 +1,4 @@
-"""Vision tower, step 2: whole pictures. It has EVA-CLIP's role; no Q-Former yet."""
+"""Vision tower, step 2: whole images. It has EVA-CLIP's role; no Q-Former yet."""
 
 from configs.tiny.base import *
 
