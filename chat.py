@@ -4,8 +4,8 @@
     python chat.py photo.jpg --prompt="What is in this picture?"   prints one answer
     python chat.py a.jpg b.jpg --ckpt=out/stage2 --temperature=0   a run, greedy
 
-Without --ckpt, this is the tiny model. Sampling defaults are those of the original
-demo. `-` reads an image from stdin. Text on stdin is put before --prompt; without
+Without --ckpt, it chats with the tiny model. Sampling defaults are the original demo's.
+ `-` reads an image from stdin. Text on stdin is put before --prompt; without
 --prompt, it is the question or, if it contains a command, a whole conversation.
 """
 
@@ -88,13 +88,16 @@ class Options:
         0.9, "sample from the most likely tokens with this total probability"
     )
     repetition_penalty: float = option(
-        1.05, "divide the logits of repeated tokens; 1: off", least=0.01, most=100
+        1.05,
+        "penalty on repeated tokens, as in transformers; 1: off",
+        least=0.01,
+        most=100,
     )
     num_beams: int = option(
         1, "above 1: beam search, without sampling", least=1, most=64
     )
     min_length: int = option(
-        1, "shortest answer in tokens, its `<s>` included", least=0
+        1, "no end of the answer among its first min_length - 1 tokens", least=0
     )
     length_penalty: float = option(
         1.0, "beam search prefers longer answers if above 0", least=-10, most=10
@@ -110,7 +113,7 @@ class Options:
         choices=("", *DTYPES, *QUANTIZED),
     )
     cuda_graphs: bool = option(
-        False, "decode with CUDA graphs, on a GPU (tested only on CPUs so far)"
+        False, "decode with CUDA graphs (GPU only; untested there)"
     )
     json: bool = option(False, "print each answer as a JSON object")
     plain: bool = option(False, "plain text: no colors, images or progress bars")

@@ -85,7 +85,6 @@ class QFormer(nn.Module):
     """Vision tokens (B, N, vision_width) -> image tokens (B, Q, D)."""
 
     kind = "qformer"  # in the metadata of its file
-    config_class = QFormerConfig
 
     def __init__(self, config: QFormerConfig):
         super().__init__()

@@ -224,7 +224,6 @@ class VisionTransformer(nn.Module):
     """
 
     kind = "eva_vit"  # in the metadata of its file
-    config_class = VisionConfig
     has_class_token = True  # the first of the output's tokens
 
     def __init__(self, config: VisionConfig):

@@ -7,8 +7,7 @@ The data is LLaVA's .json, or a .jsonl with one sample per line:
     {"image": "photos/cat.jpg", "caption": "A gray cat sleeps on a red sofa."}
     {"image": ["a.jpg", "b.jpg"], "conversation":
         [{"user": "What changed?"}, {"assistant": "The cat left."}]}
-Image paths are relative to the file. docs/data.md shows how to fine-tune a real model
-instead: stage2.py with other data, or import configs.stage2 here and set `proj`.
+Image paths are relative to the file. finetune_7b.py fine-tunes a real model.
 """
 
 from configs.tiny_stage2 import *

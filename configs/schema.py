@@ -24,9 +24,9 @@ class Config:
     """One training run. Paths are relative to the working directory; "" means none."""
 
     # The model's parts; a dict holds the sizes of a new part, with random weights.
-    vision: str | dict = option("", "weight file; none trains on text only")
+    vision: str | dict = option("", "weight file; without it, train on text only")
     qformer: str | dict = option(
-        "", "weight file; none joins 4 patches into one image token"
+        "", "weight file; without it, 4 patches make one image token"
     )
     llama: str | dict = option("", "folder of the language model")
     proj: str = option("", "weight file (default: a new projection, random weights)")
@@ -54,7 +54,7 @@ class Config:
     )
     template: str = option(
         "",
-        "chat template; none is the image followed by its caption, as in stage 1",
+        "chat template; without it, the image and its caption, as in stage 1",
         choices=("", *TEMPLATES),
     )
     end_sym: str = option(
@@ -73,7 +73,7 @@ class Config:
         8, "number of shards whose samples are shuffled together", least=1
     )
     length_group: int = option(
-        1, "steps whose samples are sorted by length together, to pad less", least=1
+        1, "sort samples by length within groups of this many steps", least=1
     )
     max_bad_fraction: float = option(
         0.1, "stop the run if a larger share of the samples is unusable", least=0
@@ -108,11 +108,11 @@ class Config:
     )
     compile: bool = option(False, "compile the transformer blocks with torch.compile")
     cuda_graphs: bool = option(
-        False, "decode held-out answers with CUDA graphs, on a GPU"
+        False, "decode held-out answers with CUDA graphs (GPU only; untested there)"
     )
     shard: bool = option(False, "shard LLaMA's blocks across processes (fully_shard)")
     peak_tflops: float = option(
-        0.0, "the device's peak TFLOP/s; adds the utilization mfu to the log", least=0
+        0.0, "the device's peak TFLOP/s; adds MFU to the log", least=0
     )
     # The run's folder, and what is written to it.
     out_dir: str = option("out/run", "folder for weights, log and checkpoints")

@@ -29,6 +29,7 @@ from tests.test_house import tokens
 README = (ROOT / "README.md").read_text()
 PATHS = (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")))
 PAGES = {path: path.read_text() for path in PATHS}
+SPEED = (ROOT / "docs/speed.md").read_text().replace("\n", " ")
 TINY_WORLD = (ROOT / "docs/tiny-world.md").read_text()
 FOLDERS = ("*.py", "plumbing/*.py", "configs/**/*.py", "tools/*.py")
 SOURCES = [path for folder in FOLDERS for path in ROOT.glob(folder)]
@@ -56,6 +57,9 @@ def test_every_command_is_one_that_the_program_takes(command):
     script = next((w for w in words if w.endswith(".py")), None)
     if script is None:
         assert words[:3] == ["python", "-m", "pytest"]
+        return
+    diffs = (path.read_text() for path in ROOT.glob("docs/changes/*.diff"))
+    if any(f"+++ b/{script}" in diff for diff in diffs):
         return
     assert (ROOT / script).is_file()
     arguments = words[words.index(script) + 1 :]
@@ -187,6 +191,61 @@ def test_the_evaluation_table_is_the_saved_one():
             f" {v:.1f} |" for v in list(row.values())[1:]
         )
         assert line in TINY_WORLD
+
+
+def measured(name: str) -> dict[str, dict]:
+    """The rows of docs/speed/NAME.json, the last line of tools/bench.py's output."""
+    rows = json.loads((ROOT / f"docs/speed/{name}.json").read_text())["rows"]
+    return {row["name"]: row for row in rows}
+
+
+def test_the_speed_of_chat_is_the_saved_measurement():
+    rows = measured("chat")
+    for way, name, peer in (
+        ("bf16", "bfloat16", "BF16"),
+        ("int8", "int8", "Q8_0"),
+        ("int4", "int4", "Q4_0"),
+    ):
+        decode, prompt = rows[f"1.1b {way} decode"], rows[f"1.1b {way} prompt"]
+        cells = (
+            f"| {name} | {decode['ours']:.1f} | {decode['vs_peer']:.2f}",
+            f"{decode['vs_llamacpp']:.2f} ({peer})",
+            f"{1 / prompt['ours']:.2f} s",
+            f"{prompt['vs_peer']:.2f}",
+            f"{decode['peak_mib'] / 1024:.1f} GiB |",
+        )
+        assert " | ".join(cells) in SPEED
+    first, second = rows["1.1b first word"], rows["1.1b second turn"]
+    assert f"Python: {1 / first['ours']:.1f} s" in SPEED
+    assert f"InstructBLIP: {1 / first['peer']:.1f} s" in SPEED
+    assert f"answer: {1 / second['ours']:.2f} s" in SPEED
+    for way in ("batch 8", "int8 batch 8"):
+        assert f"{rows[f'1.1b {way}']['vs_peer']:.1f} times" in SPEED
+
+
+@pytest.mark.parametrize(
+    "name, row, label, unit, peer",
+    [
+        ("data", "224x224", "`data`, 224x224, 2 workers", "images/s", "webdataset "),
+        ("data", "640x480", "`data`, 640x480, 2 workers", "images/s", "webdataset "),
+        (
+            "train",
+            "medium bf16 b8",
+            "`train`, medium, bf16, batch of 8",
+            "images/s",
+            "",
+        ),
+        ("train", "medium bf16 b8 compiled", "the same, compiled", "images/s", ""),
+        ("train", "medium bf16 b8 checkpointed", "checkpointed", "images/s", ""),
+    ],
+)
+def test_the_speed_of_training_is_the_saved_measurement(name, row, label, unit, peer):
+    found = measured(name)[row]
+    ours, other = (f"{found[side]:,.3g}" for side in ("ours", "peer"))
+    if name == "data":
+        ours, other = (f"{found[side]:,.0f}" for side in ("ours", "peer"))
+    ratios = f"{found['vs_peer']:.2f} | {found['vs_limit']:.2f} |"
+    assert f"| {label} | {ours} {unit} | {peer}{other} | {ratios}" in SPEED
 
 
 def test_the_committed_weights_are_small():

@@ -118,7 +118,6 @@ class OtherTower(nn.Module):
     """Without a class token, with another normalization and a final norm."""
 
     kind = "other"
-    config_class = OtherConfig
     has_class_token = False
 
     def __init__(self, config: OtherConfig):
@@ -134,7 +133,7 @@ class OtherTower(nn.Module):
         return normalize(images, means=(0.5, 0.5, 0.5), stds=(0.5, 0.5, 0.5))
 
     def forward(self, images):
-        return self.norm(self.patch_embed(images))
+        return self.norm(self.patch_embed(images.to(self.norm.weight.dtype)))
 
 
 @pytest.mark.parametrize("has_qformer", [True, False])
@@ -158,6 +157,8 @@ def test_another_tower_needs_its_class_and_an_entry_in_the_table(
     embeds = loaded.encode_image(image)
     assert embeds.shape[1] == loaded.n_image_tokens == (3 if has_qformer else 1)
     assert torch.equal(embeds, new.encode_image(image))
+    chatting = MiniGPT4.from_files(**files, llama=world["llama"], dtype="bfloat16")
+    assert chatting.encode_image(image).dtype == torch.bfloat16
 
 
 def test_the_default_sizes_are_those_of_eva_vit_g():

@@ -1,20 +1,21 @@
 """Compare speed and memory with the usual alternatives, side by side in one run.
 
-    python tools/bench.py data                  reading tar shards, and webdataset
-    python tools/bench.py train --size=small    a training step, and BLIP-2's
-    python tools/bench.py chat --size=1.1b      answers, and those of transformers
+    python tools/bench.py data                  reading tar shards, with webdataset
+    python tools/bench.py train --size=small    a training step, with BLIP-2's
+    python tools/bench.py chat --size=1.1b      answers, with those of transformers
 
-chat measures the time from the start of Python to the first word, and InstructBLIP's;
-prompt and decoding of the language model in bf16, int8 and int4, and transformers' bf16
-and, on a CPU with llama-cpp-python and gguf, llama.cpp's BF16, Q8_0 and Q4_0; a second
-question about an image, and the first; 8 images in a batch, and one at a time.
+chat compares
+    the first word, from the start of Python     with InstructBLIP
+    prompt and decoding in bf16, int8 and int4   with transformers' bf16 and, on a CPU
+        with llama-cpp-python and gguf, with llama.cpp's BF16, Q8_0 and Q4_0
+    a second question about an image             with the first
+    8 images in a batch                          with one at a time
 
-`limit` is PIL alone in as many workers (data), a large matrix product, so that vs_limit
-is the FLOPs utilization (train), or one read of all weights from memory, so that
-vs_limit is the share of the memory bandwidth (first word, decoding). peak_mib is the
-peak memory of the process; above limit_peak_mib there is a warning. Random weights and
-images are generated in --folder on first use (1.1b: 13 GB; full: 50 GB, and 40 GB of
-memory). The last line is JSON with rates, of which higher ones are better.
+`limit` is an upper bound: PIL alone with as many workers (data), a large matrix product
+(train), or one read of all weights from memory (first word, decoding). vs_limit is ours
+divided by it. peak_mib is the peak memory of the process; above limit_peak_mib there is
+a warning. Random weights and images are generated in --folder on first use (1.1b: 13
+GB; full: 50 GB, and 40 GB of memory). The last line is JSON; higher rates are better.
 """
 
 import io

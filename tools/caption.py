@@ -37,7 +37,7 @@ class Options(chat.Options):
     temperature: float = option(0.0, "sampling temperature; 0: greedy", least=0)
     out: str = option("captions.jsonl", "file to write, or to continue")
     batch_size: int = option(8, "images captioned together", least=1)
-    retry: bool = option(False, "try images that failed again")
+    retry: bool = option(False, "retry images that failed")
 
 
 ROW_START = b'{"image": '

@@ -9,13 +9,13 @@
 
 Answers are greedy, with the repetition penalty of chat.py, each in a new conversation.
 They are kept in --answers together with weights and settings, and a stopped run
-continues there. The columns, in percent:
+continues there. Tasks, and their columns in percent:
 
-scenes      500 held-out scenes. Neither stage sees a question, a rhyme, or a scene's
-            set of colored shapes.
+scenes      500 held-out scenes. Training never sees their sets of colored shapes, and
+            neither stage trains on questions or rhymes.
   precision, recall, F1   (color, shape) pairs in the description and in the scene
   failures                descriptions that break off or repeat themselves: no end
-                          within the limit, no capital at the start, no full stop at the
+                          within the limit, no capital at the start, no period at the
                           end, or the same 4 consecutive words twice
   questions               correct answers to one question per scene (count, color, ...)
   rhymes                  poems that rhyme and name exactly the scene's objects
@@ -28,7 +28,7 @@ failures    the paper's Table 3: descriptions and poems. The authors judged by e
   no end                  cut at max_new_tokens
 pope        lines of {"image": ..., "text": ..., "label": "yes" or "no"}. By
             RUCAIBox/POPE's rule, an answer with "no", "No" or "not" before its first
-            full stop counts as no, any other as yes; `yes` is their share
+            period counts as no, any other as yes; `yes` is their share
 vqa         lines of {"image": ..., "question": ..., "answers": [...]}, or with one
             "answer"; or the official files of A-OKVQA, GQA, and, each with questions
             and annotations, OK-VQA and VQAv2. Exact match is with any answer, after
@@ -97,7 +97,7 @@ class Options:
     )
     n: int = option(
         500,
-        "number of scenes (500), of questions per file or of images (all)",
+        "scenes, questions per file, or images (default: 500 scenes, else all)",
         least=1,
     )
     max_new_tokens: int = option(
@@ -106,7 +106,9 @@ class Options:
     batch_size: int = option(8, "questions answered together", least=1)
     device: str = option("", "PyTorch device (default: cuda if available, else cpu)")
     dtype: str = option("", "dtype of the weights, as in chat.py (default: the run's)")
-    cuda_graphs: bool = option(False, "decode with CUDA graphs, on a GPU")
+    cuda_graphs: bool = option(
+        False, "decode with CUDA graphs (GPU only; untested there)"
+    )
     answers: str = option(
         "out/answers.jsonl",
         "file to write, or to continue; remove it to start over",

@@ -136,12 +136,12 @@ class Options:
     vision: str = option(
         "", "a .pth, a converted .safetensors, or a folder or repository of BLIP-2"
     )
-    qformer: str = option("", "like --vision")
+    qformer: str = option("", "same sources as --vision")
     llama: str = option("", "folder or repository of the language model")
     proj: str = option("", "a .pth, a converted .safetensors, or a repository")
     stage: int = option(
         2,
-        "stage of the projection; 1 exists for vicuna-7b and vicuna-13b",
+        "projection after this stage; 1 only for vicuna-7b and vicuna-13b",
         least=1,
         most=2,
     )

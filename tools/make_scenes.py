@@ -10,14 +10,14 @@ KIND is one of these; formats are those of the real data:
     names      the same, with one object per image and captions such as "red star"
     stage2     filter_cap.json and image/, with long, clean descriptions
     test       images of held-out combinations and scenes.json, to score answers
-    text       for language models: NAME.jsonl and NAME_heldout.jsonl, where NAME is
-               a kind of `document`
+    text       for language models: NAME.jsonl and NAME_heldout.jsonl; NAME is words,
+               retold, pairs, dense, noisy, terse, facts, chat or asked
     tokenizer  a sentencepiece model, trained on such a .jsonl
 
-A hash, independent of the seed, holds out a tenth of all sets of (color, shape):
-training data never shows them. --heldout draws only from that tenth (text and test
-ignore it: they have held-out scenes of their own). Sample i depends only on the kind,
-the seed, --heldout and i.
+A tenth of all sets of (color, shape) pairs, chosen by a hash that is independent of the
+seed, is held out and never appears in training data. --heldout draws only from that
+tenth (text and test ignore it: they have held-out scenes of their own). Sample i
+depends only on the kind, the seed, --heldout and i.
 """
 
 import io

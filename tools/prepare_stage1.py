@@ -54,7 +54,7 @@ class Options:
     run: bool = option(False, "run img2dataset, then check its shards")
     list: str = option("", "the .tsv or .parquet to write (default: DST.tsv)")
     image_size: int = option(
-        224, "pixels; keeps the aspect ratio and pads with white", least=1
+        224, "pixels per side; keeps the aspect ratio, pads with white", least=1
     )
     processes: int = option(16, "processes of img2dataset", least=1)
     threads: int = option(128, "threads per process", least=1)

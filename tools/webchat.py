@@ -2,9 +2,9 @@
 
     python tools/webchat.py --ckpt=out/stage2
 
-Serves http://127.0.0.1:7860 to this computer only; without --ckpt, this is the tiny
+Serves http://127.0.0.1:7860 to this computer only. Without --ckpt, it serves the tiny
 model. Needs gradio 6 (pip install gradio). Each browser tab is its own conversation,
-and questions are answered one at a time. The options set where the sliders start.
+and questions are answered one at a time. Options set the sliders' initial values.
 """
 
 import html
@@ -37,7 +37,7 @@ NO_SHARING = "button[aria-label=Share] {display: none}"
 class Options(chat.Options):
     prompt: str = option(
         "Describe this image in detail.",
-        "question for an image that comes without one",
+        "question for an image sent without text",
     )
     port: int = option(7860, "port to serve the page on", least=1, most=65535)
 
