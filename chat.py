@@ -89,7 +89,7 @@ class Options:
     )
     repetition_penalty: float = option(
         1.05,
-        "penalty on repeated tokens, as in transformers; 1: off",
+        "penalty on repeated tokens; 1: off",
         least=0.01,
         most=100,
     )

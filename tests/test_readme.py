@@ -139,7 +139,7 @@ def test_each_fact_has_its_figures_on_the_page_that_it_links_to():
 
 
 def test_the_figure_tells_the_tokens_of_each_file():
-    figure = re.search(r"( +vision\.py .*\n)(.*?) Python tokens", README)
+    figure = re.search(r"( +vision\.py .*\n)(.*?) length in Python tokens", README)
     names, counts = (line.split() for line in figure.groups())
     assert len(names) == len(counts) == 4
     for name, count in zip(names, counts):
@@ -226,8 +226,8 @@ def test_the_speed_of_chat_is_the_saved_measurement():
 @pytest.mark.parametrize(
     "name, row, label, unit, peer",
     [
-        ("data", "224x224", "`data`, 224x224, 2 workers", "images/s", "webdataset "),
-        ("data", "640x480", "`data`, 640x480, 2 workers", "images/s", "webdataset "),
+        ("data", "224x224 w2", "`data`, 224x224, 2 workers", "images/s", "webdataset "),
+        ("data", "640x480 w2", "`data`, 640x480, 2 workers", "images/s", "webdataset "),
         (
             "train",
             "medium bf16 b8",

@@ -106,9 +106,7 @@ class Options:
     batch_size: int = option(8, "questions answered together", least=1)
     device: str = option("", "PyTorch device (default: cuda if available, else cpu)")
     dtype: str = option("", "dtype of the weights, as in chat.py (default: the run's)")
-    cuda_graphs: bool = option(
-        False, "decode with CUDA graphs (GPU only; untested there)"
-    )
+    cuda_graphs: bool = option(False, "decode with CUDA graphs (untested on GPUs)")
     answers: str = option(
         "out/answers.jsonl",
         "file to write, or to continue; remove it to start over",
