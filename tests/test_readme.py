@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import chat
-from configs.schema import Config, load_config, read_saved_config
+from configs.schema import Config, load_config, read_saved_config, write_saved_config
 from plumbing.options import override, parse_args
 from tests.common import EXAMPLE, ROOT
 from tests.runs import (
@@ -25,6 +25,7 @@ from tests.runs import (
     read_log,
 )
 from tests.test_house import tokens
+from tools import dry_run
 
 README = (ROOT / "README.md").read_text()
 PATHS = (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")))
@@ -263,6 +264,44 @@ def test_the_projections_for_smollm2_are_small_and_name_their_parts():
         assert Path(config.llama).resolve() == ROOT / "weights/smollm2-135m"
         for name in ("vision", "qformer", "proj"):
             assert Path(getattr(config, name)).is_file()
+
+
+def test_the_diffs_are_as_long_as_the_readme_says():
+    diffs = [path.read_text() for path in ROOT.glob("docs/changes/*.diff")]
+    added = [len(re.findall(r"^\+(?!\+\+ )", diff, re.MULTILINE)) for diff in diffs]
+    assert f"diffs of {min(added)} to {max(added)} lines" in README
+
+
+def test_the_files_of_7b_are_as_large_as_the_page_says():
+    page = PAGES[ROOT / "docs/weights.md"]
+    model = dry_run.meta_model(load_config(str(ROOT / "configs/stage2.py"), {}))
+    parts = {"vision": 4, "qformer": 4, "llama": 2, "proj": 4}  # bytes per weight
+    sizes = {
+        name: n_bytes * sum(t.numel() for t in model.part_tensors(name).values()) / 1e9
+        for name, n_bytes in parts.items()
+    }
+    assert f"{sizes['llama']:.1f} GB, bfloat16" in page
+    assert f"{sizes['vision']:.1f} GB, float32" in page
+    assert f"{sizes['qformer']:.2f} GB, float32" in page
+    assert f"{1000 * sizes['proj']:.0f} MB" in page
+    assert f"{sum(sizes.values()):.1f} GB" in page
+    assert f"{sum(sizes.values()):.1f} GB of disk space" in README
+
+
+@pytest.mark.slow
+def test_memory_is_what_dry_run_estimates(tmp_path, capsys):
+    config = load_config(str(ROOT / "configs/stage2.py"), {"out_dir": str(tmp_path)})
+    write_saved_config(config)
+    data, weights = (PAGES[ROOT / f"docs/{name}.md"] for name in ("data", "weights"))
+    for source, pages in (
+        ("configs/finetune_7b.py", [data]),
+        ("configs/stage1_smollm2.py", [weights]),
+        (str(tmp_path), [weights, README]),
+    ):
+        dry_run.main([source])
+        printed = capsys.readouterr().out
+        memory = re.search(r"peak memory +about ([\d.]+ GiB)", printed)[1]
+        assert all(memory in page for page in pages)
 
 
 @pytest.mark.slow
