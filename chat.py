@@ -5,8 +5,8 @@
     python chat.py a.jpg b.jpg --ckpt=out/stage2 --temperature=0   a run, greedy
 
 Without --ckpt, it chats with the tiny model. Sampling defaults are the original demo's.
- `-` reads an image from stdin. Text on stdin is put before --prompt; without
---prompt, it is the question or, if it contains a command, a whole conversation.
+`-` reads an image from stdin. Text on stdin is put before --prompt; without --prompt,
+it is the question or, if it contains a command, a whole conversation.
 """
 
 import io

@@ -141,7 +141,8 @@ def parse_args(
     other arguments: "SRC DST", or "[IMAGE ...]" for any number.
     """
     known = {f.name: f for each in classes for f in fields(each)}
-    usage = f"python {os.path.relpath(sys.argv[0])} {positional} [--key=value ...]"
+    program = os.path.relpath(sys.argv[0])
+    usage = " ".join(f"python {program} {positional} [--key=value ...]".split())
     parser = _Parser(
         usage=usage,
         description=doc,
@@ -149,11 +150,12 @@ def parse_args(
     )
     for name, f in known.items():
         choices = filter(None, f.metadata["choices"])
+        values = "|".join(choices) or ("[true|false]" if f.type is bool else "VALUE")
         parser.add_argument(
             f"--{name}",
             default=argparse.SUPPRESS,
             help=f.metadata["help"],
-            metavar="|".join(choices) or "VALUE",
+            metavar=values,
         )
     parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
     options = vars(parser.parse_intermixed_args(_spell_out(argv, known)))

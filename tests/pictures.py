@@ -4,11 +4,12 @@
 
 Writes docs/NAME.png, all four by default. chat and data are what a program writes to a
 pseudo-terminal, drawn in DejaVu Sans Mono; stages is the tiny model's answers before
-and after stage 2; webchat is a screenshot of the page. They need matplotlib, for its
-fonts, and webchat needs gradio, playwright and Chromium. Each file holds the text that
-it was drawn from, so that tests/test_pictures.py can compare.
+and after stage 2; webchat is a screenshot of the page. They need requirements-dev.txt
+and matplotlib, for its fonts; webchat needs gradio, playwright and Chromium. Each file
+holds the text that it was drawn from, so that tests/test_pictures.py can compare.
 """
 
+import argparse
 import io
 import json
 import os
@@ -255,7 +256,14 @@ SHOW = {
 }
 
 
-def main(names):
+def main(argv):
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    names = parser.parse_args(argv).names
+    for name in names:
+        if name not in SHOW:
+            parser.error(f"no picture is called {name}; give {', '.join(SHOW)}")
     for name in names or SHOW:
         text, image = SHOW[name]()
         about = PngInfo()

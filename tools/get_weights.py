@@ -134,11 +134,12 @@ for _name, _repo in UNTRAINED.items():
 @dataclass(frozen=True)
 class Options:
     vision: str = option(
-        "", "a .pth, a converted .safetensors, or a folder or repository of BLIP-2"
+        "",
+        ".pth, .safetensors, BLIP-2 folder or repository (default: the model's)",
     )
-    qformer: str = option("", "same sources as --vision")
-    llama: str = option("", "folder or repository of the language model")
-    proj: str = option("", "a .pth, a converted .safetensors, or a repository")
+    qformer: str = option("", "same sources as --vision (default: the model's)")
+    llama: str = option("", "folder or repository of a LLaMA (default: the model's)")
+    proj: str = option("", "a .pth, .safetensors, or repository (default: the model's)")
     stage: int = option(
         2,
         "projection after this stage; 1 only for vicuna-7b and vicuna-13b",
@@ -398,7 +399,9 @@ def find_sources(options, recipe, config):
         if os.path.exists(target):
             if given:  # perhaps by this very command, which was interrupted
                 note(f"note: {target} exists: --{part}={given} is not read again")
-            print(f"{part:8}{target}: kept; remove it to make it again")
+            is_ours = Path(target).parts[0] == "assets"
+            advice = "in this repository" if is_ours else "remove it to make it again"
+            print(f"{part:8}{target}: kept; {advice}")
             continue
         if part == "proj" and not given:
             given = find_by_hand(recipe)

@@ -5,8 +5,9 @@
 Prints each image in colored half-blocks, then every token: green if it is trained, gray
 if not, image tokens as <image x 32>. For the first n samples, it then reports what is
 wrong with bad ones, lengths, answers cut at max_txt_len, unknown tokens, and padding
-with and without length_group. Images are decoded as in training. Any field of the
-config is an option. The exit status is 2 if no sample is usable.
+with and without length_group. Images are decoded as in training. Every field of the
+config is an option; the defaults below are for fields that it leaves unset. The exit
+status is 2 if no sample is usable.
 """
 
 import sys
