@@ -21,11 +21,13 @@ def option(default, meaning: str, least=None, most=inf, choices: tuple = ()):
 
     A meaning may end with its own "(default: ...)", as where "" stands for a choice.
     """
-    about = meaning
-    if "(default: " not in about:
-        about += f" (default: {'none' if default == '' else default})"
-    about = about.replace("%", "%%")  # argparse formats it with %
-    metadata = {"help": about, "range": (least, most), "choices": choices}
+    if "(default: " not in meaning:
+        meaning += f" (default: {default if default != '' else 'none'})"
+    metadata = {
+        "help": meaning.replace("%", "%%"),  # argparse formats it with %
+        "range": (least, most),
+        "choices": choices,
+    }
     if default == {}:
         return field(default_factory=dict, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -141,16 +143,17 @@ def parse_args(
     other arguments: "SRC DST", or "[IMAGE ...]" for any number.
     """
     known = {f.name: f for each in classes for f in fields(each)}
-    program = os.path.relpath(sys.argv[0])
-    usage = " ".join(f"python {program} {positional} [--key=value ...]".split())
+    usage = f"python {os.path.relpath(sys.argv[0])} {positional} [--key=value ...]"
+    usage = usage.replace("  ", " ")
     parser = _Parser(
         usage=usage,
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for name, f in known.items():
-        choices = filter(None, f.metadata["choices"])
-        values = "|".join(choices) or ("[true|false]" if f.type is bool else "VALUE")
+        values = "|".join(filter(None, f.metadata["choices"])) or "VALUE"
+        if f.type is bool:
+            values = "[true|false]"
         parser.add_argument(
             f"--{name}",
             default=argparse.SUPPRESS,
