@@ -12,15 +12,10 @@ holds the text that it was drawn from, so that tests/test_pictures.py can compar
 import argparse
 import io
 import json
-import os
-import pty
 import re
-import select
-import shutil
 import sys
 import tempfile
 import textwrap
-import time
 from itertools import chain
 from pathlib import Path
 
@@ -30,28 +25,25 @@ from PIL.PngImagePlugin import PngInfo
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import chat
 from tests.common import ROOT
-from tests.runs import web_page
+from tests.pseudo_terminal import Terminal
+from tests.runs import CHROMIUM, web_page
 from tools import make_scenes
 
 EXAMPLE = "assets/tiny/example.png"
 DESCRIBE = "Describe this image in detail."
 QUESTIONS = (DESCRIBE, "What color is the star?", "Write a rhyme about this image.")
-CHAT = ("chat.py", EXAMPLE, "--temperature=0", "--device=cpu")
+CHAT = ("chat.py", EXAMPLE, "--temperature=0")
 DATA = (
     "tools/show_data.py",
     "configs/finetune_own.py",
     "--data=assets/tiny/example.jsonl",
     "--show=1",
 )
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
-    None,
-)
 COLUMNS = 80
 SCALE, FONT_SIZE, MARGIN = 2, 14, 12  # pixels, twice as many on dense screens
 BACKGROUND, TEXT = (24, 26, 31), (220, 223, 228)
 COLORS = {32: (110, 190, 110), 90: (130, 134, 142)}  # green and gray, of 16 colors
-ESCAPE = re.compile(r"\x1b\[([?0-9;]*)([a-zA-Z])")
+ESCAPE = re.compile(r"(\x1b\[[?0-9;]*[a-zA-Z])")
 N_SCENES = 4
 WRAP = 44  # characters of an answer per line, in stages.png
 
@@ -59,44 +51,28 @@ WRAP = 44  # characters of an answer per line, in stages.png
 # A terminal
 
 
-def record(command, questions=()) -> str:
+def record(command, messages=()) -> str:
     """What a user sees of a program who types these, with escape sequences."""
-    process, terminal = pty.fork()
-    if process == 0:
-        os.chdir(ROOT)
-        os.environ |= {"TERM": "xterm-256color", "COLUMNS": str(COLUMNS)}
-        os.environ.pop("NO_COLOR", None)
-        os.execv(sys.executable, [sys.executable, *command])
-    shown = ""
-    for question in questions:
-        shown += read_until_prompt(terminal)
-        os.write(terminal, f"{question}\n".encode())
-    shown += read_until_prompt(terminal)
-    os.waitpid(process, 0)
-    return shown
-
-
-def read_until_prompt(terminal) -> str:
-    received = b""
-    until = time.monotonic() + 60
-    while not received.endswith(b"you> ") and time.monotonic() < until:
-        if select.select([terminal], [], [], 1)[0]:
-            try:
-                received += os.read(terminal, 65536)
-            except OSError:  # it has left
-                break
-    return received.decode()
+    environment = {"NO_COLOR": "", "CUDA_VISIBLE_DEVICES": ""}
+    with tempfile.TemporaryDirectory() as home:
+        terminal = Terminal(home, *command, env=environment, columns=COLUMNS)
+        for message in messages:
+            terminal.see("you> ", seconds=60)
+            terminal.type(f"{message}\n")
+        while terminal.read():
+            pass
+        assert terminal.end() == 0
+    return terminal.all.decode()
 
 
 def cells(text: str):
     """Yield (row, column, character, color, background) of each character."""
     row = column = 0
     color, background = TEXT, None
-    for part in re.split(r"(\x1b\[[?0-9;]*[a-zA-Z])", text):
-        if escape := ESCAPE.fullmatch(part):
-            codes, letter = escape.groups()
-            if letter == "m":
-                color, background = colors(codes, color, background)
+    for part in ESCAPE.split(text):
+        if part.startswith("\x1b"):
+            if part.endswith("m"):
+                color, background = colors(part[2:-1], color, background)
             continue
         for character in part:
             if character == "\r":
@@ -129,15 +105,15 @@ def colors(codes: str, color, background):
     return color, background
 
 
-def font(name: str, size: int):
+def font(name: str):
     import matplotlib
 
     path = Path(matplotlib.get_data_path(), "fonts/ttf", f"{name}.ttf")
-    return ImageFont.truetype(str(path), SCALE * size)
+    return ImageFont.truetype(str(path), SCALE * FONT_SIZE)
 
 
 def draw_terminal(text: str) -> Image.Image:
-    letters = font("DejaVuSansMono", FONT_SIZE)
+    letters = font("DejaVuSansMono")
     width, height = round(letters.getlength("m")), round(1.25 * SCALE * FONT_SIZE)
     found = list(cells(text))
     n_rows = 1 + max(row for row, *_ in found)
@@ -157,9 +133,8 @@ def draw_terminal(text: str) -> Image.Image:
     return image
 
 
-def show_terminal(command, questions=()):
-    text = f"$ python {' '.join(command)}\r\n".replace(" --device=cpu", "")
-    text += record(command, questions)
+def show_terminal(command, messages=()):
+    text = f"$ python {' '.join(command)}\r\n{record(command, messages)}"
     return text, draw_terminal(text)
 
 
@@ -179,8 +154,11 @@ def answers(ckpt: str, pictures) -> list[str]:
 
 
 def draw_stages(pictures, columns) -> Image.Image:
-    """A row per picture: the picture, and its answer in each of the columns."""
-    letters, bold = font("DejaVuSans", FONT_SIZE), font("DejaVuSans-Bold", FONT_SIZE)
+    """A row per picture: the picture, and its answer in each of the columns.
+
+    columns: {title: answers}.
+    """
+    letters, bold = font("DejaVuSans"), font("DejaVuSans-Bold")
     side, line, margin = SCALE * 132, round(1.4 * SCALE * FONT_SIZE), SCALE * MARGIN
     columns = {
         title: [textwrap.wrap(text, WRAP) for text in texts]
@@ -207,14 +185,14 @@ def draw_stages(pictures, columns) -> Image.Image:
 
 def show_stages():
     """The first held-out drawings; no training data shows their combinations."""
-    folder = f"{tempfile.mkdtemp()}/scenes"
-    make_scenes.main(["test", folder, f"--n={N_SCENES}"])
-    pictures = [f"{folder}/{i}.jpg" for i in range(N_SCENES)]
-    columns = {
-        "after stage 1": answers("assets/tiny/stage1", pictures),
-        "after stage 2": answers("assets/tiny", pictures),
-    }
-    return json.dumps(columns), draw_stages(pictures, columns)
+    with tempfile.TemporaryDirectory() as folder:
+        make_scenes.main(["test", f"{folder}/test", f"--n={N_SCENES}"])
+        pictures = [f"{folder}/test/{i}.jpg" for i in range(N_SCENES)]
+        columns = {
+            "after stage 1": answers(f"{ROOT}/assets/tiny/stage1", pictures),
+            "after stage 2": answers(f"{ROOT}/assets/tiny", pictures),
+        }
+        return json.dumps(columns), draw_stages(pictures, columns)
 
 
 # The page in a browser

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from configs.schema import Config
 from model import MiniGPT4
 from tests.common import ROOT
 
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 CPU = torch.device("cpu")
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}  # the runs below are too small for more
 

@@ -3,12 +3,9 @@
 import os
 import re
 import shutil
-import signal
-import struct
 import sys
 import threading
 import time
-from contextlib import suppress
 
 import pytest
 import torch
@@ -24,11 +21,10 @@ from plumbing.terminal import (
     find_pictures,
     half_blocks,
 )
-from tests.common import EXAMPLE, ROOT
+from tests.common import EXAMPLE
 
-pty = pytest.importorskip("pty")
-fcntl = pytest.importorskip("fcntl")
-termios = pytest.importorskip("termios")
+Terminal = pytest.importorskip("tests.pseudo_terminal").Terminal
+
 NAMES = ("/image", "/reset", "/regenerate", "/help")
 SETTINGS = ("top_p", "temperature")
 START = """
@@ -63,93 +59,17 @@ chat.load = load_with_bar
 """
 
 
-class Terminal:
-    """The program in a pseudo-terminal.
-
-    `see` waits for words and returns what was printed up to them. `before` is Python
-    code that imports chat and changes the program.
-    """
-
-    def __init__(self, folder, *args, before="import chat", env=None, columns=80):
-        environment = {
-            "TERM": "xterm-256color",
-            "HOME": str(folder),
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-            "COLUMNS": str(columns),
-        } | (env or {})
-        command = [sys.executable, "-c", before + START, "--temperature=0", *args]
-        self.pid, self.fd = pty.fork()
-        if self.pid == 0:
-            os.chdir(ROOT)
-            os.execve(sys.executable, command, {**os.environ, **environment})
-        size = struct.pack("4H", 24, columns, 0, 0)
-        fcntl.ioctl(self.fd, termios.TIOCSWINSZ, size)
-        os.set_blocking(self.fd, False)
-        self.all = self.unseen = b""
-
-    def type(self, text, seconds=20):
-        text = text.encode() if isinstance(text, str) else text
-        end = time.monotonic() + seconds
-        while text:
-            with suppress(BlockingIOError):  # the program has not read what was typed
-                text = text[os.write(self.fd, text[:1000]) :]
-            lives = self.read()
-            assert lives and time.monotonic() < end, f"{text[:99]!r} was not read"
-
-    def see(self, words, seconds=20):
-        end = time.monotonic() + seconds
-        while words.encode() not in self.unseen:
-            lives = self.read()
-            if not lives or time.monotonic() > end:
-                break
-        seen, found, rest = self.unseen.partition(words.encode())
-        assert found, f"{words!r} is not in {self.unseen[-2000:]!r}"
-        self.unseen = rest
-        return (seen + found).decode(errors="replace")
-
-    def read(self):
-        """Read what was printed; False when the program has ended."""
-        try:
-            new = os.read(self.fd, 65536)
-        except BlockingIOError:
-            new = b""
-            time.sleep(0.02)
-        except OSError:
-            return False
-        self.all, self.unseen = self.all + new, self.unseen + new
-        return True
-
-    def ask(self, message, words):
-        self.type(message + "\n")
-        return self.see(words)
-
-    def end(self, seconds=20):
-        """The exit status."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.pid = None
-                return os.waitstatus_to_exitcode(status)
-            if not self.read():
-                time.sleep(0.02)
-        raise AssertionError(f"the program goes on: {self.all[-500:]!r}")
-
-    def kill(self):
-        if self.pid is not None:
-            os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
-        os.close(self.fd)
-
-
 @pytest.fixture
 def start(tmp_path):
-    """A function that starts the program; what is left of it is killed."""
+    """A function that starts chat.py; what is left of it is killed.
+
+    `before` is Python code that imports chat and changes the program.
+    """
     terminals = []
 
-    def call(*args, **options):
-        terminals.append(Terminal(tmp_path, *args, **options))
+    def call(*args, before="import chat", **options):
+        arguments = ("-c", before + START, "--temperature=0", *args)
+        terminals.append(Terminal(tmp_path, *arguments, **options))
         return terminals[-1]
 
     yield call

@@ -11,8 +11,7 @@ import chat
 from plumbing import console
 from plumbing.console import InputError
 from tests.common import EXAMPLE, ROOT
-from tests.pictures import CHROMIUM
-from tests.runs import web_page
+from tests.runs import CHROMIUM, web_page
 from tools import webchat
 
 needs_browser = pytest.mark.skipif(
