@@ -88,16 +88,13 @@ class Options:
         0.9, "sample from the most likely tokens with this total probability"
     )
     repetition_penalty: float = option(
-        1.05,
-        "penalty on repeated tokens; 1: off",
-        least=0.01,
-        most=100,
+        1.05, "penalty on repeated tokens; 1: off", least=0.01, most=100
     )
     num_beams: int = option(
         1, "above 1: beam search, without sampling", least=1, most=64
     )
     min_length: int = option(
-        1, "no end of the answer among its first min_length - 1 tokens", least=0
+        1, "the answer cannot end in its first min_length - 1 tokens", least=0
     )
     length_penalty: float = option(
         1.0, "beam search prefers longer answers if above 0", least=-10, most=10
@@ -112,9 +109,7 @@ class Options:
         "dtype of the weights (default: the run's, but not float16 on a CPU)",
         choices=("", *DTYPES, *QUANTIZED),
     )
-    cuda_graphs: bool = option(
-        False, "decode with CUDA graphs (GPU only; untested there)"
-    )
+    cuda_graphs: bool = option(False, "decode with CUDA graphs (untested on GPUs)")
     json: bool = option(False, "print each answer as a JSON object")
     plain: bool = option(False, "plain text: no colors, images or progress bars")
     stats: bool = option(False, "print speed and memory after each answer")

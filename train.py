@@ -4,10 +4,10 @@
     torchrun --nproc-per-node 4 train.py configs/stage1.py    the paper's stage 1
     python train.py configs/stage2.py --max_steps=400 --resume
 
-Every field of the config is an option; the defaults below are for fields that it leaves
-unset. The run writes proj.safetensors, config.json and log.jsonl to out_dir, and the
-checkpoint state.pt, from which --resume continues. Configs can also train other parts,
-or a language model alone, without vision and projection.
+Every field of the config is an option; the defaults in --help are for fields that it
+leaves unset. The run writes proj.safetensors, config.json and log.jsonl to out_dir, and
+the checkpoint state.pt, from which --resume continues. Configs can also train other
+parts, or a language model alone, without vision and projection.
 """
 
 import math

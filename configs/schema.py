@@ -108,7 +108,7 @@ class Config:
     )
     compile: bool = option(False, "compile the transformer blocks with torch.compile")
     cuda_graphs: bool = option(
-        False, "decode held-out answers with CUDA graphs (GPU only; untested there)"
+        False, "decode held-out answers with CUDA graphs (untested on GPUs)"
     )
     shard: bool = option(False, "shard LLaMA's blocks across processes (fully_shard)")
     peak_tflops: float = option(

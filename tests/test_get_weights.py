@@ -369,6 +369,16 @@ def test_the_projection_before_stage_2_comes_with_the_command_that_trains_it(
     assert "--stage=1: llama2-7b has no published one" in message
 
 
+def test_nobody_is_told_to_remove_what_is_in_the_repository(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    config = load_config("configs/tiny_stage1.py", {})
+    recipe = get_weights.RECIPES["smollm2-135m"]
+    assert not get_weights.find_sources(get_weights.Options(), recipe, config)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert all(line.endswith("kept; in this repository") for line in lines)
+
+
 @pytest.mark.slow
 def test_what_is_given_is_checked_before_the_hub_is_asked(hub, tmp_path):
     (tmp_path / "llama").mkdir()

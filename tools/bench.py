@@ -1,8 +1,8 @@
 """Compare speed and memory with the usual alternatives, side by side in one run.
 
-    python tools/bench.py data                  reading tar shards, with webdataset
-    python tools/bench.py train --size=small    a training step, with BLIP-2's
-    python tools/bench.py chat --size=1.1b      answers, with those of transformers
+        python tools/bench.py data                  reading tar shards: webdataset
+    python tools/bench.py train --size=small    a training step: transformers' BLIP-2
+    python tools/bench.py chat --size=1.1b      answers: transformers and llama.cpp
 
 chat compares
     the first word, from the start of Python     with InstructBLIP
@@ -123,9 +123,7 @@ class Options:
     )
     folder: str = option("out/bench", "folder for random weights and images")
     device: str = option("", "PyTorch device (default: cuda if available, else cpu)")
-    rounds: int = option(
-        3, "rounds, in which the sides take turns; medians count", least=1
-    )
+    rounds: int = option(3, "rounds of alternating runs; medians are reported", least=1)
     steps: int = option(
         5, "train: timed steps per round; data: 8 times as many batches", least=1
     )

@@ -5,7 +5,7 @@
 
 Runs on PyTorch's meta device. Sizes come from the headers of weight files and from
 LLaMA's config.json; where files are missing, the official sizes are assumed. Every
-field of the config is an option; the defaults below are for fields that it leaves
+field of the config is an option; the defaults in --help are for fields that it leaves
 unset. Peak memory is an estimate: weights, gradients, AdamW's moments, and activations
 for the backward pass.
 """

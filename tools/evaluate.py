@@ -28,7 +28,7 @@ failures    the paper's Table 3: descriptions and poems. The authors judged by e
   no end                  cut at max_new_tokens
 pope        lines of {"image": ..., "text": ..., "label": "yes" or "no"}. By
             RUCAIBox/POPE's rule, an answer with "no", "No" or "not" before its first
-            period counts as no, any other as yes; `yes` is their share
+            period counts as no, any other as yes; `yes` is the share of yes
 vqa         lines of {"image": ..., "question": ..., "answers": [...]}, or with one
             "answer"; or the official files of A-OKVQA, GQA, and, each with questions
             and annotations, OK-VQA and VQAv2. Exact match is with any answer, after

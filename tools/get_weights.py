@@ -134,8 +134,7 @@ for _name, _repo in UNTRAINED.items():
 @dataclass(frozen=True)
 class Options:
     vision: str = option(
-        "",
-        ".pth, .safetensors, BLIP-2 folder or repository (default: the model's)",
+        "", ".pth, .safetensors, BLIP-2 folder or repository (default: the model's)"
     )
     qformer: str = option("", "same sources as --vision (default: the model's)")
     llama: str = option("", "folder or repository of a LLaMA (default: the model's)")

@@ -6,8 +6,8 @@ Prints each image in colored half-blocks, then every token: green if it is train
 if not, image tokens as <image x 32>. For the first n samples, it then reports what is
 wrong with bad ones, lengths, answers cut at max_txt_len, unknown tokens, and padding
 with and without length_group. Images are decoded as in training. Every field of the
-config is an option; the defaults below are for fields that it leaves unset. The exit
-status is 2 if no sample is usable.
+config is an option; the defaults in --help are for fields that it leaves unset. The
+exit status is 2 if no sample is usable.
 """
 
 import sys
